@@ -1,0 +1,91 @@
+"""Every exception that raykeras raises, and nothing else.
+
+    RaykerasError
+    ├── ValidationError (also ValueError)   what was asked for cannot be done
+    │   ├── OptionError                     an argument of fit, Scale or Run
+    │   ├── SourceError                     a path, a file, a row group
+    │   ├── ColumnError                     a column, its type, its values
+    │   └── ModelError                      the model does not fit its data or the run
+    ├── ResourceError                       the cluster can never give what was asked
+    ├── UserCodeError                       an exception in the user's own code, with its rank
+    ├── WorkerLostError                     a worker or node that went away
+    └── CheckpointError                     a checkpoint that cannot be written or read
+
+A message says the rule, what was received, and what to do. All of them survive pickling,
+since most are raised in another process than the one that shows them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class RaykerasError(Exception):
+    """Root of all exceptions of raykeras."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Rebuilt without calling __init__, whose signature differs from class to class.
+        return (_rebuild, (type(self), self.args, dict(self.__dict__)))
+
+
+def _rebuild(cls: type[RaykerasError], args: tuple[Any, ...], state: dict[str, Any]) -> RaykerasError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ValidationError(RaykerasError, ValueError):
+    """What was asked for cannot be done, whatever the cluster."""
+
+
+class OptionError(ValidationError):
+    """An argument has a value that it cannot have."""
+
+
+class SourceError(ValidationError):
+    """A path, file or row group cannot be read or does not belong with the others."""
+
+
+class ColumnError(ValidationError):
+    """A column is missing, has an unusable type, or holds values that cannot be used."""
+
+
+class ModelError(ValidationError):
+    """The model does not fit the data, or cannot be trained as asked."""
+
+
+class ResourceError(RaykerasError):
+    """The cluster can never give the workers, CPUs or GPUs that were asked for."""
+
+
+class UserCodeError(RaykerasError):
+    """An exception raised by the user's code (model, loss, callback, transform) on a worker.
+
+    Attributes:
+        rank: Rank of the worker, or None for a data task.
+        node: Name of the node it ran on.
+        cause: Qualified name of the original exception's type.
+        user_traceback: The original traceback without the frames of Ray, Keras and raykeras.
+    """
+
+    def __init__(
+        self, message: str, *, rank: int | None, node: str, cause: str, user_traceback: str
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.node = node
+        self.cause = cause
+        self.user_traceback = user_traceback
+
+    def __str__(self) -> str:
+        where = "a data task" if self.rank is None else f"rank {self.rank}"
+        return f"{self.args[0]}\n(on {where}, node {self.node})\n{self.user_traceback}".rstrip()
+
+
+class WorkerLostError(RaykerasError):
+    """A worker or its node went away more often than `Run.max_failures` allows."""
+
+
+class CheckpointError(RaykerasError):
+    """A checkpoint could not be written, is damaged, or belongs to another run."""

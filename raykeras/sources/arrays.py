@@ -1,0 +1,232 @@
+"""NumPy data: arrays in memory, `.npz` archives, and memory-mapped `.npy` files."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raykeras.errors import ColumnError, OptionError, SourceError
+from raykeras.sources import (
+    Columns,
+    Field,
+    OpenSource,
+    Source,
+    Spec,
+    Transform,
+    UnitRef,
+    fingerprint,
+    nearest,
+)
+
+_UNIT_NBYTES = 4 << 20
+
+
+class ArrayReader:
+    """Reads arrays of this process, or, once `shared`, of Ray's object store."""
+
+    in_memory = True
+
+    def __init__(self, arrays: Columns) -> None:
+        self._arrays: Columns | None = arrays
+        self._ref: Any = None
+
+    @property
+    def arrays(self) -> Columns:
+        if self._arrays is None:
+            import ray
+
+            self._arrays = ray.get(self._ref)  # read-only views of shared memory
+        return self._arrays
+
+    def share(self) -> None:
+        """Puts the arrays into the object store, once, so that pickling moves a reference."""
+        import ray
+
+        if self._ref is None:
+            self._ref = ray.put(self.arrays)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_arrays": None if self._ref is not None else self._arrays, "_ref": self._ref}
+
+    def read(self, unit: UnitRef, start: int, stop: int, columns: Sequence[str]) -> Columns:
+        rows = slice(unit.start + start, unit.start + stop)
+        return {name: self.arrays[name][rows] for name in columns}
+
+
+class NpyReader:
+    """Reads ranges of `.npy` files, of which a local one is memory-mapped."""
+
+    in_memory = False
+
+    def __init__(self, paths: Mapping[str, str]) -> None:
+        self._paths = dict(paths)
+
+    def read(self, unit: UnitRef, start: int, stop: int, columns: Sequence[str]) -> Columns:
+        rows = slice(unit.start + start, unit.start + stop)
+        return {name: np.array(open_npy(self._paths[name])[rows]) for name in columns}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySource(Source):
+    """Arrays in memory, by column name."""
+
+    arrays: Columns = field(repr=False)
+
+    def open(self) -> OpenSource:
+        return _open(ArrayReader(self.arrays), self.arrays, {name: "" for name in self.arrays})
+
+
+@dataclass(frozen=True, kw_only=True)
+class NpySource(Source):
+    """`.npy` files, by column name; or one `.npz` archive, whose columns are its keys."""
+
+    paths: Mapping[str, str]
+    archive: str | None = None
+
+    def open(self) -> OpenSource:
+        if self.archive is not None:
+            arrays = _open_npz(self.archive, self.columns())
+            return _open(ArrayReader(arrays), arrays, {name: self.archive for name in arrays})
+        arrays = {name: open_npy(path) for name, path in self.paths.items()}
+        return _open(NpyReader(self.paths), arrays, dict(self.paths))
+
+
+def npy(
+    path: str | os.PathLike[str] | Mapping[str, str],
+    y: Spec = None,
+    *,
+    x: Spec = None,
+    sample_weight: Spec = None,
+    transform: Transform | None = None,
+) -> NpySource:
+    """NumPy files as a source.
+
+    Args:
+        path: The `.npy` file of x, or of each input by name; or a `.npz` archive.
+        y: The `.npy` file of y, or of each output by name; with an archive, its key.
+        x: With an archive, the key of x, or of each input by name.
+        sample_weight: Like `y`.
+        transform: See `Source`.
+
+    Returns:
+        A source; a local `.npy` is memory-mapped and never read whole, an archive is held in memory.
+    """
+    if not isinstance(path, Mapping) and str(path).endswith(".npz"):
+        if x is None:
+            raise OptionError(f"An archive needs the key of x; got {str(path)!r} without `x`. Try `x=\"x_train\"`.")
+        return NpySource(
+            paths={}, archive=_absolute(str(path)), x=x, y=y, sample_weight=sample_weight, transform=transform
+        )
+    if x is not None:
+        raise OptionError("`x` names a key of a .npz archive; with .npy files, the first argument is x itself.")
+    paths: dict[str, str] = {}
+    specs = {role: _name_files(role, value, paths) for role, value in [("x", path), ("y", y), ("sample_weight", sample_weight)]}
+    return NpySource(paths=paths, transform=transform, **specs)  # type: ignore[arg-type]
+
+
+def from_arrays(x: Any, y: Any = None, sample_weight: Any = None, **options: Any) -> ArraySource:
+    """Arrays as `Model.fit` takes them (one, or a dict by input or output name) as a source."""
+    arrays: Columns = {}
+    specs = {role: _name_arrays(role, value, arrays) for role, value in [("x", x), ("y", y), ("sample_weight", sample_weight)]}
+    return ArraySource(arrays=arrays, **specs, **options)  # type: ignore[arg-type]
+
+
+def open_npy(path: str) -> np.ndarray:
+    """A `.npy` file as an array that reads what is sliced. Raises SourceError."""
+    if "://" in path:
+        import fsspec
+
+        local = fsspec.open_local(f"simplecache::{path}")
+        path = local if isinstance(local, str) else local[0]
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise SourceError(f"A source's files must exist; there is no {path!r}.") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"A .npy file must hold one array without objects; {path!r}: {error}") from None
+
+
+def _open_npz(path: str, keys: Sequence[str] | None) -> Columns:
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            for key in keys or ():
+                if key not in archive.files:
+                    raise ColumnError(
+                        f"Every key named by x, y or sample_weight must be in the archive; got {key!r}."
+                        f"{nearest(key, archive.files)} Keys of {path!r}: {', '.join(archive.files)}."
+                    )
+            return {key: archive[key] for key in keys or archive.files}
+    except FileNotFoundError:
+        raise SourceError(f"A source's files must exist; there is no {path!r}.") from None
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise SourceError(f"A .npz archive must be whole; {path!r}: {error}") from None
+
+
+def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource:
+    fields = {}
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise ColumnError(f"An array's first axis is its rows; {_label(name, origin)} is a scalar.")
+        if array.dtype.kind in "OSU":
+            fields[name] = Field(name, "string", "string", array.shape[1:])
+        elif array.dtype.kind in "biuf":
+            fields[name] = Field(name, "dense", array.dtype.name, array.shape[1:])
+        else:
+            raise ColumnError(
+                f"An array must hold numbers, bools or text; {_label(name, origin)} holds {array.dtype}."
+            )
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{_label(name, origin)} has {n:,}" for name, n in lengths.items())
+        raise ColumnError(f"x, y and sample_weight must have the same number of rows; {listed}.")
+    num_rows = next(iter(lengths.values()))
+    if num_rows == 0:
+        raise ColumnError("A source must have at least one row; these arrays have none.")
+    rows = max(1, _UNIT_NBYTES // max(1, sum(f.row_nbytes for f in fields.values())))
+    starts = np.arange(0, num_rows, rows, dtype=np.int64)
+    zeros = np.zeros(len(starts), np.int64)
+    digest = fingerprint([[n, str(a.dtype), a.shape, _sample_digest(a)] for n, a in arrays.items()])
+    return OpenSource(
+        reader, fields, (next(iter(origin.values())),), zeros, zeros, starts, np.diff(starts, append=num_rows), digest
+    )
+
+
+def _sample_digest(array: np.ndarray) -> str:
+    """Tells arrays of one shape apart by some of their rows, without reading them all."""
+    rows = array[:: max(1, len(array) // 64)]
+    return fingerprint(rows.tolist() if array.dtype.kind in "OSU" else np.ascontiguousarray(rows).tobytes().hex())
+
+
+def _label(name: str, origin: Mapping[str, str]) -> str:
+    return f"{name} ({origin[name]})" if origin.get(name) else name
+
+
+def _name_files(role: str, value: Any, paths: dict[str, str]) -> Spec:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {key: _name_files(f"{role}.{key}", part, paths) for key, part in value.items()}  # type: ignore[misc]
+    if not str(value).endswith(".npy"):
+        raise OptionError(f"`npy` reads .npy files and .npz archives; got {str(value)!r} for {role}.")
+    paths[role] = _absolute(str(value))
+    return role
+
+
+def _name_arrays(role: str, value: Any, arrays: Columns) -> Spec:
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        return {key: _name_arrays(f"{role}.{key}", part, arrays) for key, part in value.items()}  # type: ignore[misc]
+    arrays[role] = np.asarray(value)
+    return role
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)

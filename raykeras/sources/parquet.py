@@ -1,0 +1,352 @@
+"""Parquet: files, folders, globs, lists and hive partitions, on any fsspec filesystem."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raykeras.errors import ColumnError, SourceError
+from raykeras.sources import (
+    Columns,
+    Field,
+    OpenSource,
+    Source,
+    Spec,
+    Transform,
+    UnitRef,
+    fingerprint,
+    nearest,
+)
+
+_ENDINGS = (".parquet", ".parq", ".pq")
+_METADATA_THREADS = 16
+_MAX_CHECKED = 400_000  # column chunks whose statistics are looked at before anything starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetSource(Source):
+    """Parquet files and what their columns mean; made by `raykeras.parquet`."""
+
+    paths: tuple[str, ...]
+    storage_options: Mapping[str, Any] | None = None
+
+    def open(self) -> OpenSource:
+        fs, files, roots = _find(self.paths, dict(self.storage_options or {}))
+        with ThreadPoolExecutor(min(_METADATA_THREADS, len(files))) as pool:
+            metadata = list(pool.map(lambda path: _read_metadata(fs, path), files))
+        partitions = tuple(
+            _partition(path, root) for path, root in zip(files, roots, strict=True)
+        )
+        partitions = _typed(partitions)
+        schema = metadata[0].schema.to_arrow_schema()
+        fields = {f.name: _field(f) for f in schema}
+        for name, value in partitions[0]:
+            kind = Field(name, "dense", "int64") if isinstance(value, int) else Field(name, "string", "string")
+            fields[name] = kind
+        needed = self.columns()
+        stored = [name for name in (needed if needed is not None else fields) if name in schema.names]
+        _check_schemas(files, metadata, needed)
+        groups = [m.num_row_groups for m in metadata]
+        rows = np.array([m.row_group(g).num_rows for m in metadata for g in range(m.num_row_groups)], np.int64)
+        if not rows.sum():
+            raise SourceError(f"A source must have at least one row; {_listed(files)} have none.")
+        unit_file = np.repeat(np.arange(len(files)), groups)
+        unit_group = np.concatenate([np.arange(n) for n in groups])
+        fields = _check_chunks(self, files, metadata, fields, stored)
+        return OpenSource(
+            reader=ParquetReader(fs),
+            fields=fields,
+            files=tuple(files),
+            unit_file=unit_file,
+            unit_group=unit_group,
+            unit_start=np.zeros(len(rows), np.int64),
+            unit_rows=rows,
+            fingerprint=fingerprint([[os.path.basename(f) for f in files], rows.tolist(), str(schema)]),
+            partitions=partitions,
+        )
+
+
+def parquet(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    x: Spec = None,
+    y: Spec = None,
+    sample_weight: Spec = None,
+    transform: Transform | None = None,
+    pad: Mapping[str, int | tuple[int, Any]] | None = None,
+    ragged: Sequence[str] = (),
+    fill: Mapping[str, Any] | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> ParquetSource:
+    """Parquet files as a source.
+
+    Args:
+        path: A file, a folder (read recursively; `key=value` folders become columns), a glob, an
+            fsspec URL of any of these, or a list of them. Files are read in the order of their names.
+        x: One column; a list of numeric columns, stacked into a (rows, k) matrix; or a dict of
+            either by the model's input names.
+        y: Likewise, by output names.
+        sample_weight: Likewise, by output names.
+        transform, pad, ragged, fill: See `Source`.
+        storage_options: Passed to fsspec.
+
+    Returns:
+        A source that streams; nothing is read until it is used.
+    """
+    paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    return ParquetSource(
+        paths=tuple(os.fspath(p) for p in paths),
+        x=x,
+        y=y,
+        sample_weight=sample_weight,
+        transform=transform,
+        pad=dict(pad or {}),
+        ragged=tuple(ragged),
+        fill=dict(fill or {}),
+        storage_options=storage_options,
+    )
+
+
+class ParquetReader:
+    """Reads parts of row groups. Keeps the files that it read last open, and only in its process."""
+
+    in_memory = False
+    max_open_files = 8
+
+    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
+        self._fs = fs
+        self._open: dict[str, pq.ParquetFile] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_fs": self._fs, "_open": {}}
+
+    def read(self, unit: UnitRef, start: int, stop: int, columns: Sequence[str]) -> Columns:
+        partition = dict(unit.partition)
+        stored = [name for name in columns if name not in partition]
+        try:
+            table = self._file(unit.path).read_row_group(unit.group, columns=stored, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(
+                f"Every row group must be readable; {unit} is not: {_first_line(error)} "
+                "The file may be truncated or corrupt: write it again or leave it out."
+            ) from None
+        table = table.slice(unit.start + start, stop - start)
+        result: Columns = {name: table.column(name) for name in stored}
+        for name in columns:
+            if name in partition:
+                result[name] = np.full(stop - start, partition[name])
+        return result
+
+    def _file(self, path: str) -> pq.ParquetFile:
+        if path not in self._open:
+            while len(self._open) >= self.max_open_files:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[path] = _open_file(self._fs, path)
+        return self._open[path]
+
+
+def _open_file(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
+    if _is_local(fs):
+        return pq.ParquetFile(path, memory_map=True)
+    return pq.ParquetFile(fs.open(path, "rb"), pre_buffer=True)
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _find(paths: Sequence[str], options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, list[str], list[str]]:
+    """The filesystem, every Parquet file, and for each the folder that was named for it."""
+    files: list[str] = []
+    roots: list[str] = []
+    fs: Any = None
+    for path in paths:
+        fs, local = fsspec.core.url_to_fs(path, **options)
+        if any(c in local for c in "*?["):
+            found, root = sorted(fs.glob(local)), local[: min(local.index(c) for c in "*?[" if c in local)]
+            folders = [p for p in found if fs.isdir(p)]
+            found = sorted({f for p in folders for f in _inside(fs, p)} | {p for p in found if p not in folders})
+        elif fs.isdir(local):
+            found, root = _inside(fs, local), local
+        elif fs.exists(local):
+            found, root = [local], os.path.dirname(local)
+        else:
+            raise SourceError(f"A source's path must exist; there is no {path!r}.{_nearest_path(fs, local)}")
+        if not found:
+            what = "matches no file" if "*" in path else f"holds no {'/'.join(_ENDINGS)} file"
+            raise SourceError(f"A source must have at least one Parquet file; {path!r} {what}.")
+        files += found
+        roots += [root] * len(found)
+    return fs, files, roots
+
+
+def _inside(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    def hidden(path: str) -> bool:
+        relative = path[len(folder) :].strip("/").split("/")
+        return any(part.startswith(("_", ".")) for part in relative)
+
+    return sorted(f for f in fs.find(folder) if f.endswith(_ENDINGS) and not hidden(f))
+
+
+def _nearest_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    try:
+        beside = [os.path.basename(str(p).rstrip("/")) for p in fs.ls(os.path.dirname(path), detail=False)]
+    except (OSError, ValueError):
+        return ""
+    return nearest(os.path.basename(path.rstrip("/")), beside)
+
+
+def _read_metadata(fs: fsspec.AbstractFileSystem, path: str) -> pq.FileMetaData:
+    try:
+        if _is_local(fs):
+            return pq.read_metadata(path)
+        with fs.open(path, "rb") as file:
+            return pq.read_metadata(file)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"Every file of a source must be whole Parquet; {path!r} is not: {_first_line(error)} "
+            "Write it again, or leave it out."
+        ) from None
+
+
+def _partition(path: str, root: str) -> tuple[tuple[str, str], ...]:
+    folders = os.path.dirname(path[len(root) :] if path.startswith(root) else path).strip("/").split("/")
+    return tuple((k, v) for k, _, v in (f.partition("=") for f in folders) if _ and k)
+
+
+def _typed(partitions: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[tuple[tuple[str, Any], ...], ...]:
+    """Partition values as int where all of a name's are."""
+    integral = {}
+    for file in partitions:
+        for name, value in file:
+            integral[name] = integral.get(name, True) and value.lstrip("-").isdigit()
+    return tuple(tuple((n, int(v) if integral[n] else v) for n, v in file) for file in partitions)
+
+
+def _field(field: pa.Field) -> Field:
+    kind = field.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return Field(field.name, "dense", _dtype(kind.value_type), tuple(kind.shape))
+    shape: list[int] = []
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    if (name := _dtype(kind)) is not None:
+        return Field(field.name, "dense", name, tuple(shape))
+    if not shape and _is_text(kind):
+        binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+        return Field(field.name, "string", "bytes" if binary else "string")
+    if not shape and _is_list(kind):
+        if (name := _dtype(kind.value_type)) is not None:
+            return Field(field.name, "list", name)
+    return Field(field.name, "dense", f"arrow:{field.type}")  # an error only if it is used
+
+
+def _dtype(kind: pa.DataType) -> str | None:
+    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return np.dtype(kind.to_pandas_dtype()).name
+    return None
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(
+        test(kind)
+        for test in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_fixed_size_binary,
+        )
+    )
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _check_schemas(files: Sequence[str], metadata: Sequence[pq.FileMetaData], needed: Sequence[str] | None) -> None:
+    """All files have the needed columns with the same types."""
+    first = metadata[0].schema.to_arrow_schema()
+    for path, other in zip(files[1:], metadata[1:], strict=True):
+        if other.schema.equals(metadata[0].schema):
+            continue
+        schema = other.schema.to_arrow_schema()
+        for name in needed if needed is not None else first.names:
+            a, b = (s.field(name).type if name in s.names else None for s in (first, schema))
+            if a != b:
+                raise ColumnError(
+                    f"A column must have one type in all files; {name!r} is {a or 'missing'} in {files[0]} and "
+                    f"{b or 'missing'} in {path}. Write them alike, or read them as two sources."
+                )
+
+
+def _check_chunks(
+    source: Source,
+    files: Sequence[str],
+    metadata: Sequence[pq.FileMetaData],
+    fields: dict[str, Field],
+    names: Sequence[str],
+) -> dict[str, Field]:
+    """Nulls and lengths of lists, as far as the footers tell; the rest is checked when it is read.
+
+    Returns the fields, those of lists that all have one length turned into fixed shapes.
+    """
+    wanted = {n for n in names if n not in source.fill}
+    lists = {n for n in names if fields[n].kind == "list" and n not in source.pad and n not in source.ragged}
+    lengths: dict[str, tuple[int, str]] = {}
+    for path, group, chunk, num_rows in _chunks(metadata, files, wanted | lists):
+        name = chunk.path_in_schema.split(".")[0]
+        where = f"file {path}, row group {group}"
+        statistics = chunk.statistics if chunk.is_stats_set else None
+        if name in wanted and statistics is not None and statistics.has_null_count and statistics.null_count:
+            raise ColumnError(
+                f"x, y and sample_weight must hold no nulls; column {name!r} has {statistics.null_count:,} in {where}. "
+                f"Give `fill={{{name!r}: value}}`, or drop those rows."
+            )
+        if name in lists and num_rows:
+            length, rest = divmod(chunk.num_values, num_rows)
+            seen, seen_where = lengths.setdefault(name, (length, where))
+            if rest or length != seen:
+                raise ColumnError(
+                    f"The rows of a tensor must have one shape; the lists of column {name!r} have "
+                    f"{chunk.num_values / num_rows:g} values on average in {where} and {seen:g} in {seen_where}. "
+                    f"Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
+                )
+    return {
+        n: Field(n, "list", f.dtype, (lengths[n][0],)) if n in lengths else f for n, f in fields.items()
+    }
+
+
+def _chunks(
+    metadata: Sequence[pq.FileMetaData], files: Sequence[str], names: set[str]
+) -> Iterator[tuple[str, int, Any, int]]:
+    seen = 0
+    for path, file in zip(files, metadata, strict=True):
+        leaves = [j for j in range(file.num_columns) if file.schema.column(j).path.split(".")[0] in names]
+        for group in range(file.num_row_groups):
+            seen += len(leaves)
+            if seen > _MAX_CHECKED:
+                return
+            row_group = file.row_group(group)
+            for j in leaves:
+                yield path, group, row_group.column(j), row_group.num_rows
+
+
+def _listed(files: Sequence[str]) -> str:
+    return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") + "."
