@@ -1,0 +1,108 @@
+"""raykeras: `model.fit`, on a Ray cluster, fed from Parquet and NumPy.
+
+Importing it imports neither Ray nor TensorFlow: every name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raykeras.callbacks import DriverCallback
+    from raykeras.driver import fit
+    from raykeras.errors import (
+        CheckpointError,
+        ColumnError,
+        ModelError,
+        OptionError,
+        RaykerasError,
+        ResourceError,
+        SourceError,
+        UserCodeError,
+        ValidationError,
+        WorkerLostError,
+    )
+    from raykeras.events import (
+        ArtifactSaved,
+        BatchEnded,
+        CheckpointSaved,
+        EpochEnded,
+        EpochStarted,
+        Event,
+        RunEnded,
+        RunStarted,
+        ValidationEnded,
+        WorkerFailed,
+    )
+    from raykeras.options import Run, Scale
+    from raykeras.pipeline import Pipeline
+    from raykeras.result import Result
+    from raykeras.sources.arrays import npy
+    from raykeras.sources.parquet import parquet
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactSaved",
+    "BatchEnded",
+    "CheckpointError",
+    "CheckpointSaved",
+    "ColumnError",
+    "DriverCallback",
+    "EpochEnded",
+    "EpochStarted",
+    "Event",
+    "ModelError",
+    "OptionError",
+    "Pipeline",
+    "RaykerasError",
+    "ResourceError",
+    "Result",
+    "Run",
+    "RunEnded",
+    "RunStarted",
+    "Scale",
+    "SourceError",
+    "UserCodeError",
+    "ValidationEnded",
+    "ValidationError",
+    "WorkerFailed",
+    "WorkerLostError",
+    "fit",
+    "npy",
+    "parquet",
+]
+
+_MODULES = {
+    "callbacks": ("DriverCallback",),
+    "driver": ("fit",),
+    "options": ("Run", "Scale"),
+    "pipeline": ("Pipeline",),
+    "result": ("Result",),
+    "sources.arrays": ("npy",),
+    "sources.parquet": ("parquet",),
+    "events": (
+        "ArtifactSaved",
+        "BatchEnded",
+        "CheckpointSaved",
+        "EpochEnded",
+        "EpochStarted",
+        "Event",
+        "RunEnded",
+        "RunStarted",
+        "ValidationEnded",
+        "WorkerFailed",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'raykeras' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"raykeras.{_HOME.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,369 @@
+"""A rank's windows, read, shuffled and converted where there is a free CPU.
+
+Enters: the windows of a plan, in the order in which they are needed, through all passes. Leaves:
+the same windows as tensors, in that order.
+
+`read_windows` is the work itself: it decodes each row group once, runs the transform, puts every
+row in its place, and returns a few large arrays. `ray_blocks` has it done by Ray Data tasks, which
+hold a row group's worth of memory each and hand back an Arrow table that the worker reads in place;
+`local_blocks` does it in this process, for data that is in memory already.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raykeras.columns import Layout
+from raykeras.errors import RaykerasError
+from raykeras.plan import Window
+from raykeras.sources import OpenSource, Reader, UnitRef
+
+TASK_NBYTES = 16 << 20
+"""Windows are gathered into one task up to this many bytes: less overhead, still fine-grained."""
+
+SEGMENT_TASKS = 512
+"""Tasks of one Ray Data execution; the next execution is started before the last ends."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a rank may use of the cluster to read ahead.
+
+    Attributes:
+        cpus: Logical CPUs that may work for it at a time.
+        store_nbytes: Bytes of the object store that may be held for it.
+    """
+
+    cpus: float = 1
+    store_nbytes: int = 256 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive rows of one lane.
+
+    Attributes:
+        pass_index: The pass it belongs to.
+        lane: The lane among the rank's.
+        start: First row in the lane.
+        tensors: In the order of `Layout.tensors`; all of one length.
+    """
+
+    pass_index: int
+    lane: int
+    start: int
+    num_rows: int
+    tensors: list[Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Windows that are read together."""
+
+    windows: tuple[tuple[int, Window], ...]  # pass, window
+    units: dict[int, UnitRef]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(window.num_rows for _, window in self.windows)
+
+
+def gather_tasks(
+    windows: Iterable[tuple[int, Window]], opened: OpenSource, row_nbytes: int
+) -> Iterator[Task]:
+    """Consecutive windows as tasks of about `TASK_NBYTES`."""
+    rows = max(1, TASK_NBYTES // row_nbytes)
+    gathered: list[tuple[int, Window]] = []
+    num_rows = 0
+    for item in windows:
+        if gathered and num_rows + item[1].num_rows > rows:
+            yield _task(gathered, opened)
+            gathered, num_rows = [], 0
+        gathered.append(item)
+        num_rows += item[1].num_rows
+    if gathered:
+        yield _task(gathered, opened)
+
+
+def _task(windows: list[tuple[int, Window]], opened: OpenSource) -> Task:
+    units = sorted({unit for _, window in windows for unit, _, _ in window.pieces})
+    return Task(tuple(windows), {unit: opened.unit(unit) for unit in units})
+
+
+def read_windows(reader: Reader, layout: Layout, task: Task) -> list[Any]:
+    """The rows of a task's windows, one after the other, as tensors.
+
+    Returns:
+        NumPy arrays (task.num_rows, *shape); Arrow arrays for strings and ragged lists.
+    """
+    spans = _spans(task)
+    last_use = {unit: i for i, (_, w) in enumerate(task.windows) for unit, _, _ in w.pieces}
+    cache: dict[int, Any] = {}
+    result = layout.empty(task.num_rows)
+    parts: list[list[Any]] = [[] for _ in result]
+    at = 0
+    for i, (_, window) in enumerate(task.windows):
+        for unit, _, _ in window.pieces:
+            if unit not in cache:
+                ref, (start, stop) = task.units[unit], spans[unit]
+                columns = layout.decode(reader.read(ref, start, stop, layout.columns), str(ref))
+                cache[unit] = columns if layout.transform else layout.assemble(columns, str(ref))
+        rows = window.rows()
+        if layout.transform:
+            tensors = _transformed(layout, window, spans, cache, task)
+            pieces = [(0, window.num_rows_read, tensors)]
+        else:
+            pieces = _cut(window, spans, cache)
+        for array, target, gathered in zip(zip(*(p[2] for p in pieces), strict=True), result, parts, strict=True):
+            if target is not None:
+                _place([(a, b, t) for (a, b, _), t in zip(pieces, array, strict=True)], rows, target[at:])
+            else:
+                whole = pa.concat_arrays(array)
+                gathered.append(whole if rows is None else whole.take(pa.array(rows)))
+        at += window.num_rows
+        for unit in [u for u in cache if last_use[u] <= i]:
+            del cache[unit]
+    return [pa.concat_arrays(p) if t is None else t for t, p in zip(result, parts, strict=True)]
+
+
+def _spans(task: Task) -> dict[int, tuple[int, int]]:
+    """First and past-the-last row that any of the windows needs of each unit."""
+    spans: dict[int, tuple[int, int]] = {}
+    for _, window in task.windows:
+        for unit, start, stop in window.pieces:
+            lo, hi = spans.get(unit, (start, stop))
+            spans[unit] = (min(lo, start), max(hi, stop))
+    return spans
+
+
+def _cut(window: Window, spans: dict[int, tuple[int, int]], cache: dict[int, Any]) -> list[tuple[int, int, list[Any]]]:
+    """The window's pieces: first and past-the-last row among those read, and their tensors."""
+    pieces, at = [], 0
+    for unit, start, stop in window.pieces:
+        lo = spans[unit][0]
+        pieces.append((at, at + stop - start, [t[start - lo : stop - lo] for t in cache[unit]]))
+        at += stop - start
+    return pieces
+
+
+def _transformed(
+    layout: Layout, window: Window, spans: dict[int, tuple[int, int]], cache: dict[int, Any], task: Task
+) -> list[Any]:
+    """All rows read for a window through the user's function, before any is chosen or moved."""
+    columns: dict[str, Any] = {}
+    for name in layout.columns:
+        slices = []
+        for unit, start, stop in window.pieces:
+            lo = spans[unit][0]
+            slices.append(cache[unit][name][start - lo : stop - lo])
+        numpy = isinstance(slices[0], np.ndarray)
+        columns[name] = np.concatenate(slices) if numpy else pa.concat_arrays(slices)
+    where = str(task.units[window.pieces[0][0]])
+    return layout.assemble(layout.apply_transform(columns, window.key), where)
+
+
+def _place(pieces: Sequence[tuple[int, int, np.ndarray]], rows: np.ndarray | None, target: np.ndarray) -> None:
+    """Writes pieces of the rows read to where `Window.rows` wants them."""
+    if rows is None:
+        for a, b, piece in pieces:
+            target[a:b] = piece
+    elif len(rows) == pieces[-1][1]:  # a permutation: scatter each piece
+        where = np.empty(len(rows), np.int64)
+        where[rows] = np.arange(len(rows))
+        for a, b, piece in pieces:
+            target[where[a:b]] = piece
+    else:  # an ascending choice
+        for a, b, piece in pieces:
+            lo, hi = np.searchsorted(rows, (a, b))
+            target[lo:hi] = piece[rows[lo:hi] - a]
+
+
+def local_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task]) -> Iterator[Block]:
+    """Reads in this process, when asked."""
+    for task in tasks:
+        yield from _blocks(task, [read_windows(reader, layout, task)])
+
+
+def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: Reading) -> Iterator[Block]:
+    """Reads through Ray Data.
+
+    Args:
+        reader: Reads units.
+        layout: Makes tensors of them.
+        tasks: What to read, in order; may be endless.
+        reading: Limits.
+    """
+    import ray
+
+    shared = ray.put((reader, layout))
+    tasks = iter(tasks)
+    ahead: deque[tuple[list[Task], _Execution]] = deque()
+
+    def start() -> None:
+        segment = list(itertools.islice(tasks, SEGMENT_TASKS))
+        if segment:
+            ahead.append((segment, _Execution(shared, segment, layout.row_nbytes, reading)))
+
+    start()
+    try:
+        while ahead:
+            segment, execution = ahead[0]
+            tables = execution.tables()
+            for i, task in enumerate(segment):
+                if i == max(0, len(segment) - 2 * int(reading.cpus) - 2):
+                    start()  # an execution takes a second to start: have it ready when this one ends
+                yield from _blocks(task, (layout.unpack(table) for table in _rows_of(task, tables)))
+            ahead.popleft()
+    finally:
+        for _, execution in ahead:
+            execution.close()
+
+
+def _rows_of(task: Task, tables: _Tables) -> Iterator[pa.Table]:
+    missing = task.num_rows
+    while missing:
+        table = tables.take(missing)
+        missing -= len(table)
+        yield table
+
+
+def _blocks(task: Task, arrays: Iterable[list[Any]]) -> Iterator[Block]:
+    """Cuts what was read at the windows' borders."""
+    windows = iter(task.windows)
+    pass_index, window = next(windows)
+    done = 0
+    for tensors in arrays:
+        at, size = 0, len(tensors[0])
+        while at < size:
+            if done == window.num_rows:
+                pass_index, window = next(windows)
+                done = 0
+            take = min(size - at, window.num_rows - done)
+            yield Block(pass_index, window.lane, window.start + done, take, [t[at : at + take] for t in tensors])
+            done += take
+            at += take
+
+
+class _Tables:
+    """Tables of an execution, cut to no more rows than are wanted."""
+
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
+        self._tables = tables
+        self._rest: pa.Table | None = None
+
+    def take(self, num_rows: int) -> pa.Table:
+        table = self._rest if self._rest is not None else next(self._tables)
+        while not len(table):
+            table = next(self._tables)
+        self._rest = table.slice(num_rows) if len(table) > num_rows else None
+        return table.slice(0, num_rows)
+
+
+class _Execution:
+    """One Ray Data execution, begun at once in a thread."""
+
+    def __init__(self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> None:
+        self._arguments = (shared, segment, row_nbytes, reading)
+        self._iterator: Any = None
+        self._first: list[pa.Table] = []
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._begin, name="raykeras-read", daemon=True)
+        self._thread.start()
+
+    def tables(self) -> _Tables:
+        return _Tables(self._tables())
+
+    def close(self) -> None:
+        """Ends the execution; its tasks are cancelled."""
+        self._closed = True
+        self._thread.join()
+        if self._iterator is not None:
+            self._iterator.close()
+
+    def _begin(self) -> None:
+        try:
+            self._iterator = iter(_execute(*self._arguments))
+            self._first = list(itertools.islice(self._iterator, 1))
+        except BaseException as error:  # raised in the thread that reads
+            self._failure = error
+
+    def _tables(self) -> Iterator[pa.Table]:
+        self._thread.join()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            yield from self._first
+            self._first = []
+            yield from self._iterator
+        except Exception as error:
+            cause = root_cause(error)
+            if cause is error or not isinstance(cause, RaykerasError):
+                raise
+            raise cause from None
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost exception of ours in what Ray wraps around it."""
+    seen: list[BaseException] = []
+    current: Any = error
+    while isinstance(current, BaseException) and current not in seen:
+        if isinstance(current, RaykerasError):
+            return current
+        seen.append(current)
+        current = getattr(current, "cause", None) or current.__cause__ or current.__context__
+    return error
+
+
+def _execute(shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> Iterator[pa.Table]:
+    import ray
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class PlannedDatasource(Datasource):
+        """One read task for each of the plan's tasks."""
+
+        def get_name(self) -> str:
+            return "Planned"
+
+        def estimate_inmemory_data_size(self) -> int:
+            return sum(task.num_rows for task in segment) * row_nbytes
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
+            return [
+                ReadTask(
+                    functools.partial(_read_task, shared, task),
+                    BlockMetadata(
+                        num_rows=task.num_rows, size_bytes=task.num_rows * row_nbytes, input_files=None, exec_stats=None
+                    ),
+                )
+                for task in segment
+            ]
+
+    dataset = ray.data.read_datasource(PlannedDatasource(), override_num_blocks=len(segment))
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # a task's rows stay one block
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(
+        cpu=reading.cpus, object_store_memory=reading.store_nbytes
+    )
+    return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+
+
+def _read_task(shared: Any, task: Task) -> Iterator[pa.Table]:
+    import ray
+
+    reader, layout = ray.get(shared)
+    yield layout.pack(read_windows(reader, layout, task))

@@ -1,0 +1,250 @@
+"""Which callbacks run where, what they tell the driver, and what they hand back.
+
+Enters: the user's callbacks, and the rank of the worker. Leaves: the list for `model.fit` there,
+ending with ours, which turn Keras' hooks into events; and, after training, the chief's attributes
+for the user's own objects.
+
+Callbacks that steer training run on every worker; the logs they see are reduced over all replicas,
+so all decide alike. Those that only write or talk run on the chief. Those that save run everywhere,
+since all workers must take part in reading the variables, but only the chief keeps the file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from raykeras import events
+from raykeras.events import Event
+from raykeras.keras_api import KerasAPI
+
+CHIEF_ONLY = ("CSVLogger", "TensorBoard", "RemoteMonitor", "ProgbarLogger")
+SAVING = ("ModelCheckpoint", "BackupAndRestore")
+_PATHS = ("filepath", "_filepath", "filename", "log_dir", "_log_write_dir", "backup_dir")
+
+BATCH_INTERVAL_S = 0.05
+"""Batches within this time are told of together: reading a step's logs waits for the step."""
+
+
+class DriverCallback:
+    """A callback whose hooks run in the driver, on the event stream.
+
+    Pass it to `fit` among the others. It never holds up a step, sees what the chief sees, and may
+    use what only the driver has. Logs are plain floats.
+    """
+
+    def on_train_begin(self, logs: dict[str, float]) -> None: ...
+
+    def on_train_end(self, logs: dict[str, float]) -> None: ...
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float]) -> None: ...
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None: ...
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
+        """`batch` counts from 0; several batches may be told of as the last of them."""
+
+    def on_test_end(self, logs: dict[str, float]) -> None: ...
+
+    def on_event(self, event: Event) -> None:
+        """Every event, before the hook that it belongs to."""
+
+    def dispatch(self, event: Event) -> None:
+        """Calls the hooks of an event."""
+        self.on_event(event)
+        epoch = event.epoch or 0
+        if isinstance(event, events.RunStarted):
+            self.on_train_begin({})
+        elif isinstance(event, events.EpochStarted):
+            self.on_epoch_begin(epoch, {})
+        elif isinstance(event, events.BatchEnded):
+            self.on_train_batch_end((event.step or 1) - 1, dict(event.logs))
+        elif isinstance(event, events.ValidationEnded):
+            self.on_test_end(dict(event.logs))
+        elif isinstance(event, events.EpochEnded):
+            self.on_epoch_end(epoch, dict(event.logs))
+        elif isinstance(event, events.RunEnded):
+            self.on_train_end(dict(event.logs))
+
+
+def for_rank(callbacks: Sequence[Any], rank: int) -> list[Any]:
+    """The user's callbacks that run on a worker; the savers of other ranks save to nowhere."""
+    chosen = []
+    for callback in callbacks:
+        names = {cls.__name__ for cls in type(callback).__mro__}
+        if rank and names & set(CHIEF_ONLY):
+            continue
+        if rank and names & set(SAVING):
+            _redirect(callback, tempfile.mkdtemp(prefix="raykeras-unkept-"), all_paths=True)
+        chosen.append(callback)
+    return chosen
+
+
+def into_artifacts(callbacks: Sequence[Any], folder: str) -> None:
+    """Lets the relative paths of Keras' callbacks lie under a folder."""
+    for callback in callbacks:
+        if {cls.__name__ for cls in type(callback).__mro__} & {*CHIEF_ONLY, *SAVING}:
+            _redirect(callback, folder, all_paths=False)
+
+
+def _redirect(callback: Any, folder: str, all_paths: bool) -> None:
+    for name in _PATHS:
+        path = getattr(callback, name, None)
+        if not isinstance(path, str | os.PathLike) or "://" in str(path):
+            continue
+        if all_paths:
+            path = os.path.join(folder, os.path.basename(str(path).rstrip("/")))
+        elif not os.path.isabs(path):
+            path = os.path.join(folder, path)
+        else:
+            continue
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        setattr(callback, name, path)
+
+
+def states_of(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> list[dict[str, bytes]]:
+    """Each callback's attributes, pickled one by one; what needs TensorFlow to be read stays behind."""
+    states = []
+    for callback in callbacks:
+        state = {}
+        for name, value in vars(callback).items():
+            if name in ("model", "_model", "params"):
+                continue
+            try:
+                data = dumps(value)
+            except Exception:
+                continue
+            if not any(package in data for package in (b"keras", b"tensorflow")):
+                state[name] = data
+        states.append(state)
+    return states
+
+
+def hand_back(
+    callbacks: Sequence[Any], states: Sequence[Mapping[str, bytes]], loads: Callable[[bytes], Any]
+) -> None:
+    """Puts the chief's attributes into the user's own objects, but for redirected paths."""
+    for callback, state in zip(callbacks, states, strict=True):
+        for name, data in state.items():
+            if name not in _PATHS:
+                vars(callback)[name] = loads(data)
+
+
+def event_callback(
+    api: KerasAPI,
+    send: Callable[[Event], None],
+    *,
+    rank: int,
+    batch_rows: Callable[[int], int],
+    waited_s: Callable[[int, float], float],
+    steps_per_execution: int = 1,
+) -> Any:
+    """The callback that turns Keras' hooks into events.
+
+    Args:
+        api: The Keras that calls it.
+        send: Takes each event, at once.
+        rank: Rank of this worker.
+        batch_rows: Step, counted through all passes, to the rows of its global batch.
+        waited_s: Step and the time its predecessor ended to the seconds it waited for data.
+        steps_per_execution: Steps between two hooks.
+    """
+
+    class EventCallback(api.module.callbacks.Callback):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self._step = 0  # counted through all passes
+            self._epoch = 0
+            self._sent = 0  # steps of the epoch that were told of
+            self._last: dict[str, float] | None = None
+
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self._epoch, self._in_epoch, self._sent, self._rows, self._waited = epoch, 0, 0, 0, 0.0
+            self._begin = self._end = self._told = time.perf_counter()
+            send(events.EpochStarted(rank=rank, epoch=epoch, step=0))
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            done = batch + 1 - self._in_epoch
+            for _ in range(done):
+                self._waited += waited_s(self._step, self._end)
+                self._rows += batch_rows(self._step)
+                self._step += 1
+                self._in_epoch += 1
+            now = self._end = time.perf_counter()
+            self._logs = logs
+            if now - self._told >= BATCH_INTERVAL_S:
+                self._tell()
+
+        def on_test_end(self, logs: Any = None) -> None:
+            send(events.ValidationEnded(rank=rank, epoch=self._epoch, step=self._in_epoch, logs=plain_logs(logs)))
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if self._in_epoch > self._sent:
+                self._tell()
+            rate, wait = self._speed()
+            send(
+                events.EpochEnded(
+                    rank=rank,
+                    epoch=epoch,
+                    step=self._in_epoch,
+                    logs=plain_logs(logs),
+                    seconds=time.perf_counter() - self._begin,
+                    rows_per_s=rate,
+                    data_wait=wait,
+                )
+            )
+
+        def _speed(self) -> tuple[float, float]:
+            seconds = max(self._end - self._begin, 1e-9)
+            return self._rows / seconds, min(1.0, self._waited / seconds)
+
+        def _tell(self) -> None:
+            self._told = self._end
+            rate, wait = self._speed()
+            send(
+                events.BatchEnded(
+                    rank=rank,
+                    epoch=self._epoch,
+                    step=self._in_epoch,
+                    logs=plain_logs(self._logs),
+                    num_steps=self._in_epoch - self._sent,
+                    rows_per_s=rate,
+                    data_wait=wait,
+                )
+            )
+            self._sent = self._in_epoch
+
+    return EventCallback()
+
+
+def epoch_end_callback(api: KerasAPI, function: Callable[[int, dict[str, float]], None]) -> Any:
+    """A callback that calls a function with the epoch and its logs."""
+
+    class EpochEndCallback(api.module.callbacks.Callback):  # type: ignore[misc, name-defined]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            function(epoch, plain_logs(logs))
+
+    return EpochEndCallback()
+
+
+def plain_logs(logs: Mapping[str, Any] | None) -> dict[str, float]:
+    """Logs as Python floats; what is not a number is left out."""
+    plain = {}
+    for name, value in (logs or {}).items():
+        try:
+            plain[str(name)] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return plain
+
+
+def is_better(monitor: str, value: float, than: float) -> bool:
+    """Whether one value of a metric is better, in the direction that Keras' "auto" mode takes."""
+    if math.isnan(value):
+        return False
+    maximise = any(part in monitor for part in ("acc", "auc", "precision", "recall", "fmeasure", "f1"))
+    return math.isnan(than) or (value > than if maximise else value < than)

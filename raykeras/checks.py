@@ -1,0 +1,116 @@
+"""Whether a model fits its data and can be trained, before the first step.
+
+Enters: a built model and the layout of its data. Leaves: nothing, or a `ModelError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raykeras.columns import Layout, Tensor
+from raykeras.errors import ModelError
+from raykeras.keras_api import KerasAPI
+from raykeras.sources import nearest
+
+
+def check_model(model: Any, api: KerasAPI, layout: Layout) -> None:
+    """Raises ModelError with the rule that is broken, both sides, and what to do."""
+    if not api.is_compiled(model):
+        raise ModelError(
+            f"A model must be compiled; {model.name!r} is not. Call `model.compile(...)` before it is returned or passed."
+        )
+    _check_inputs(model, api, layout)
+    _check_outputs(model, api, layout)
+
+
+def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
+    names = api.input_names(model)
+    if names is None:
+        return
+    tensors = layout.role("x")
+    shapes = {name: _shape(spec) for name, spec in zip(names, model.inputs, strict=True)}
+    if tensors[0].name is None:
+        if len(names) > 1:
+            raise ModelError(
+                f"A model with several inputs needs x by their names; it has {', '.join(names)}, and x is one tensor. "
+                f"Give `x={{{names[0]!r}: ..., {names[1]!r}: ...}}`."
+            )
+        _check_shape(names[0], shapes[names[0]], tensors[0])
+        return
+    if "x" in layout.sequences:
+        if len(tensors) != len(names):
+            raise ModelError(f"x must hold one array for each input; got {len(tensors)} for {', '.join(names)}.")
+        for name, tensor in zip(names, tensors, strict=True):
+            _check_shape(name, shapes[name], tensor)
+        return
+    given = {str(t.name): t for t in tensors}
+    for name in given:
+        if name not in shapes:
+            raise ModelError(
+                f"x must name the model's inputs; got {name!r}.{nearest(name, shapes)} Inputs: {', '.join(names)}."
+            )
+    for name, shape in shapes.items():
+        if name not in given:
+            raise ModelError(
+                f"x must name all of the model's inputs; {name!r} is missing. Given: {', '.join(given)}."
+            )
+        _check_shape(name, shape, given[name])
+
+
+def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
+    if type(model).train_step is not _plain_train_step(model, api):
+        return  # the user's own step may want anything
+    tensors = layout.role("y")
+    if not tensors:
+        if getattr(model, "loss", None):
+            raise ModelError(
+                f"A model compiled with a loss needs y; it has {_named(model.loss)}, and the source has no y. "
+                'Give `y="column"`, or compile without a loss and use `add_loss`.'
+            )
+        return
+    names = api.output_names(model)
+    if names is None or tensors[0].name is None or "y" in layout.sequences:
+        return
+    for tensor in tensors:
+        if tensor.name not in names and not isinstance(model.outputs, dict):
+            raise ModelError(
+                f"y must name the model's outputs; got {tensor.name!r}.{nearest(str(tensor.name), names)} "
+                f"Outputs: {', '.join(names)}."
+            )
+
+
+def _plain_train_step(model: Any, api: KerasAPI) -> Any:
+    for cls in type(model).__mro__:
+        if cls.__module__.split(".")[0] == api.name and "train_step" in vars(cls):
+            return cls.train_step
+    return None
+
+
+def _check_shape(name: str, wanted: tuple[Any, ...] | None, tensor: Tensor) -> None:
+    if wanted is None or tensor.kind == "ragged":
+        return
+    given = tensor.shape
+    # Keras itself adds or drops a last axis of one
+    alike = [given, (*given, 1)] + ([given[:-1]] if given[-1:] == (1,) else [])
+    if any(len(s) == len(wanted) and all(w in (None, g) for w, g in zip(wanted, s, strict=True)) for s in alike):
+        return
+    columns = " and ".join(map(repr, tensor.columns))
+    raise ModelError(
+        f"A column must have the shape of its input; input {name!r} takes {_described(wanted)} a row and column "
+        f"{columns} gives {_described(given)}. Change the input, or reshape in `transform`."
+    )
+
+
+def _shape(spec: Any) -> tuple[Any, ...] | None:
+    shape = spec.shape
+    if getattr(shape, "rank", 0) is None:
+        return None
+    return tuple(shape)[1:]
+
+
+def _described(shape: tuple[Any, ...]) -> str:
+    return "a single number" if not shape else "×".join("?" if n is None else str(n) for n in shape)
+
+
+def _named(loss: Any) -> str:
+    return repr(loss) if isinstance(loss, str | list | dict) else getattr(loss, "name", type(loss).__name__)

@@ -1,0 +1,127 @@
+"""The Ray that a run uses: connected to, or started on this machine.
+
+Enters: a `Scale`. Leaves: a Ray that can give what the run needs, or a `ResourceError`; and the
+shares of it that each worker's data tasks may use.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from raykeras.blocks import Reading
+from raykeras.errors import ResourceError
+from raykeras.options import Scale
+
+_STORE_SHARE = 0.5  # of the object store, for rows on their way
+_MAX_STORE_NBYTES = 512 << 20  # of one rank
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run may use of Ray.
+
+    Attributes:
+        num_cpus: Logical CPUs of the nodes that are there now.
+        num_gpus: Likewise.
+        store_nbytes: Bytes of their object stores.
+        cpus_per_worker: Logical CPUs that each worker takes.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    store_nbytes: float
+    cpus_per_worker: float
+
+    def reading(self, scale: Scale, num_streams: int) -> Reading:
+        """What one stream of one rank may use to read."""
+        taken = self.cpus_per_worker * scale.workers if scale.workers > 1 else 0
+        cpus = max(1.0, (self.num_cpus - taken) // scale.workers)
+        store = self.store_nbytes * _STORE_SHARE / scale.workers / num_streams
+        return Reading(cpus=cpus, store_nbytes=int(min(_MAX_STORE_NBYTES, store)))
+
+
+def connect(scale: Scale, *, in_process: bool) -> Cluster:
+    """Uses the Ray that is connected, or one that runs here, or starts one.
+
+    Raises:
+        ResourceError: If it can never give the workers, CPUs or GPUs.
+    """
+    import ray
+
+    quiet()
+    started = False
+    if not ray.is_initialized():
+        started = _start(scale)
+    resources = ray.cluster_resources()
+    limit = _most_resources() or resources
+    num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
+    cpus_per_worker = scale.cpus_per_worker
+    if cpus_per_worker is None:
+        # data tasks wait for ever where workers hold all CPUs
+        room = (num_cpus - 1) / scale.workers
+        cpus_per_worker = min(1.0, room if room >= 1 else max(round(room - 0.005, 2), 0.01))
+    if not in_process:
+        _require(scale, cpus_per_worker, num_cpus, num_gpus, started)
+    return Cluster(
+        float(resources.get("CPU", 0)),
+        float(resources.get("GPU", 0)),
+        float(resources.get("object_store_memory", 0)),
+        cpus_per_worker,
+    )
+
+
+def num_gpus_here() -> int:
+    """GPUs of this machine, asked without TensorFlow."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+
+
+def quiet() -> None:
+    """Keeps Ray's and TensorFlow's talk from the user; warnings of ours and all errors remain."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for name in ("ray.data", "ray.train", "ray._private", "ray._common"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _start(scale: Scale) -> bool:
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address="auto", **options)
+        return False
+    except ConnectionError:
+        cpus = scale.cpus_per_worker or 1
+        ray.init(
+            num_cpus=(os.cpu_count() or 1) + int(-(-scale.workers * cpus // 1)), include_dashboard=False, **options
+        )
+        return True
+
+
+def _most_resources() -> dict[str, float] | None:
+    """What an autoscaling cluster may grow to; None where it does not say."""
+    from ray._private.state import state
+
+    try:
+        return state.get_max_resources_from_cluster_config()
+    except Exception:
+        return None
+
+
+def _require(scale: Scale, cpus_per_worker: float, num_cpus: float, num_gpus: float, started: bool) -> None:
+    where = "this machine" if started else "the cluster, grown as far as it may,"
+    for what, each, there in (
+        ("CPUs", cpus_per_worker, num_cpus - 1),
+        ("GPUs", scale.gpus_per_worker, num_gpus),
+    ):
+        if scale.workers * each > there:
+            spare = " beside one that is left for reading data" if what == "CPUs" else ""
+            fits = int(there // each) if each else 0
+            raise ResourceError(
+                f"{scale.workers} workers with {each:g} {what} each need {scale.workers * each:g}; {where} has "
+                f"{max(there, 0):g}{spare}. Try `workers={max(1, fits)}`, or a larger cluster."
+            )

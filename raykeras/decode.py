@@ -1,0 +1,163 @@
+"""One stored column as an array: what a reader gives in, what a tensor can be made of out.
+
+Enters: an Arrow or NumPy column of some rows. Leaves: for fixed shapes a NumPy array
+(rows, *shape), without a copy where Arrow's layout allows it; for strings and lists of differing
+lengths an Arrow array. Nulls are an error unless `fill` replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raykeras.errors import ColumnError
+from raykeras.sources import Field
+
+
+def decode(
+    column: Any,
+    field: Field,
+    *,
+    where: str,
+    pad: Mapping[str, int | tuple[int, Any]],
+    ragged: bool = False,
+    fill: Mapping[str, Any],
+) -> Any:
+    """A column of a reader as an array.
+
+    Args:
+        column: NumPy array, Arrow array or chunked array of some rows.
+        field: What the column is.
+        where: The file and row group, for messages.
+        pad: Lengths for columns of lists, by name.
+        ragged: Whether a list's lengths may differ.
+        fill: Values that take the place of nulls, by name.
+
+    Returns:
+        A NumPy array (rows, *shape); for strings an Arrow binary array; with `ragged` an Arrow list
+        array.
+
+    Raises:
+        ColumnError: If there are nulls, or lists have differing lengths.
+    """
+    if isinstance(column, np.ndarray):
+        return _strings(column) if field.kind == "string" else column
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if field.kind == "string":
+        return _without_nulls(array, field, where, fill).cast(pa.large_binary())
+    if field.kind == "list":
+        return _lists(array, field, where, pad, ragged, fill)
+    if array.null_count and pa.types.is_fixed_size_list(array.type):
+        return _filled_rows(array, field, where, fill)
+    rows = len(array)
+    while pa.types.is_fixed_size_list(array.type):
+        array = array.flatten()
+    return _to_numpy(_without_nulls(array, field, where, fill)).reshape(rows, *field.shape)
+
+
+def for_transform(array: Any) -> np.ndarray:
+    """A decoded column as a user's function sees it: strings and lists as an object array."""
+    if isinstance(array, np.ndarray):
+        return array
+    if pa.types.is_large_binary(array.type):
+        return array.to_numpy(zero_copy_only=False)
+    result = np.empty(len(array), object)
+    result[:] = [_to_numpy(row.values) for row in array]
+    return result
+
+
+def from_transform(array: Any) -> Any:
+    """The reverse: object arrays of text or bytes as an Arrow binary array."""
+    array = np.asarray(array)
+    return _strings(array) if array.dtype.kind in "OSU" else array
+
+
+def _strings(array: np.ndarray) -> pa.Array:
+    values = [v.encode() if isinstance(v, str) else v for v in array.ravel().tolist()]
+    return pa.array(values, pa.large_binary())
+
+
+def _without_nulls(array: pa.Array, field: Field, where: str, fill: Mapping[str, Any]) -> pa.Array:
+    if not array.null_count:
+        return array
+    if field.name not in fill:
+        raise null_error(field.name, array.null_count, where)
+    return pc.fill_null(array, pa.scalar(fill[field.name], array.type))
+
+
+def null_error(name: str, count: int, where: str) -> ColumnError:
+    """The error for nulls in a column that is used."""
+    return ColumnError(
+        f"x, y and sample_weight must hold no nulls; column {name!r} has {count:,} in {where}. "
+        f"Give `fill={{{name!r}: value}}`, or drop those rows."
+    )
+
+
+def _filled_rows(array: pa.Array, field: Field, where: str, fill: Mapping[str, Any]) -> np.ndarray:
+    """Fixed-size lists of which whole rows are null; under a null row the values are undefined."""
+    if field.name not in fill:
+        raise null_error(field.name, array.null_count, where)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    result = np.full((len(array), *field.shape), fill[field.name], field.dtype)
+    inner = array.filter(pa.array(valid))
+    rows = len(inner)
+    while pa.types.is_fixed_size_list(inner.type):
+        inner = inner.flatten()
+    result[valid] = _to_numpy(_without_nulls(inner, field, where, fill)).reshape(rows, *field.shape)
+    return result
+
+
+def _lists(
+    array: pa.Array,
+    field: Field,
+    where: str,
+    pad: Mapping[str, int | tuple[int, Any]],
+    ragged: bool,
+    fill: Mapping[str, Any],
+) -> Any:
+    if array.null_count:
+        raise null_error(field.name, array.null_count, where)
+    flat = _without_nulls(array.flatten(), field, where, fill)
+    lengths = pc.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64)
+    splits = np.concatenate([[0], np.cumsum(lengths)])
+    if ragged:
+        return pa.LargeListArray.from_arrays(pa.array(splits), flat)
+    values = _to_numpy(flat)
+    if field.name in pad:
+        wanted = pad[field.name]
+        length, value = wanted if isinstance(wanted, tuple) else (wanted, 0)
+        return _padded(values, splits, lengths, length, value)
+    length = field.shape[0] if field.shape else (int(lengths[0]) if len(lengths) else 0)
+    uneven = np.flatnonzero(lengths != length)
+    if len(uneven):
+        raise ColumnError(
+            f"The rows of a tensor must have one shape; column {field.name!r} has a list of {lengths[uneven[0]]} "
+            f"values and others of {length} in {where}. Give `pad={{{field.name!r}: length}}` or "
+            f"`ragged=[{field.name!r}]`."
+        )
+    return values.reshape(len(lengths), length)
+
+
+def _padded(values: np.ndarray, splits: np.ndarray, lengths: np.ndarray, length: int, value: Any) -> np.ndarray:
+    """Lists cut or filled up at their end: (rows, length)."""
+    result = np.full((len(lengths), length), value, values.dtype)
+    column = np.arange(length)
+    present = column < lengths[:, None]  # (rows, length)
+    result[present] = values[(splits[:-1, None] + column)[present]]
+    return result
+
+
+def _to_numpy(array: pa.Array) -> np.ndarray:
+    if pa.types.is_boolean(array.type):
+        return array.cast(pa.uint8()).to_numpy().view(np.bool_)
+    return array.to_numpy(zero_copy_only=False)

@@ -1,0 +1,103 @@
+"""The differences between Keras 3 and tf_keras (legacy Keras 2), in one place.
+
+Enters: a model or what builds it. Leaves: the package it belongs to, and one way to do what the two
+do differently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from raykeras.errors import ModelError
+
+
+@dataclass(frozen=True)
+class KerasAPI:
+    """Keras 3 or tf_keras.
+
+    Attributes:
+        name: "keras" or "tf_keras".
+    """
+
+    name: str
+
+    @property
+    def is_legacy(self) -> bool:
+        return self.name == "tf_keras"
+
+    @property
+    def module(self) -> ModuleType:
+        return importlib.import_module(self.name)
+
+    @property
+    def version(self) -> str:
+        return str(self.module.__version__)
+
+    def seed(self, seed: int) -> None:
+        """Seeds Python, NumPy, TensorFlow and the package."""
+        self.module.utils.set_random_seed(seed)
+
+    def floatx(self) -> str:
+        return str(self.module.backend.floatx())
+
+    def is_compiled(self, model: Any) -> bool:
+        """Whether `fit` would run: compiled, or with a `train_step` of its own and an optimizer."""
+        return bool(getattr(model, "_is_compiled", False) if self.is_legacy else getattr(model, "compiled", False))
+
+    def is_built(self, model: Any) -> bool:
+        return bool(model.built)
+
+    def input_names(self, model: Any) -> list[str] | None:
+        """Names of a functional model's inputs; None for models that do not say."""
+        if not getattr(model, "inputs", None) or getattr(model, "input_names", None) is None:
+            return None
+        return [str(name) for name in model.input_names]
+
+    def output_names(self, model: Any) -> list[str] | None:
+        if not getattr(model, "outputs", None) or getattr(model, "output_names", None) is None:
+            return None
+        return [str(name) for name in model.output_names]
+
+    def variables(self, model: Any) -> list[Any]:
+        """The model's and its optimizer's variables, in a fixed order."""
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None:
+            return list(model.variables)
+        rest = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
+        return [*model.variables, *rest]
+
+    def build_optimizer(self, model: Any) -> None:
+        """Makes the optimizer's variables, which are otherwise made in the first step."""
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is not None and model.built and not getattr(optimizer, "built", True):
+            optimizer.build(model.trainable_variables)
+
+
+def api_of(model: Any) -> KerasAPI:
+    """The package that a model's class comes from. Raises ModelError if it is neither."""
+    for cls in type(model).__mro__:
+        root = cls.__module__.split(".")[0]
+        if root in ("keras", "tf_keras") and cls.__name__ in ("Model", "Trainer", "Layer"):
+            return KerasAPI(root)
+    raise ModelError(
+        f"A model must be a keras.Model or tf_keras.Model; got {type(model).__module__}.{type(model).__qualname__}."
+    )
+
+
+def likely_api(pickled_build: bytes) -> KerasAPI:
+    """The package that a build function uses, told from its pickle before it is called."""
+    legacy = b"tf_keras" in pickled_build or os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "True", "true")
+    return KerasAPI("tf_keras" if legacy else "keras")
+
+
+def current_floatx() -> str:
+    """`floatx` of the Keras that is loaded in this process; float32 where none is."""
+    for name in ("keras", "tf_keras"):
+        if name in sys.modules and hasattr(sys.modules[name], "backend"):
+            return str(sys.modules[name].backend.floatx())
+    return "float32"

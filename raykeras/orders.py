@@ -1,0 +1,101 @@
+"""What a worker is told: plain, picklable, made by the driver, without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from raykeras.blocks import Reading
+from raykeras.checkpoint import RunFolder
+from raykeras.columns import Layout
+from raykeras.options import Run, Scale
+from raykeras.plan import Order, PassPlan
+from raykeras.sources import OpenSource
+
+
+@dataclass(frozen=True)
+class DataOrders:
+    """A source, and the order in which its rows are used.
+
+    Attributes:
+        opened, layout: The source and its tensors.
+        order: See `raykeras.plan`.
+        batch_size: Rows of a global batch.
+        num_shards, window_rows, seed: See `raykeras.plan.PassPlan`.
+        reading: What each rank may use to read it.
+    """
+
+    opened: OpenSource
+    layout: Layout
+    order: Order
+    batch_size: int
+    num_shards: int
+    window_rows: int
+    seed: int
+    reading: Reading
+
+    @property
+    def num_steps(self) -> int:
+        """Batches in a pass."""
+        return -(-self.opened.num_rows // self.batch_size)
+
+    def plan(self, pass_index: int) -> PassPlan:
+        return PassPlan(
+            self.opened.unit_rows,
+            global_batch_size=self.batch_size,
+            num_shards=self.num_shards,
+            window_rows=self.window_rows,
+            order=self.order,
+            seed=self.seed,
+            epoch=pass_index if self.order == "shuffled" else 0,
+        )
+
+
+@dataclass(frozen=True)
+class Orders:
+    """One worker's part of a run; the same for all ranks.
+
+    Attributes:
+        train, validation: What is trained on and validated with.
+        epochs, initial_epoch, steps_per_epoch, validation_freq: As `Model.fit` takes them.
+        scale, run: As the user gave them.
+        folder: The run's folder.
+    """
+
+    train: DataOrders
+    validation: DataOrders | None
+    epochs: int
+    initial_epoch: int
+    steps_per_epoch: int | None
+    validation_freq: Any
+    scale: Scale
+    run: Run
+    folder: RunFolder
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of an epoch."""
+        return self.steps_per_epoch or self.train.num_steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the chief hands back.
+
+    Attributes:
+        history: Metric to its value in each epoch.
+        epoch: The epochs that were trained.
+        params: As Keras' `History.params`.
+        callback_states: Attributes of the user's callbacks; see `raykeras.callbacks.states_of`.
+        variables: The model's and its optimizer's variables, where they go back into a model of the
+            driver.
+    """
+
+    history: dict[str, list[float]]
+    epoch: list[int]
+    params: Mapping[str, Any]
+    callback_states: list[dict[str, bytes]] = field(default_factory=list)
+    variables: list[np.ndarray] | None = None

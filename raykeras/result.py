@@ -1,0 +1,67 @@
+"""What `fit` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raykeras.callbacks import is_better
+from raykeras.checkpoint import Checkpoint, RunFolder
+from raykeras.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        history: Metric to its values, one for each epoch, as Keras' `History.history`.
+        epoch: The epochs that were trained, from 0.
+        params: As Keras' `History.params`.
+        path: The run's folder.
+    """
+
+    history: dict[str, list[float]]
+    epoch: list[int]
+    params: Mapping[str, Any]
+    path: str
+    live_model: Any = field(default=None, repr=False)
+
+    def model(self, **options: Any) -> Any:
+        """The trained model, compiled: the one that was trained in this process, or the newest checkpoint's.
+
+        Args:
+            **options: For `keras.models.load_model`, such as `custom_objects`, if it has to be loaded.
+        """
+        if self.live_model is not None:
+            return self.live_model
+        return self.checkpoints[-1].load_model(**options)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints that were kept, oldest first."""
+        return RunFolder(self.path).checkpoints()
+
+    def best_checkpoint(self, monitor: str = "val_loss") -> Checkpoint:
+        """Of the checkpoints that were kept, the one with the best value of a metric.
+
+        Args:
+            monitor: Name of the metric. Accuracies and the like are best when high, others when low.
+
+        Raises:
+            CheckpointError: If no checkpoint has this metric.
+        """
+        best: tuple[float, Checkpoint] | None = None
+        names: set[str] = set()
+        for checkpoint in self.checkpoints:
+            logs = checkpoint.state["logs"]
+            names |= set(logs)
+            value = logs.get(monitor)
+            if value is not None and (best is None or is_better(monitor, value, best[0])):
+                best = (value, checkpoint)
+        if best is None:
+            raise CheckpointError(
+                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. They have: {', '.join(sorted(names))}."
+            )
+        return best[1]

@@ -1,0 +1,99 @@
+"""The tf.distribute strategy of a worker.
+
+Enters: how many workers and replicas there are. Leaves: a strategy (none for a single replica) and
+datasets distributed under it.
+
+    one replica                    none
+    one worker, several replicas   MirroredStrategy over its GPUs, or over logical CPU devices
+    several workers                MultiWorkerMirroredStrategy over all of their devices
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from raykeras.errors import OptionError, ResourceError
+from raykeras.options import Scale
+
+
+def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
+    """The strategy of this worker; with several workers TF_CONFIG must be set.
+
+    Raises:
+        ResourceError: If this worker sees fewer GPUs than it should use.
+        OptionError: If logical CPU devices are wanted after TensorFlow has started.
+    """
+    if scale.gpus_per_worker:
+        gpus = tf.config.list_physical_devices("GPU")
+        if len(gpus) < scale.gpus_per_worker:
+            raise ResourceError(
+                f"A worker with `gpus_per_worker={scale.gpus_per_worker}` must see as many GPUs; TensorFlow sees "
+                f"{len(gpus)}. Install `raykeras[gpu]` on the nodes, or use fewer."
+            )
+        for gpu in gpus:
+            with contextlib.suppress(RuntimeError):  # already in use by this process
+                tf.config.experimental.set_memory_growth(gpu, True)
+    elif scale.replicas > 1:
+        _make_logical_cpus(scale.replicas)
+    if scale.num_replicas == 1:
+        return None
+    if scale.workers == 1:
+        kind = "GPU" if scale.gpus_per_worker else "CPU"
+        return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.replicas)])
+    with _cpu_replicas(0 if scale.gpus_per_worker else scale.replicas):
+        return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset) -> Any:
+    """The dataset as `fit` takes it: each replica gets an element of it in turn, nothing is split."""
+    if strategy is None:
+        return dataset
+    return strategy.distribute_datasets_from_function(lambda _: dataset)
+
+
+def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def _make_logical_cpus(count: int) -> None:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError:
+        existing = len(tf.config.list_logical_devices("CPU"))
+        if existing < count:
+            raise OptionError(
+                f"`replicas_per_worker={count}` needs as many logical CPU devices, which TensorFlow makes only when it "
+                f"starts; in this process it has started, with {existing}. Pass a function that builds the model, "
+                "and call `fit` before anything else uses TensorFlow."
+            ) from None
+
+
+@contextlib.contextmanager
+def _cpu_replicas(count: int) -> Iterator[None]:
+    """Lets MultiWorkerMirroredStrategy see all logical CPUs; by itself it takes the first only."""
+    from tensorflow.python.distribute import collective_all_reduce_strategy as module
+
+    def devices(_: Any, cluster_resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:
+        return tuple(f"{worker_device}/device:CPU:{i}" for i in range(count)), "CPU"
+
+    if count < 2:
+        yield
+        return
+    with replaced(module.CollectiveAllReduceExtended, "_initialize_local_devices", devices):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it, `target.name` is `value`."""
+    original = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)

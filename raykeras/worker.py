@@ -1,0 +1,263 @@
+"""One worker's part of a run.
+
+Enters: its orders, how to get the model, the callbacks, and where events and checkpoints go.
+Leaves: an `Outcome`. In between: strategy, model, streams, and Keras' own `fit`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sysconfig
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import raykeras
+from raykeras import callbacks as callbacks_
+from raykeras import checkpoint, events
+from raykeras.blocks import root_cause
+from raykeras.checks import check_model
+from raykeras.errors import RaykerasError, UserCodeError
+from raykeras.events import Event
+from raykeras.exactness import exact
+from raykeras.keras_api import KerasAPI, api_of
+from raykeras.orders import DataOrders, Orders, Outcome
+from raykeras.strategy import distribute, make_strategy, scope
+from raykeras.stream import Feed, Stream
+
+Save = Callable[[str, Callable[[str], None], dict[str, float]], str]
+"""Takes a checkpoint's name, what writes it into a folder, and the epoch's logs; gives its path."""
+
+
+def run(
+    orders: Orders,
+    *,
+    rank: int,
+    api: KerasAPI,
+    build: Callable[[], Any],
+    callbacks: Sequence[Any],
+    send: Callable[[Event], None],
+    save: Save,
+    dumps: Callable[[Any], bytes] | None = None,
+    return_variables: bool = False,
+) -> Outcome:
+    """Trains.
+
+    Args:
+        orders: The same for all ranks.
+        rank: This worker's.
+        api: The Keras that `build` is going to use.
+        build: Gives the compiled model.
+        callbacks: The user's.
+        send: Takes events; called on the chief only.
+        save: Stores a checkpoint; called on all ranks alike.
+        dumps: Pickles callbacks' attributes for the way back; None where they need no way back.
+        return_variables: Whether the variables go back too.
+
+    Raises:
+        RaykerasError: What the user can mend, or `UserCodeError` around an exception of their code.
+    """
+    streams: list[Stream] = []
+    try:
+        return _run(
+            orders, rank, api, build, callbacks, send if rank == 0 else _discard, save, dumps, return_variables, streams
+        )
+    except RaykerasError:
+        raise
+    except Exception as error:
+        for stream in streams:
+            if stream.failure is not None:
+                error = stream.failure  # type: ignore[assignment]
+        cause = root_cause(error)
+        if isinstance(cause, RaykerasError):
+            raise cause from None
+        raise user_code_error(error, rank) from error
+    finally:
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                stream.close()
+
+
+def _run(
+    orders: Orders,
+    rank: int,
+    api: KerasAPI,
+    build: Callable[[], Any],
+    user_callbacks: Sequence[Any],
+    send: Callable[[Event], None],
+    save: Save,
+    dumps: Callable[[Any], bytes] | None,
+    return_variables: bool,
+    streams: list[Stream],
+) -> Outcome:
+    scale = orders.scale
+    strategy = make_strategy(scale)
+    api.seed(orders.run.seed)
+    with scope(strategy):
+        model = build()
+        api = api_of(model)
+        check_model(model, api, orders.train.layout)
+    steps_per_execution = _steps_per_execution(model)
+
+    epochs = range(orders.initial_epoch, orders.epochs)
+    train = Stream(_feed(orders.train, rank, scale.workers, scale.replicas, len(epochs) * orders.num_steps))
+    streams.append(train)
+    if orders.steps_per_epoch is None and orders.num_steps % steps_per_execution:
+        # several steps in one execution may not run on into the next epoch
+        data, steps = train.pass_dataset(orders.num_steps), None
+    else:
+        data, steps = train.endless_dataset(), orders.num_steps
+    validation: dict[str, Any] = {}
+    if orders.validation is not None:
+        stream = Stream(_feed(orders.validation, rank, scale.workers, scale.replicas, None))
+        streams.append(stream)
+        num_steps = orders.validation.num_steps
+        validation = {
+            "validation_data": distribute(strategy, stream.pass_dataset(num_steps)),
+            "validation_steps": num_steps,
+            "validation_freq": orders.validation_freq,
+        }
+
+    mine = callbacks_.for_rank(user_callbacks, rank)
+    plan = orders.train.plan(0)
+    tell = callbacks_.event_callback(
+        api,
+        send,
+        rank=rank,
+        batch_rows=lambda step: plan.batch_num_rows(step % plan.num_steps),
+        waited_s=train.waited_s,
+    )
+    saver = _Saver(orders, model, api, send, save)
+    ours = [tell]
+    if orders.run.checkpoint_every == "epoch":
+        ours.append(callbacks_.epoch_end_callback(api, saver.save))
+    params = {"epochs": orders.epochs, "steps": orders.num_steps, "verbose": 0}
+    send(
+        events.RunStarted(
+            rank=rank,
+            params={**params, "batch_size": orders.train.batch_size, "num_rows": orders.train.opened.num_rows},
+            workers=scale.workers,
+            replicas=scale.num_replicas,
+            initial_epoch=orders.initial_epoch,
+            path=orders.folder.path,
+        )
+    )
+    with exact(model, api, orders.train.layout, strategy):
+        history = model.fit(
+            distribute(strategy, data),
+            epochs=orders.epochs,
+            initial_epoch=orders.initial_epoch,
+            steps_per_epoch=steps,
+            callbacks=[*mine, *ours],
+            verbose=0,
+            **validation,
+        )
+    logs = {name: float(values[-1]) for name, values in history.history.items() if values}
+    saver.save_last(history.epoch[-1] if history.epoch else orders.epochs - 1, logs)
+    return Outcome(
+        history={name: [float(value) for value in values] for name, values in history.history.items()},
+        epoch=list(history.epoch),
+        params=params,
+        callback_states=callbacks_.states_of(mine, dumps) if dumps is not None and rank == 0 else [],
+        variables=[np.asarray(v) for v in api.variables(model)] if return_variables and rank == 0 else None,
+    )
+
+
+class _Saver:
+    """Saves checkpoints, each epoch once."""
+
+    def __init__(
+        self, orders: Orders, model: Any, api: KerasAPI, send: Callable[[Event], None], save: Save
+    ) -> None:
+        self._orders, self._model, self._api, self._send, self._save = orders, model, api, send, save
+        self._saved: int | None = None
+
+    def save(self, epoch: int, logs: dict[str, float]) -> None:
+        orders = self._orders
+        state = {
+            "epoch": epoch + 1,
+            "step": 0,
+            "seed": orders.run.seed,
+            "num_shards": orders.train.num_shards,
+            "fingerprint": orders.train.opened.fingerprint,
+            "logs": logs,
+            "keras": {"package": self._api.name, "version": self._api.version},
+            "raykeras": raykeras.__version__,
+        }
+        name = checkpoint.checkpoint_name(epoch + 1)
+        path = self._save(name, lambda folder: checkpoint.write(folder, self._model, state), logs)
+        self._saved = epoch
+        self._send(events.CheckpointSaved(rank=0, epoch=epoch, step=0, path=path))
+
+    def save_last(self, epoch: int, logs: dict[str, float]) -> None:
+        if self._saved != epoch:
+            self.save(epoch, logs)
+
+
+def save_locally(orders: Orders) -> Save:
+    """Stores checkpoints from this process: for a single worker."""
+
+    def save(name: str, write: Callable[[str], None], logs: dict[str, float]) -> str:
+        with tempfile.TemporaryDirectory(prefix="raykeras-checkpoint-") as folder:
+            write(folder)
+            return checkpoint.store(orders.folder, name, folder, orders.run.keep).path
+
+    return save
+
+
+def save_through_ray_train(orders: Orders, rank: int) -> Save:
+    """Stores checkpoints through `ray.train.report`: all ranks write, the chief's is kept."""
+    import ray.train
+
+    def save(name: str, write: Callable[[str], None], logs: dict[str, float]) -> str:
+        with tempfile.TemporaryDirectory(prefix="raykeras-checkpoint-") as folder:
+            write(folder)
+            kept = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
+            ray.train.report(dict(logs), checkpoint=kept, checkpoint_dir_name=name)
+        return f"{orders.folder / checkpoint.FOLDER}/{name}"
+
+    return save
+
+
+def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
+    """An exception with the frames of the user's own code only."""
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.dirname(__file__)}
+    mine = [f for f in frames if not f.filename.startswith((*installed, "<frozen"))]
+    text = "".join(traceback.format_list(mine or list(frames)[-3:]))
+    text = f"Traceback (most recent call last):\n{text}{''.join(traceback.format_exception_only(error))}"
+    summary = str(error).strip().split("\n")[0]
+    return UserCodeError(
+        f"{type(error).__name__}: {summary}",
+        rank=rank,
+        node=socket.gethostname(),
+        cause=f"{type(error).__module__}.{type(error).__qualname__}",
+        user_traceback=text,
+    )
+
+
+def _feed(data: DataOrders, rank: int, num_ranks: int, num_replicas: int, num_steps: int | None) -> Feed:
+    return Feed(
+        opened=data.opened,
+        layout=data.layout,
+        plan=data.plan,
+        rank=rank,
+        num_ranks=num_ranks,
+        num_replicas=num_replicas,
+        num_steps=num_steps,
+        reading=data.reading,
+    )
+
+
+def _steps_per_execution(model: Any) -> int:
+    steps = getattr(model, "steps_per_execution", None) or getattr(model, "_steps_per_execution", None) or 1
+    return int(steps if isinstance(steps, int) else steps.numpy())
+
+
+def _discard(event: Event) -> None:
+    """Only the chief tells."""
