@@ -31,7 +31,10 @@ TASK_NBYTES = 16 << 20
 """Windows are gathered into one task up to this many bytes: less overhead, still fine-grained."""
 
 SEGMENT_TASKS = 512
-"""Tasks of one Ray Data execution; the next execution is started before the last ends."""
+"""Most tasks of one Ray Data execution; the next execution is started before the last ends."""
+
+SEGMENT_PASSES = 16
+"""Most passes of one execution: what is small is not read ahead without end."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Task:
-    """Windows that are read together."""
+    """Windows of one pass that are read together."""
 
     windows: tuple[tuple[int, Window], ...]  # pass, window
     units: dict[int, UnitRef]
+
+    @property
+    def pass_index(self) -> int:
+        return self.windows[0][0]
 
     @property
     def num_rows(self) -> int:
@@ -80,12 +87,12 @@ class Task:
 def gather_tasks(
     windows: Iterable[tuple[int, Window]], opened: OpenSource, row_nbytes: int
 ) -> Iterator[Task]:
-    """Consecutive windows as tasks of about `TASK_NBYTES`."""
+    """Consecutive windows of a pass as tasks of about `TASK_NBYTES`."""
     rows = max(1, TASK_NBYTES // row_nbytes)
     gathered: list[tuple[int, Window]] = []
     num_rows = 0
     for item in windows:
-        if gathered and num_rows + item[1].num_rows > rows:
+        if gathered and (num_rows + item[1].num_rows > rows or item[0] != gathered[-1][0]):
             yield _task(gathered, opened)
             gathered, num_rows = [], 0
         gathered.append(item)
@@ -209,7 +216,11 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
     ahead: deque[tuple[list[Task], _Execution]] = deque()
 
     def start() -> None:
-        segment = list(itertools.islice(tasks, SEGMENT_TASKS))
+        segment: list[Task] = []
+        for task in tasks:
+            segment.append(task)
+            if len(segment) == SEGMENT_TASKS or task.pass_index - segment[0].pass_index == SEGMENT_PASSES:
+                break
         if segment:
             ahead.append((segment, _Execution(shared, segment, layout.row_nbytes, reading)))
 

@@ -179,12 +179,14 @@ def event_callback(
             if now - self._told >= BATCH_INTERVAL_S:
                 self._tell()
 
+        def on_test_begin(self, logs: Any = None) -> None:
+            self._tell()
+
         def on_test_end(self, logs: Any = None) -> None:
             send(events.ValidationEnded(rank=rank, epoch=self._epoch, step=self._in_epoch, logs=plain_logs(logs)))
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            if self._in_epoch > self._sent:
-                self._tell()
+            self._tell()
             rate, wait = self._speed()
             send(
                 events.EpochEnded(
@@ -203,6 +205,8 @@ def event_callback(
             return self._rows / seconds, min(1.0, self._waited / seconds)
 
         def _tell(self) -> None:
+            if self._in_epoch == self._sent:
+                return
             self._told = self._end
             rate, wait = self._speed()
             send(

@@ -13,6 +13,7 @@ from typing import Any
 
 from raykeras.blocks import Reading
 from raykeras.errors import ResourceError
+from raykeras.noise import quiet
 from raykeras.options import Scale
 
 _STORE_SHARE = 0.5  # of the object store, for rows on their way
@@ -50,6 +51,7 @@ def connect(scale: Scale, *, in_process: bool) -> Cluster:
         ResourceError: If it can never give the workers, CPUs or GPUs.
     """
     import ray
+    import ray.data  # sets log levels of its own when it is imported
 
     quiet()
     started = False
@@ -78,13 +80,6 @@ def num_gpus_here() -> int:
     from ray._private.accelerators import NvidiaGPUAcceleratorManager
 
     return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
-
-
-def quiet() -> None:
-    """Keeps Ray's and TensorFlow's talk from the user; warnings of ours and all errors remain."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    for name in ("ray.data", "ray.train", "ray._private", "ray._common"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _start(scale: Scale) -> bool:

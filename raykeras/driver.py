@@ -23,12 +23,13 @@ import numpy as np
 from raykeras import events
 from raykeras.callbacks import DriverCallback, hand_back, into_artifacts
 from raykeras.checkpoint import FOLDER, RunFolder
-from raykeras.cluster import Cluster, connect, num_gpus_here, quiet
+from raykeras.cluster import Cluster, connect, num_gpus_here
 from raykeras.columns import Role, resolve
 from raykeras.display import make_display
 from raykeras.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
 from raykeras.events import Event, EventSender
 from raykeras.keras_api import KerasAPI, api_of, current_floatx, likely_api
+from raykeras.noise import import_tensorflow, quiet
 from raykeras.options import Run, Scale
 from raykeras.orders import DataOrders, Orders, Outcome
 from raykeras.plan import default_num_shards, window_rows_for
@@ -177,8 +178,9 @@ def _fit_here(
     """One worker in this process, through Ray Train's local mode."""
     from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    import_tensorflow()
     from raykeras import worker
 
     is_model = not _is_build_function(model)
@@ -234,7 +236,7 @@ def _fit_on_workers(
     from ray import cloudpickle
     from ray.exceptions import RayTaskError
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
     from ray.util.queue import Queue
 
@@ -291,6 +293,7 @@ def _fit_on_workers(
 def _work(config: dict[str, Any]) -> Outcome | None:
     """What Ray Train runs on each worker: the first line that imports TensorFlow."""
     quiet()
+    import_tensorflow()
     import ray.train
     from ray import cloudpickle
 

@@ -96,7 +96,7 @@ class Stream:
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
         self.failure: BaseException | None = None
-        self._handed: deque[tuple[int, float]] = deque()
+        self._handed: deque[tuple[int, float, float]] = deque()  # first step, asked for, there
         self._chunks = self._guarded(_indexed_chunks if _by_index(feed) else _woven_chunks)
 
     def close(self) -> None:
@@ -112,7 +112,8 @@ class Stream:
         """
         waited = 0.0
         while self._handed and self._handed[0][0] <= step:
-            waited = max(0.0, self._handed.popleft()[1] - since)
+            _, asked, there = self._handed.popleft()
+            waited = max(0.0, there - max(asked, since))
         return waited
 
     def endless_dataset(self) -> tf.data.Dataset:
@@ -143,10 +144,12 @@ class Stream:
 
     def _guarded(self, chunks: Callable[[Feed], Iterator[Chunk]]) -> Iterator[Chunk]:
         """Keeps what was raised, of which tf.data passes on the text only, and when chunks came."""
+        asked = time.perf_counter()
         try:
             for chunk in chunks(self.feed):
-                self._handed.append((chunk.first_step, time.perf_counter()))
+                self._handed.append((chunk.first_step, asked, time.perf_counter()))
                 yield chunk
+                asked = time.perf_counter()
         except Exception as error:
             self.failure = error
             raise

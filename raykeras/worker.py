@@ -155,6 +155,7 @@ def _run(
             steps_per_epoch=steps,
             callbacks=[*mine, *ours],
             verbose=0,
+            shuffle=False,
             **validation,
         )
     logs = {name: float(values[-1]) for name, values in history.history.items() if values}

@@ -1,0 +1,49 @@
+"""Keeps the start-up talk of Ray and TensorFlow from the user. Errors, and exceptions, still show."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+
+def quiet() -> None:
+    """Sets log levels, in the environment that workers inherit too. Imports nothing."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name in ("ray.data", "ray.train", "ray._private", "ray._common", "ray.air"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without the lines that it writes before its log level is read."""
+    if "tensorflow" in sys.modules:
+        return
+    with _stderr_kept_back():
+        importlib.import_module("tensorflow")
+
+
+@contextlib.contextmanager
+def _stderr_kept_back() -> Iterator[None]:
+    """Holds back what C++ writes to stderr, and shows it if there is an exception."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(original, 2)
+            os.close(original)
+            if failed:
+                kept.seek(0)
+                os.write(2, kept.read())
