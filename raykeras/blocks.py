@@ -15,7 +15,7 @@ import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,9 +84,7 @@ class Task:
         return sum(window.num_rows for _, window in self.windows)
 
 
-def gather_tasks(
-    windows: Iterable[tuple[int, Window]], opened: OpenSource, row_nbytes: int
-) -> Iterator[Task]:
+def gather_tasks(windows: Iterable[tuple[int, Window]], opened: OpenSource, row_nbytes: int) -> Iterator[Task]:
     """Consecutive windows of a pass as tasks of about `TASK_NBYTES`."""
     rows = max(1, TASK_NBYTES // row_nbytes)
     gathered: list[tuple[int, Window]] = []
@@ -194,13 +192,13 @@ def _place(pieces: Sequence[tuple[int, int, np.ndarray]], rows: np.ndarray | Non
             target[lo:hi] = piece[rows[lo:hi] - a]
 
 
-def local_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task]) -> Iterator[Block]:
+def local_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task]) -> Generator[Block]:
     """Reads in this process, when asked."""
     for task in tasks:
         yield from _blocks(task, [read_windows(reader, layout, task)])
 
 
-def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: Reading) -> Iterator[Block]:
+def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: Reading) -> Generator[Block]:
     """Reads through Ray Data.
 
     Args:
@@ -354,7 +352,10 @@ def _execute(shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Rea
                 ReadTask(
                     functools.partial(_read_task, shared, task),
                     BlockMetadata(
-                        num_rows=task.num_rows, size_bytes=task.num_rows * row_nbytes, input_files=None, exec_stats=None
+                        num_rows=task.num_rows,
+                        size_bytes=task.num_rows * row_nbytes,
+                        input_files=None,
+                        exec_stats=None,
                     ),
                 )
                 for task in segment
@@ -367,9 +368,7 @@ def _execute(shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Rea
     context.target_max_block_size = None  # a task's rows stay one block
     options = context.execution_options
     options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(
-        cpu=reading.cpus, object_store_memory=reading.store_nbytes
-    )
+    options.resource_limits = options.resource_limits.copy(cpu=reading.cpus, object_store_memory=reading.store_nbytes)
     return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
 

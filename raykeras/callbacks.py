@@ -124,9 +124,7 @@ def states_of(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> list[d
     return states
 
 
-def hand_back(
-    callbacks: Sequence[Any], states: Sequence[Mapping[str, bytes]], loads: Callable[[bytes], Any]
-) -> None:
+def hand_back(callbacks: Sequence[Any], states: Sequence[Mapping[str, bytes]], loads: Callable[[bytes], Any]) -> None:
     """Puts the chief's attributes into the user's own objects, but for redirected paths."""
     for callback, state in zip(callbacks, states, strict=True):
         for name, data in state.items():
@@ -154,7 +152,7 @@ def event_callback(
         steps_per_execution: Steps between two hooks.
     """
 
-    class EventCallback(api.module.callbacks.Callback):  # type: ignore[misc, name-defined]
+    class EventCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self._step = 0  # counted through all passes
@@ -228,7 +226,7 @@ def event_callback(
 def epoch_end_callback(api: KerasAPI, function: Callable[[int, dict[str, float]], None]) -> Any:
     """A callback that calls a function with the epoch and its logs."""
 
-    class EpochEndCallback(api.module.callbacks.Callback):  # type: ignore[misc, name-defined]
+    class EpochEndCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             function(epoch, plain_logs(logs))
 

@@ -16,9 +16,7 @@ from raykeras.sources import nearest
 def check_model(model: Any, api: KerasAPI, layout: Layout) -> None:
     """Raises ModelError with the rule that is broken, both sides, and what to do."""
     if not api.is_compiled(model):
-        raise ModelError(
-            f"A model must be compiled; {model.name!r} is not. Call `model.compile(...)` before it is returned or passed."
-        )
+        raise ModelError(f"A model must be compiled; {model.name!r} is not. Call `model.compile(...)` first.")
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
 
@@ -51,14 +49,12 @@ def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
             )
     for name, shape in shapes.items():
         if name not in given:
-            raise ModelError(
-                f"x must name all of the model's inputs; {name!r} is missing. Given: {', '.join(given)}."
-            )
+            raise ModelError(f"x must name all of the model's inputs; {name!r} is missing. Given: {', '.join(given)}.")
         _check_shape(name, shape, given[name])
 
 
 def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
-    if type(model).train_step is not _plain_train_step(model, api):
+    if getattr(type(model), "train_step", None) is not _plain_train_step(model, api):
         return  # the user's own step may want anything
     tensors = layout.role("y")
     if not tensors:
@@ -82,7 +78,7 @@ def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
 def _plain_train_step(model: Any, api: KerasAPI) -> Any:
     for cls in type(model).__mro__:
         if cls.__module__.split(".")[0] == api.name and "train_step" in vars(cls):
-            return cls.train_step
+            return vars(cls)["train_step"]
     return None
 
 

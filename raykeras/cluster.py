@@ -92,7 +92,9 @@ def _start(scale: Scale) -> bool:
     except ConnectionError:
         cpus = scale.cpus_per_worker or 1
         ray.init(
-            num_cpus=(os.cpu_count() or 1) + int(-(-scale.workers * cpus // 1)), include_dashboard=False, **options
+            num_cpus=(os.cpu_count() or 1) + int(-(-scale.workers * cpus // 1)),
+            include_dashboard=False,
+            **options,
         )
         return True
 

@@ -136,9 +136,7 @@ class Layout:
 
     def empty(self, num_rows: int) -> list[Any]:
         """Uninitialised arrays for dense tensors, None for the others."""
-        return [
-            np.empty((num_rows, *t.shape), t.dtype) if t.kind == "dense" else None for t in self.tensors
-        ]
+        return [np.empty((num_rows, *t.shape), t.dtype) if t.kind == "dense" else None for t in self.tensors]
 
     def pack(self, tensors: Sequence[Any]) -> pa.Table:
         """Tensors as an Arrow table that `unpack` reads without a copy."""
@@ -178,14 +176,16 @@ def resolve(
     else:
         fields = _probe(layout, opened)
     tensors: list[Tensor] = []
-    roles: tuple[tuple[Role, Spec], ...] = (("x", source.x), ("y", source.y), ("sample_weight", source.sample_weight))
+    roles: tuple[tuple[Role, Spec], ...] = (
+        ("x", source.x),
+        ("y", source.y),
+        ("sample_weight", source.sample_weight),
+    )
     for role, spec in roles:
         for name, columns in _entries(role, spec):
             tensors.append(_tensor(role, name, columns, fields, source, floatx))
     tensors = _with_weights(tensors, class_weight, floatx)
-    return Layout(
-        tuple(tensors), stored, layout.pad, layout.ragged, layout.fill, source.transform, tuple(sequences)
-    )
+    return Layout(tuple(tensors), stored, layout.pad, layout.ragged, layout.fill, source.transform, tuple(sequences))
 
 
 def run_transform(transform: Transform, columns: Columns, key: Sequence[int]) -> Columns:
@@ -259,7 +259,12 @@ def _entries(role: Role, spec: Spec) -> list[tuple[str | None, tuple[str, ...] |
 
 
 def _tensor(
-    role: Role, name: str | None, columns: str | tuple[str, ...], fields: Mapping[str, Field], source: Source, floatx: str
+    role: Role,
+    name: str | None,
+    columns: str | tuple[str, ...],
+    fields: Mapping[str, Field],
+    source: Source,
+    floatx: str,
 ) -> Tensor:
     label = role if name is None else f"{role}[{name!r}]"
     names = (columns,) if isinstance(columns, str) else columns
@@ -410,7 +415,9 @@ def _described(field: Field) -> str:
 def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> Any:
     missing = [name for name in tensor.columns if name not in columns]
     if missing:
-        raise ColumnError(f"`transform` must return the same columns for all rows; {missing[0]!r} is missing in {where}.")
+        raise ColumnError(
+            f"`transform` must return the same columns for all rows; {missing[0]!r} is missing in {where}."
+        )
     arrays = [columns[name] for name in tensor.columns]
     if tensor.kind != "dense":
         return arrays[0]

@@ -119,22 +119,30 @@ def fit(
     layout = resolve(source, opened, class_weight=class_weight, floatx=floatx, sequences=sequences)
 
     in_process = scale.workers == 1 and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
-    sources = [opened] + ([validation[1]] if validation else [])
+    every = [opened] + ([validation[1]] if validation else [])
     cluster = Cluster(os.cpu_count() or 1, 0, 0, 1)
-    if not in_process or not all(source.reader.in_memory for source in sources):
+    if not in_process or not all(each.reader.in_memory for each in every):
         cluster = connect(scale, in_process=in_process)
     if not in_process:
-        for source_ in sources:
-            if isinstance(source_.reader, ArrayReader):
-                source_.reader.share()
-    reading = cluster.reading(scale, len(sources))
+        for each in every:
+            if isinstance(each.reader, ArrayReader):
+                each.reader.share()
+    reading = cluster.reading(scale, len(every))
     num_shards = default_num_shards(scale.workers)
 
-    window_rows = _WHOLE_SHARD if opened.reader.in_memory else window_rows_for(layout.row_nbytes)
+    by_index = opened.reader.in_memory and layout.transform is None
+    window_rows = _WHOLE_SHARD if by_index else window_rows_for(layout.row_nbytes)
     if not isinstance(shuffle, bool):
         window_rows = _positive("shuffle", shuffle)
     train = DataOrders(
-        opened, layout, "shuffled" if shuffle else "source", batch_size, num_shards, window_rows, run.seed, reading
+        opened,
+        layout,
+        "shuffled" if shuffle else "source",
+        batch_size,
+        num_shards,
+        window_rows,
+        run.seed,
+        reading,
     )
     validate: DataOrders | None = None
     if validation is not None:
@@ -143,17 +151,13 @@ def fit(
             opened_ = opened_.slice(0, min(opened_.num_rows, validation_steps * validation_batch_size))
         layout_ = resolve(source_, opened_, floatx=floatx, sequences=sequences_)
         rows = window_rows_for(layout_.row_nbytes)
-        validate = DataOrders(
-            opened_, layout_, "sharded", validation_batch_size, num_shards, rows, run.seed, reading
-        )
+        validate = DataOrders(opened_, layout_, "sharded", validation_batch_size, num_shards, rows, run.seed, reading)
     folder = RunFolder.under(run.storage, run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     if folder.exists() and folder.fs.ls(folder.path):
         raise OptionError(
             f"A run needs a folder of its own; {folder.path!r} holds one already. Give another `name`, or remove it."
         )
-    orders = Orders(
-        train, validate, epochs, initial_epoch, steps_per_epoch, validation_freq, scale, run, folder
-    )
+    orders = Orders(train, validate, epochs, initial_epoch, steps_per_epoch, validation_freq, scale, run, folder)
     folder.make()
     log = _RunLog(folder)
     handlers: list[Callable[[Event], None]] = [log, display]
@@ -184,19 +188,15 @@ def _fit_here(
     from raykeras import worker
 
     is_model = not _is_build_function(model)
-    build, api = (lambda: model), None
+    api = api_of(model) if is_model else likely_api(cloudpickle.dumps(model))
+    rebuild = is_model and orders.scale.replicas > 1  # its variables must be made under the strategy
+    saved = save_model(model, api) if rebuild else None
     kept: list[Any] = []
-    if is_model:
-        api = api_of(model)
-        if orders.scale.replicas > 1:
-            saved = save_model(model, api)
-            build = lambda: load_model(saved, api)  # noqa: E731
-    else:
-        build, api = model, likely_api(cloudpickle.dumps(model))
 
     def build_and_keep() -> Any:
-        kept.append(build())
-        return kept[-1]
+        made = load_model(saved, api) if saved is not None else model if is_model else model()
+        kept.append(made)
+        return made
 
     sender = EventSender(gathered.queue.put)
 
@@ -209,7 +209,7 @@ def _fit_here(
             callbacks=callbacks,
             send=sender.send,
             save=worker.save_locally(orders),
-            return_variables=is_model and orders.scale.replicas > 1,
+            return_variables=rebuild,
         )
 
     try:

@@ -69,9 +69,7 @@ class UserCodeError(RaykerasError):
         user_traceback: The original traceback without the frames of Ray, Keras and raykeras.
     """
 
-    def __init__(
-        self, message: str, *, rank: int | None, node: str, cause: str, user_traceback: str
-    ) -> None:
+    def __init__(self, message: str, *, rank: int | None, node: str, cause: str, user_traceback: str) -> None:
         super().__init__(message)
         self.rank = rank
         self.node = node

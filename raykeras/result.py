@@ -62,6 +62,6 @@ class Result:
                 best = (value, checkpoint)
         if best is None:
             raise CheckpointError(
-                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. They have: {', '.join(sorted(names))}."
+                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Theirs: {', '.join(sorted(names))}."
             )
         return best[1]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,7 +95,7 @@ class Stream:
 
     def __init__(self, feed: Feed) -> None:
         self.feed = feed
-        self.failure: BaseException | None = None
+        self.failure: Exception | None = None
         self._handed: deque[tuple[int, float, float]] = deque()  # first step, asked for, there
         self._chunks = self._guarded(_indexed_chunks if _by_index(feed) else _woven_chunks)
 
@@ -142,7 +142,7 @@ class Stream:
         dataset = self._dataset(one_pass)
         return dataset.apply(tf.data.experimental.assert_cardinality(num_steps * self.feed.num_replicas))
 
-    def _guarded(self, chunks: Callable[[Feed], Iterator[Chunk]]) -> Iterator[Chunk]:
+    def _guarded(self, chunks: Callable[[Feed], Iterator[Chunk]]) -> Generator[Chunk]:
         """Keeps what was raised, of which tf.data passes on the text only, and when chunks came."""
         asked = time.perf_counter()
         try:
@@ -324,12 +324,13 @@ def _chunk(feed: Feed, plan: PassPlan, index: int, first: int, last: int, tensor
     for tensor, value in zip(feed.layout.tensors, tensors, strict=True):
         if tensor.kind == "ragged":
             offsets = value.offsets.to_numpy() if len(value) else np.zeros(1, np.int64)
-            arrays += [value.flatten().to_numpy(zero_copy_only=False).astype(tensor.dtype), offsets - offsets[0]]
+            arrays += [
+                value.flatten().to_numpy(zero_copy_only=False).astype(tensor.dtype),
+                offsets - offsets[0],
+            ]
         elif isinstance(value, pa.Array):
             arrays.append(value.to_numpy(zero_copy_only=False).astype(object))
         else:
             arrays.append(value)
     rows = [plan.batch_num_rows(step) for step in range(first, last)]
-    return Chunk(
-        index * plan.num_steps + first, tuple(arrays), np.array(cuts, np.int64), np.array(rows, np.int64)
-    )
+    return Chunk(index * plan.num_steps + first, tuple(arrays), np.array(cuts, np.int64), np.array(rows, np.int64))

@@ -65,14 +65,23 @@ def run(
     streams: list[Stream] = []
     try:
         return _run(
-            orders, rank, api, build, callbacks, send if rank == 0 else _discard, save, dumps, return_variables, streams
+            orders,
+            rank,
+            api,
+            build,
+            callbacks,
+            send if rank == 0 else _discard,
+            save,
+            dumps,
+            return_variables,
+            streams,
         )
     except RaykerasError:
         raise
-    except Exception as error:
+    except Exception:
         for stream in streams:
             if stream.failure is not None:
-                error = stream.failure  # type: ignore[assignment]
+                error = stream.failure
         cause = root_cause(error)
         if isinstance(cause, RaykerasError):
             raise cause from None
@@ -140,7 +149,11 @@ def _run(
     send(
         events.RunStarted(
             rank=rank,
-            params={**params, "batch_size": orders.train.batch_size, "num_rows": orders.train.opened.num_rows},
+            params={
+                **params,
+                "batch_size": orders.train.batch_size,
+                "num_rows": orders.train.opened.num_rows,
+            },
             workers=scale.workers,
             replicas=scale.num_replicas,
             initial_epoch=orders.initial_epoch,
@@ -172,9 +185,7 @@ def _run(
 class _Saver:
     """Saves checkpoints, each epoch once."""
 
-    def __init__(
-        self, orders: Orders, model: Any, api: KerasAPI, send: Callable[[Event], None], save: Save
-    ) -> None:
+    def __init__(self, orders: Orders, model: Any, api: KerasAPI, send: Callable[[Event], None], save: Save) -> None:
         self._orders, self._model, self._api, self._send, self._save = orders, model, api, send, save
         self._saved: int | None = None
 

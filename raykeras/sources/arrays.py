@@ -20,6 +20,7 @@ from raykeras.sources import (
     Transform,
     UnitRef,
     fingerprint,
+    flat_names,
     nearest,
 )
 
@@ -90,7 +91,7 @@ class NpySource(Source):
 
     def open(self) -> OpenSource:
         if self.archive is not None:
-            arrays = _open_npz(self.archive, self.columns())
+            arrays = _open_npz(self.archive, flat_names([*_specs(self)]), self.transform is not None)
             return _open(ArrayReader(arrays), arrays, {name: self.archive for name in arrays})
         arrays = {name: open_npy(path) for name, path in self.paths.items()}
         return _open(NpyReader(self.paths), arrays, dict(self.paths))
@@ -118,21 +119,27 @@ def npy(
     """
     if not isinstance(path, Mapping) and str(path).endswith(".npz"):
         if x is None:
-            raise OptionError(f"An archive needs the key of x; got {str(path)!r} without `x`. Try `x=\"x_train\"`.")
+            raise OptionError(f'An archive needs the key of x; got {str(path)!r} without `x`. Try `x="x_train"`.')
         return NpySource(
             paths={}, archive=_absolute(str(path)), x=x, y=y, sample_weight=sample_weight, transform=transform
         )
     if x is not None:
         raise OptionError("`x` names a key of a .npz archive; with .npy files, the first argument is x itself.")
     paths: dict[str, str] = {}
-    specs = {role: _name_files(role, value, paths) for role, value in [("x", path), ("y", y), ("sample_weight", sample_weight)]}
+    specs = {
+        role: _name_files(role, value, paths)
+        for role, value in [("x", path), ("y", y), ("sample_weight", sample_weight)]
+    }
     return NpySource(paths=paths, transform=transform, **specs)  # type: ignore[arg-type]
 
 
 def from_arrays(x: Any, y: Any = None, sample_weight: Any = None, **options: Any) -> ArraySource:
     """Arrays as `Model.fit` takes them (one, or a dict by input or output name) as a source."""
     arrays: Columns = {}
-    specs = {role: _name_arrays(role, value, arrays) for role, value in [("x", x), ("y", y), ("sample_weight", sample_weight)]}
+    specs = {
+        role: _name_arrays(role, value, arrays)
+        for role, value in [("x", x), ("y", y), ("sample_weight", sample_weight)]
+    }
     return ArraySource(arrays=arrays, **specs, **options)  # type: ignore[arg-type]
 
 
@@ -151,12 +158,19 @@ def open_npy(path: str) -> np.ndarray:
         raise SourceError(f"A .npy file must hold one array without objects; {path!r}: {error}") from None
 
 
-def _open_npz(path: str, keys: Sequence[str] | None) -> Columns:
+def _specs(source: Source) -> list[Any]:
+    return [spec for spec in (source.x, source.y, source.sample_weight) if spec is not None]
+
+
+def _open_npz(path: str, keys: Sequence[str], transformed: bool) -> Columns:
+    """The arrays that are named; where a transform may make them of others, and none is, all."""
     import fsspec
 
     try:
         with fsspec.open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            for key in keys or ():
+            if transformed:
+                keys = [key for key in keys if key in archive.files]
+            for key in keys:
                 if key not in archive.files:
                     raise ColumnError(
                         f"Every key named by x, y or sample_weight must be in the archive; got {key!r}."
@@ -179,9 +193,7 @@ def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource
         elif array.dtype.kind in "biuf":
             fields[name] = Field(name, "dense", array.dtype.name, array.shape[1:])
         else:
-            raise ColumnError(
-                f"An array must hold numbers, bools or text; {_label(name, origin)} holds {array.dtype}."
-            )
+            raise ColumnError(f"An array must hold numbers, bools or text; {_label(name, origin)} holds {array.dtype}.")
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{_label(name, origin)} has {n:,}" for name, n in lengths.items())
@@ -194,7 +206,14 @@ def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource
     zeros = np.zeros(len(starts), np.int64)
     digest = fingerprint([[n, str(a.dtype), a.shape, _sample_digest(a)] for n, a in arrays.items()])
     return OpenSource(
-        reader, fields, (next(iter(origin.values())),), zeros, zeros, starts, np.diff(starts, append=num_rows), digest
+        reader,
+        fields,
+        (next(iter(origin.values())),),
+        zeros,
+        zeros,
+        starts,
+        np.diff(starts, append=num_rows),
+        digest,
     )
 
 

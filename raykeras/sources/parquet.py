@@ -42,9 +42,7 @@ class ParquetSource(Source):
         fs, files, roots = _find(self.paths, dict(self.storage_options or {}))
         with ThreadPoolExecutor(min(_METADATA_THREADS, len(files))) as pool:
             metadata = list(pool.map(lambda path: _read_metadata(fs, path), files))
-        partitions = tuple(
-            _partition(path, root) for path, root in zip(files, roots, strict=True)
-        )
+        partitions = tuple(_partition(path, root) for path, root in zip(files, roots, strict=True))
         partitions = _typed(partitions)
         schema = metadata[0].schema.to_arrow_schema()
         fields = {f.name: _field(f) for f in schema}
@@ -224,7 +222,7 @@ def _partition(path: str, root: str) -> tuple[tuple[str, str], ...]:
 
 def _typed(partitions: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[tuple[tuple[str, Any], ...], ...]:
     """Partition values as int where all of a name's are."""
-    integral = {}
+    integral: dict[str, bool] = {}
     for file in partitions:
         for name, value in file:
             integral[name] = integral.get(name, True) and value.lstrip("-").isdigit()
@@ -236,7 +234,11 @@ def _field(field: pa.Field) -> Field:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if isinstance(kind, pa.FixedShapeTensorType):
-        return Field(field.name, "dense", _dtype(kind.value_type), tuple(kind.shape))
+        dtype = _dtype(kind.value_type)
+        moved = kind.permutation is not None and list(kind.permutation) != sorted(kind.permutation)
+        if dtype is None or moved:
+            return Field(field.name, "dense", f"arrow:{field.type}")
+        return Field(field.name, "dense", dtype, tuple(kind.shape))
     shape: list[int] = []
     while pa.types.is_fixed_size_list(kind):
         shape.append(kind.list_size)
@@ -246,9 +248,8 @@ def _field(field: pa.Field) -> Field:
     if not shape and _is_text(kind):
         binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
         return Field(field.name, "string", "bytes" if binary else "string")
-    if not shape and _is_list(kind):
-        if (name := _dtype(kind.value_type)) is not None:
-            return Field(field.name, "list", name)
+    if not shape and _is_list(kind) and (name := _dtype(kind.value_type)) is not None:
+        return Field(field.name, "list", name)
     return Field(field.name, "dense", f"arrow:{field.type}")  # an error only if it is used
 
 
@@ -324,9 +325,7 @@ def _check_chunks(
                     f"{chunk.num_values / num_rows:g} values on average in {where} and {seen:g} in {seen_where}. "
                     f"Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
                 )
-    return {
-        n: Field(n, "list", f.dtype, (lengths[n][0],)) if n in lengths else f for n, f in fields.items()
-    }
+    return {n: Field(n, "list", f.dtype, (lengths[n][0],)) if n in lengths else f for n, f in fields.items()}
 
 
 def _chunks(

@@ -1,0 +1,124 @@
+"""The command line: `raykeras fit PIPELINE`, `raykeras inspect DATA`.
+
+Enters: arguments. Leaves: an exit status: 0 done, 1 the user's code or a worker failed, 2 what was
+asked for cannot be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+import raykeras as rk
+
+
+class _Group(click.Group):
+    """Turns our exceptions into messages and exit statuses."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (rk.ValidationError, rk.ResourceError) as error:
+            _fail(error, 2)
+        except rk.RaykerasError as error:
+            _fail(error, 1)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+
+
+def _fail(error: object, status: int) -> NoReturn:
+    click.echo(f"raykeras: error: {error}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(rk.__version__, prog_name="raykeras")
+def main() -> None:
+    """Keras' model.fit, on a Ray cluster, fed from Parquet and NumPy."""
+
+
+def _parameters(ctx: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"must be key=value; got {value!r}.")
+        pairs[name] = text
+    return pairs
+
+
+@main.command()
+@click.argument("pipeline", type=click.Path())
+@click.option("-s", "--set", "parameters", multiple=True, metavar="KEY=VALUE", callback=_parameters,
+              help="A parameter of the pipeline; may be repeated.")  # fmt: skip
+@click.option("--epochs", type=int, help="Epoch at which to stop.  [default: the pipeline's]")
+@click.option("--batch-size", type=int, help="Rows of a global batch.  [default: the pipeline's]")
+@click.option("--verbose", type=click.Choice(["auto", "0", "1", "2"]), help="0 silent, 1 a bar, 2 a line an epoch.")
+@click.option("--workers", type=int, help="Worker processes; one runs in this process.")
+@click.option("--gpus-per-worker", type=int, help="GPUs of each worker.")
+@click.option("--replicas-per-worker", type=int, help="Logical CPU devices of each worker, without GPUs.")
+@click.option("--cpus-per-worker", type=float, help="Logical CPUs that each worker holds in Ray.")
+@click.option("--storage", help='Folder or fsspec URL of all runs.  [default: "runs"]')
+@click.option("--name", help="Name of the run.  [default: the pipeline's and the time]")
+@click.option("--seed", type=int, help="Seeds the order of rows, the weights and random layers.")
+@click.option("--checkpoint-every", type=click.Choice(["epoch", "none"]), help="When to save, but for the end.")
+@click.option("--keep", type=int, help="Newest checkpoints to keep.")
+def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
+    """Trains the model of PIPELINE, a Python file with a function `pipeline`."""
+    from raykeras.pipeline import load_pipeline
+
+    loaded = load_pipeline(pipeline, parameters)
+    given = {name: value for name, value in options.items() if value is not None}
+    arguments: dict[str, Any] = {"validation_data": loaded.validation, **loaded.fit}
+    if "verbose" in given:
+        given["verbose"] = given["verbose"] if given["verbose"] == "auto" else int(given["verbose"])
+    if "checkpoint_every" in given:
+        given["checkpoint_every"] = {"epoch": "epoch", "none": None}[given["checkpoint_every"]]
+    arguments["scale"] = _replaced(arguments.get("scale") or rk.Scale(), given)
+    arguments["run"] = _replaced(arguments.get("run") or rk.Run(), given)
+    if arguments["run"].name is None:
+        name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        arguments["run"] = dataclasses.replace(arguments["run"], name=name)
+    rk.fit(loaded.model, loaded.train, **{**arguments, **given})
+
+
+def _source_of(data: str) -> Any:
+    if data.endswith(".npy"):
+        return rk.npy(data)
+    return rk.npy(data, x=()) if data.endswith(".npz") else rk.parquet(data)
+
+
+def _replaced(options: Any, given: dict[str, Any]) -> Any:
+    """A `Scale` or `Run` with what the command line gives of it, which is taken out of `given`."""
+    names = {field.name for field in dataclasses.fields(options)} & set(given)
+    return dataclasses.replace(options, **{name: given.pop(name) for name in sorted(names)})
+
+
+@main.command()
+@click.argument("data")
+def inspect(data: str) -> None:
+    """Shows the columns, files and rows of DATA, as raykeras reads them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    opened = _source_of(data).open()
+    table = Table("column", "kind", "dtype", "shape", "bytes a row", box=None)
+    for field in opened.fields.values():
+        dtype = field.dtype.removeprefix("arrow:")
+        kind = "unusable" if field.dtype.startswith("arrow:") else field.kind
+        nbytes = "" if kind == "unusable" or field.kind != "dense" else f"{field.row_nbytes:,}"
+        table.add_row(field.name, kind, dtype, "×".join(map(str, field.shape)) or "1", nbytes)
+    console = Console()
+    console.print(table)
+    units = opened.unit_rows
+    largest = f", {units.min():,} to {units.max():,} rows each" if len(units) else ""
+    console.print(f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units{largest}")
+
+
+if __name__ == "__main__":
+    main()
