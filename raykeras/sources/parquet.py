@@ -304,7 +304,7 @@ def _check_chunks(
 
     Returns the fields, those of lists that all have one length turned into fixed shapes.
     """
-    wanted = {n for n in names if n not in source.fill}
+    wanted = {n for n in names if n not in source.fill and fields[n].kind != "list"}  # a leaf of an empty list is null
     lists = {n for n in names if fields[n].kind == "list" and n not in source.pad and n not in source.ragged}
     lengths: dict[str, tuple[int, str]] = {}
     for path, group, chunk, num_rows in _chunks(metadata, files, wanted | lists):

@@ -1,0 +1,33 @@
+"""One Ray and one TensorFlow, of two logical CPU devices, for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from raykeras.noise import import_tensorflow, quiet
+
+os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_logical_cpus() -> None:
+    """TensorFlow makes logical devices only when it starts."""
+    quiet()
+    import_tensorflow()
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_ends() -> Iterator[None]:
+    """The Ray that the first test which needs one starts ends with the session."""
+    yield
+    import ray
+
+    ray.shutdown()

@@ -1,0 +1,201 @@
+"""From stored columns to tensors: dtypes, shapes, weights, transforms, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import raykeras as rk
+from raykeras.columns import class_weights, resolve
+from raykeras.decode import decode
+from raykeras.sources import Field
+
+
+def tensors(tmp_path: Path, columns: dict[str, Any], class_weight: Any = None, **specs: Any) -> tuple[Any, ...]:
+    """The batch of all rows that a source of these columns gives."""
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    source = rk.parquet(tmp_path / "t.parquet", **specs)
+    opened = source.open()
+    layout = resolve(source, opened, class_weight=class_weight)
+    decoded = layout.decode(opened.head(1 << 20, layout.columns), "here")
+    flat = layout.assemble(layout.apply_transform(decoded, (0,)), "here")
+    return layout.structure(layout.unpack(layout.pack(flat)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"])
+def test_integers_and_bools_stay_as_they_are(tmp_path: Path, dtype: str) -> None:
+    values = np.array([0, 1, 1, 0], dtype)
+    (x,) = tensors(tmp_path, {"a": values}, x="a")
+    assert x.dtype == dtype
+    np.testing.assert_array_equal(x, values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_floats_become_floatx(tmp_path: Path, dtype: str) -> None:
+    values = np.array([0.5, -1.25, 3], dtype)
+    (x,) = tensors(tmp_path, {"a": values}, x="a")
+    assert x.dtype == "float32"
+    np.testing.assert_array_equal(x, values.astype("float32"))
+
+
+def test_tensors_and_fixed_size_lists_keep_their_shape(tmp_path: Path) -> None:
+    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    nested = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(pa.array(images.ravel()), 4), 3)
+    columns = {"tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(images), "nested": nested}
+    (x,) = tensors(tmp_path, columns, x={"t": "tensor", "n": "nested"})
+    np.testing.assert_array_equal(x["t"], images)
+    np.testing.assert_array_equal(x["n"], images)
+
+
+def test_lists_of_one_length_are_tensors(tmp_path: Path) -> None:
+    (x,) = tensors(tmp_path, {"a": pa.array([[1, 2, 3], [4, 5, 6]])}, x="a")
+    np.testing.assert_array_equal(x, [[1, 2, 3], [4, 5, 6]])
+
+
+def test_columns_stack_to_a_matrix(tmp_path: Path) -> None:
+    columns = {"a": np.array([1, 2], np.int32), "b": np.array([0.5, 1.5]), "c": np.array([True, False])}
+    (x,) = tensors(tmp_path, columns, x=["a", "b", "c"])
+    assert x.dtype == "float32"
+    np.testing.assert_array_equal(x, [[1, 0.5, 1], [2, 1.5, 0]])
+
+
+def test_strings_and_dictionaries_of_strings_are_text(tmp_path: Path) -> None:
+    text = pa.array(["ä", "b", "ä"])
+    (x,) = tensors(tmp_path, {"s": text, "d": text.dictionary_encode()}, x={"s": "s", "d": "d"})
+    assert x["s"].to_pylist() == x["d"].to_pylist() == ["ä".encode(), b"b", "ä".encode()]
+
+
+def test_lists_pad_and_cut(tmp_path: Path) -> None:
+    (x,) = tensors(tmp_path, {"a": pa.array([[1], [], [2, 3, 4]])}, x="a", pad={"a": (2, -1)})
+    np.testing.assert_array_equal(x, [[1, -1], [-1, -1], [2, 3]])
+
+
+def test_ragged_lists_keep_their_lengths(tmp_path: Path) -> None:
+    (x,) = tensors(tmp_path, {"a": pa.array([[1.0], [], [2, 3, 4]])}, x="a", ragged=["a"])
+    assert x.to_pylist() == [[1.0], [], [2, 3, 4]]
+
+
+def test_fill_takes_the_place_of_nulls(tmp_path: Path) -> None:
+    rows = pa.array([[1.0, 2.0], None, [None, 4.0]], pa.list_(pa.float64(), 2))
+    columns = {"a": pa.array([1, None, 3]), "l": rows}
+    (x,) = tensors(tmp_path, columns, x={"a": "a", "l": "l"}, fill={"a": -1, "l": 9.0})
+    np.testing.assert_array_equal(x["a"], [1, -1, 3])
+    np.testing.assert_array_equal(x["l"], [[1, 2], [9, 9], [9, 4]])
+
+
+def test_a_null_that_no_footer_tells_of_is_found_when_it_is_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": pa.array([1.0, None])}), tmp_path / "t.parquet", write_statistics=False)
+    source = rk.parquet(tmp_path / "t.parquet", x="a")
+    opened = source.open()
+    layout = resolve(source, opened)
+    with pytest.raises(rk.ColumnError, match="column 'a' has 1 in file f, row group 0"):
+        layout.decode(opened.head(2, ["a"]), "file f, row group 0")
+
+
+def test_class_weight_multiplies_with_sample_weight(tmp_path: Path) -> None:
+    columns = {"a": np.zeros(3), "y": np.array([0, 1, 2]), "w": np.array([1.0, 2.0, 3.0])}
+    *_, w = tensors(tmp_path, columns, x="a", y="y", sample_weight="w", class_weight={1: 10.0, 2: 0.5})
+    np.testing.assert_array_equal(w, np.array([1, 20, 1.5], np.float32))
+    *_, w = tensors(tmp_path, columns, x="a", y="y", class_weight={1: 10.0})
+    np.testing.assert_array_equal(w, np.array([1, 10, 1], np.float32))
+
+
+def test_class_weight_by_output_fills_the_others_with_ones(tmp_path: Path) -> None:
+    columns = {"a": np.zeros(2), "p": np.array([0, 1]), "q": np.array([0.5, 0.7])}
+    *_, w = tensors(tmp_path, columns, x="a", y={"p": "p", "q": "q"}, class_weight={"p": {1: 3.0}})
+    np.testing.assert_array_equal(w["p"], [1, 3])
+    np.testing.assert_array_equal(w["q"], [1, 1])
+
+
+@given(hnp.arrays(np.int64, st.integers(1, 30), elements=st.integers(0, 4)))
+def test_class_weights_are_keras(labels: np.ndarray) -> None:
+    from keras.src.trainers.data_adapters.data_adapter_utils import class_weight_to_sample_weights
+
+    weights = {0: 2.0, 3: 0.25}
+    for y in (labels, labels[:, None], np.eye(5)[labels]):
+        np.testing.assert_array_equal(
+            class_weights(y, list(weights.items())), class_weight_to_sample_weights(y, weights)
+        )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_must_be_finite_and_may_be_negative(tmp_path: Path, bad: float) -> None:
+    columns = {"a": np.zeros(3), "w": np.array([1.0, -2.0, 0.0])}
+    *_, w = tensors(tmp_path, columns, x="a", y="a", sample_weight="w")
+    np.testing.assert_array_equal(w, [1, -2, 0])
+    columns["w"][1] = bad
+    with pytest.raises(rk.ColumnError, match=rf"'w' holds {bad} at row 1 of here"):
+        tensors(tmp_path, columns, x="a", y="a", sample_weight="w")
+
+
+def test_a_transform_makes_columns_and_gets_a_generator_if_it_asks(tmp_path: Path) -> None:
+    def plain(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"z": columns["a"] * 2}
+
+    def noisy(columns: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"z": columns["a"] + rng.random(len(columns["a"]))}
+
+    columns = {"a": np.arange(3.0)}
+    (x,) = tensors(tmp_path, columns, x="z", transform=plain)
+    np.testing.assert_array_equal(x, [0, 2, 4])
+    once, again = (tensors(tmp_path, columns, x="z", transform=noisy)[0] for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    assert (once != [0, 1, 2]).all()
+
+
+def test_a_transform_decodes_encoded_bytes(tmp_path: Path) -> None:
+    def decode_all(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"pixels": np.stack([np.frombuffer(data, np.uint8) for data in columns["png"]])}
+
+    (x,) = tensors(tmp_path, {"png": pa.array([b"\x01\x02", b"\x03\x04"])}, x="pixels", transform=decode_all)
+    np.testing.assert_array_equal(x, [[1, 2], [3, 4]])
+
+
+def test_a_transform_that_fails_or_drops_rows_says_so(tmp_path: Path) -> None:
+    def fails(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise KeyError("colour")
+
+    with pytest.raises(rk.UserCodeError, match="raised KeyError") as caught:
+        tensors(tmp_path, {"a": np.zeros(3)}, x="a", transform=fails)
+    assert "test_columns.py" in caught.value.user_traceback
+    with pytest.raises(rk.ColumnError, match="got 3 and returned 2"):
+        tensors(tmp_path, {"a": np.zeros(3)}, x="a", transform=lambda c: {"a": c["a"][1:]})
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({"x": []}, "at least one column"),
+        ({"x": ["a", "s"]}, r"stacks 's', which is string"),
+        ({"x": "a", "sample_weight": "s"}, "Weights must be numbers"),
+        ({"x": "a", "y": {"p": "a"}, "sample_weight": {"q": "a"}}, r"got 'q'.*Outputs: p"),
+        ({"x": None}, "must say what x is"),
+        ({"x": "a", "pad": {"a": 3}}, "`pad` is for columns of lists"),
+    ],
+)
+def test_specs_that_do_not_fit_say_why(tmp_path: Path, specs: dict[str, Any], message: str) -> None:
+    with pytest.raises(rk.ValidationError, match=message):
+        tensors(tmp_path, {"a": np.zeros(2), "s": pa.array(["p", "q"])}, **specs)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    hnp.arrays(
+        st.sampled_from([np.float32, np.int16, np.bool_]),
+        hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=5),
+        elements={"allow_nan": False, "allow_infinity": False},
+    )
+)
+def test_what_is_packed_comes_back(tmp_path: Path, array: np.ndarray) -> None:
+    flat = pa.array(array.reshape(-1))
+    column = flat if array.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, int(np.prod(array.shape[1:])))
+    field = Field("a", "dense", array.dtype.name, array.shape[1:])
+    np.testing.assert_array_equal(decode(column, field, where="", pad={}, fill={}), array)

@@ -1,0 +1,148 @@
+"""Parquet sources: what can be named, what can be read, and what each wrong input says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import raykeras as rk
+from raykeras.columns import resolve
+from raykeras.sources import OpenSource
+
+
+def write(path: Path, num_rows: int = 10, start: int = 0, group: int = 4, **columns: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"id": pa.array(np.arange(start, start + num_rows)), "x": pa.array(np.ones(num_rows, np.float32)), **columns}
+    pq.write_table(pa.table(made), path, row_group_size=group)
+    return path
+
+
+def ids(opened: OpenSource) -> list[int]:
+    read = []
+    for i, rows in enumerate(opened.unit_rows):
+        read += np.asarray(opened.reader.read(opened.unit(i), 0, int(rows), ["id"])["id"]).tolist()
+    return read
+
+
+def test_a_file_a_folder_a_glob_a_list_and_a_url_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / "deep" / f"part-{i}.parquet", start=10 * i)
+    write(tmp_path / "deep" / "_hidden.parquet", start=900)
+    paths = [tmp_path / "deep", f"{tmp_path}/deep/part-*.parquet", f"file://{tmp_path}/deep", tmp_path]
+    paths.append([tmp_path / "deep" / f"part-{i}.parquet" for i in range(3)])  # type: ignore[arg-type]
+    for path in paths:
+        opened = rk.parquet(path, x="x").open()
+        assert ids(opened) == list(range(30))
+        assert opened.unit_rows.tolist() == [4, 4, 2] * 3
+
+
+def test_hive_partitions_become_columns(tmp_path: Path) -> None:
+    for year in (2023, 2024):
+        for place in ("a", "b"):
+            write(tmp_path / f"year={year}" / f"place={place}" / "p.parquet", 2)
+    opened = rk.parquet(tmp_path, x="year").open()
+    read = [opened.reader.read(opened.unit(i), 0, 2, ["year", "place"]) for i in range(4)]
+    assert [r["year"].tolist() for r in read] == [[2023, 2023], [2023, 2023], [2024, 2024], [2024, 2024]]
+    assert [r["place"][0] for r in read] == ["a", "b", "a", "b"]
+
+
+def test_a_slice_is_the_rows_in_source_order(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"{i}.parquet", start=10 * i)
+    opened = rk.parquet(tmp_path, x="x").open()
+    assert ids(opened.slice(3, 17)) == list(range(3, 17))
+    assert ids(opened.slice(3, 17).slice(2, 9)) == list(range(5, 12))
+    assert opened.slice(3, 17).fingerprint != opened.fingerprint
+
+
+def test_files_and_row_groups_without_rows_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", 0)
+    write(tmp_path / "1.parquet", 5)
+    opened = rk.parquet(tmp_path, x="x").open()
+    assert opened.num_rows == 5
+    assert ids(opened) == list(range(5))
+
+
+def test_the_fingerprint_changes_with_the_data(tmp_path: Path) -> None:
+    before = rk.parquet(write(tmp_path / "a.parquet", 10), x="x").open().fingerprint
+    assert rk.parquet(write(tmp_path / "a.parquet", 10), x="x").open().fingerprint == before
+    assert rk.parquet(write(tmp_path / "a.parquet", 11), x="x").open().fingerprint != before
+
+
+def test_a_path_that_is_not_there_is_named_with_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a.parquet")
+    with pytest.raises(rk.SourceError, match=r"there is no '.*/trian'. Did you mean 'train'\?"):
+        rk.parquet(tmp_path / "trian", x="x").open()
+
+
+def test_an_empty_folder_and_an_empty_glob_are_errors(tmp_path: Path) -> None:
+    for path in (tmp_path, f"{tmp_path}/*.parquet"):
+        with pytest.raises(rk.SourceError, match="at least one Parquet file"):
+            rk.parquet(path, x="x").open()
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
+    source = rk.parquet(write(tmp_path / "a.parquet", image=pa.array([0.0] * 10)), x="imgae")
+    with pytest.raises(rk.ColumnError, match=r"got 'imgae'. Did you mean 'image'\?"):
+        resolve(source, source.open())
+
+
+def test_schemas_that_differ_name_both_files_and_both_types(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", x=pa.array(np.ones(10, np.float64)))
+    with pytest.raises(rk.ColumnError, match=r"'x' is float in .*a\.parquet and double in .*b\.parquet"):
+        rk.parquet(tmp_path, x="x").open()
+    assert rk.parquet(tmp_path, x="id").open().num_rows == 20  # a column that nobody asked for may differ
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    broken = write(tmp_path / "b.parquet")
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(rk.SourceError, match=r"whole Parquet; '.*b\.parquet' is not"):
+        rk.parquet(tmp_path, x="x").open()
+
+
+def test_a_damaged_page_names_file_and_row_group(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 1000, group=500, x=pa.array(np.random.default_rng(0).random(1000)))
+    metadata = pq.read_metadata(path)
+    column = metadata.row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    at = column.dictionary_page_offset or column.data_page_offset
+    data[at : at + 12] = b"\xff" * 12
+    path.write_bytes(bytes(data))
+    opened = rk.parquet(path, x="x").open()
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 1 is not"):
+        opened.reader.read(opened.unit(1), 0, 500, ["x"])
+
+
+def test_a_null_names_file_row_group_and_column(tmp_path: Path) -> None:
+    values = pa.array([1.0] * 6 + [None] + [1.0] * 3)
+    path = write(tmp_path / "a.parquet", x=values)
+    with pytest.raises(rk.ColumnError, match=r"column 'x' has 1 in file .*a\.parquet, row group 1"):
+        rk.parquet(path, x="x").open()
+    rk.parquet(path, x="x", fill={"x": 0.0}).open()
+    rk.parquet(path, x="id").open()
+
+
+def test_lists_of_differing_lengths_need_pad_or_ragged(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 3, series=pa.array([[1, 2], [3], [4, 5, 6]]))
+    for source in (rk.parquet(path, x="series"),):
+        with pytest.raises(rk.ColumnError, match=r"pad=\{'series': length\}"):
+            opened = source.open()
+            layout = resolve(source, opened)
+            layout.decode(opened.head(3, ["series"]), "here")
+    rk.parquet(path, x="series", pad={"series": 4}).open()
+
+
+def test_a_type_that_cannot_be_a_tensor_is_an_error_only_if_it_is_used(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 2, when=pa.array([1, 2], pa.timestamp("s")))
+    source = rk.parquet(path, x="when")
+    with pytest.raises(rk.ColumnError, match=r"'when' is timestamp\[.*\]"):
+        resolve(source, source.open())
+    source = rk.parquet(path, x="x")
+    resolve(source, source.open())
