@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import raykeras as rk
-from raykeras.columns import resolve
 from raykeras.plan import PassPlan, default_num_shards, window_rows_for
+from raykeras.specs import resolve
 
 BATCH_SIZE = 32
 EPOCHS = 3

@@ -1,7 +1,9 @@
 """Handwritten digits, shipped with the repository as Parquet, with a weight for each row.
 
-raykeras fit pipelines/digits.py
-raykeras fit pipelines/digits.py --workers 2 --epochs 5
+    raykeras fit pipelines/digits.py
+    raykeras fit pipelines/digits.py --workers 2 --epochs 5
+
+`weight` is the inverse frequency of the row's digit, so that every digit counts alike.
 """
 
 from __future__ import annotations

@@ -22,11 +22,10 @@ def check_model(model: Any, api: KerasAPI, layout: Layout) -> None:
 
 
 def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
-    names = api.input_names(model)
-    if names is None:
+    shapes = api.input_shapes(model)
+    if shapes is None:
         return
-    tensors = layout.role("x")
-    shapes = {name: _shape(spec) for name, spec in zip(names, model.inputs, strict=True)}
+    names, tensors = list(shapes), layout.role("x")
     if tensors[0].name is None:
         if len(names) > 1:
             raise ModelError(
@@ -95,13 +94,6 @@ def _check_shape(name: str, wanted: tuple[Any, ...] | None, tensor: Tensor) -> N
         f"A column must have the shape of its input; input {name!r} takes {_described(wanted)} a row and column "
         f"{columns} gives {_described(given)}. Change the input, or reshape in `transform`."
     )
-
-
-def _shape(spec: Any) -> tuple[Any, ...] | None:
-    shape = spec.shape
-    if getattr(shape, "rank", 0) is None:
-        return None
-    return tuple(shape)[1:]
 
 
 def _described(shape: tuple[Any, ...]) -> str:

@@ -1,8 +1,8 @@
 """How stored columns become the tensors of a batch.
 
-Enters: a source and its schema, class weights, the float type. Leaves: a `Layout`, the flat list of
-tensors with role, name, dtype and shape, which turns the columns of some rows into those tensors in
-any process, moves rows about, and packs them into an Arrow table and out again.
+Enters: the columns of some rows, as a reader gives them. Leaves: the same rows as tensors, in any
+process: a `Layout` holds the flat list of tensors with role, name, dtype and shape, decodes and
+assembles columns, and packs tensors into an Arrow table and out again. `raykeras.specs` makes it.
 
 dtypes are Keras': floats become `floatx`, weights too, everything else stays as it is stored.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,13 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from raykeras.decode import decode, for_transform, from_transform
-from raykeras.errors import ColumnError, OptionError, UserCodeError
-from raykeras.sources import Columns, Field, OpenSource, Source, Spec, Transform, nearest
+from raykeras.errors import ColumnError, UserCodeError
+from raykeras.sources import Columns, Field, Transform
 
 Role = Literal["x", "y", "sample_weight"]
-ClassWeight = Mapping[Any, Any]
-
-_PROBED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -147,47 +144,6 @@ class Layout:
         return [_unpack(t, table.column(i)) for i, t in enumerate(self.tensors)]
 
 
-def resolve(
-    source: Source,
-    opened: OpenSource,
-    *,
-    class_weight: ClassWeight | None = None,
-    floatx: str = "float32",
-    sequences: Iterable[Role] = (),
-) -> Layout:
-    """The tensors that a source's specs ask for. Probes the transform on the first rows.
-
-    Raises:
-        ColumnError: If a column is missing or cannot be such a tensor.
-        OptionError: If the specs or the class weights do not fit together.
-        UserCodeError: If the transform fails.
-    """
-    if source.x is None:
-        raise OptionError('A source must say what x is; got none. Give `x="column"`.')
-    names = source.columns()
-    if names is None:
-        names = sorted(n for n, f in opened.fields.items() if not f.dtype.startswith("arrow:"))
-    stored = tuple(opened.field(name) for name in names)
-    for field in stored:
-        _require_usable(field, source)
-    layout = Layout((), stored, dict(source.pad), tuple(source.ragged), dict(source.fill), source.transform)
-    if source.transform is None:
-        fields = {field.name: _decoded_field(field, source) for field in stored}
-    else:
-        fields = _probe(layout, opened)
-    tensors: list[Tensor] = []
-    roles: tuple[tuple[Role, Spec], ...] = (
-        ("x", source.x),
-        ("y", source.y),
-        ("sample_weight", source.sample_weight),
-    )
-    for role, spec in roles:
-        for name, columns in _entries(role, spec):
-            tensors.append(_tensor(role, name, columns, fields, source, floatx))
-    tensors = _with_weights(tensors, class_weight, floatx)
-    return Layout(tuple(tensors), stored, layout.pad, layout.ragged, layout.fill, source.transform, tuple(sequences))
-
-
 def run_transform(transform: Transform, columns: Columns, key: Sequence[int]) -> Columns:
     """Calls the user's function; its result as decoded columns. Raises UserCodeError or ColumnError."""
     arrays = {name: for_transform(array) for name, array in columns.items()}
@@ -246,170 +202,6 @@ def class_weights(y: np.ndarray, class_weight: Sequence[tuple[int, float]]) -> n
     for label, weight in class_weight:
         result[y == label] = weight
     return result
-
-
-def _entries(role: Role, spec: Spec) -> list[tuple[str | None, tuple[str, ...] | str]]:
-    if spec is None:
-        return []
-    if isinstance(spec, Mapping):
-        if not spec:
-            raise OptionError(f"`{role}` must name at least one column; got an empty dict.")
-        return [(str(name), part if isinstance(part, str) else tuple(part)) for name, part in spec.items()]
-    return [(None, spec if isinstance(spec, str) else tuple(spec))]
-
-
-def _tensor(
-    role: Role,
-    name: str | None,
-    columns: str | tuple[str, ...],
-    fields: Mapping[str, Field],
-    source: Source,
-    floatx: str,
-) -> Tensor:
-    label = role if name is None else f"{role}[{name!r}]"
-    names = (columns,) if isinstance(columns, str) else columns
-    if not names:
-        raise OptionError(f"`{label}` must name at least one column; got an empty list.")
-    for column in names:
-        if column not in fields:
-            made = "returned by `transform`" if source.transform else "in the source"
-            raise ColumnError(
-                f"Every column named by x, y or sample_weight must be {made}; got {column!r} for {label}."
-                f"{nearest(column, fields)} Columns: {', '.join(fields)}."
-            )
-    found = [fields[column] for column in names]
-    if isinstance(columns, str):
-        (field,) = found
-        kind = {"list": "ragged", "string": "string", "dense": "dense"}[field.kind]
-        dtype, shape = field.dtype, field.shape
-    else:
-        for field in found:
-            if field.kind != "dense" or field.shape:
-                raise ColumnError(
-                    f"Columns that are stacked must each be one number a row; {label} stacks {field.name!r}, "
-                    f"which is {_described(field)}. Name it alone, or as an input of its own."
-                )
-        kind, dtype, shape = "dense", np.result_type(*(f.dtype for f in found)).name, (len(found),)
-    if kind == "string":
-        dtype = "string"
-    elif role == "sample_weight" or np.dtype(dtype).kind == "f":
-        dtype = floatx
-    if role == "sample_weight" and kind != "dense":
-        raise ColumnError(f"Weights must be numbers; {label} names {names[0]!r}, which is {_described(found[0])}.")
-    return Tensor(role, name, names, kind, dtype, shape)  # type: ignore[arg-type]
-
-
-def _with_weights(tensors: list[Tensor], class_weight: ClassWeight | None, floatx: str) -> list[Tensor]:
-    """Adds class weights, and weights of one for outputs that have none where others do."""
-    outputs = [t for t in tensors if t.role == "y"]
-    weights = {t.name: t for t in tensors if t.role == "sample_weight"}
-    names = [t.name for t in outputs]
-    if None not in weights:
-        for name in weights:
-            if name not in names:
-                raise OptionError(
-                    f"`sample_weight` is given by the names of y's outputs; got {name!r}."
-                    f"{nearest(str(name), [str(n) for n in names])} Outputs: {', '.join(map(str, names)) or 'none'}."
-                )
-    by_output = _class_weight_by_output(class_weight, names)
-    if not by_output and (not weights or None in weights):
-        return tensors
-    made = []
-    for output in outputs:
-        weight = weights.get(output.name) or weights.get(None)
-        weight = weight or Tensor("sample_weight", output.name, (), "dense", floatx)
-        if weighting := by_output.get(output.name):
-            if output.kind != "dense" or len(output.columns) != 1:
-                raise OptionError(f"`class_weight` needs y to hold classes; {output.label} does not.")
-            weight = Tensor(
-                "sample_weight",
-                output.name,
-                weight.columns,
-                "dense",
-                floatx,
-                weight.shape,
-                weighting,
-                output.columns[0],
-            )
-        made.append(Tensor(**{**weight.__dict__, "name": output.name}))
-    return [t for t in tensors if t.role != "sample_weight"] + made
-
-
-def _class_weight_by_output(
-    class_weight: ClassWeight | None, names: Sequence[str | None]
-) -> dict[str | None, tuple[tuple[int, float], ...]]:
-    if not class_weight:
-        return {}
-    if not names:
-        raise OptionError("`class_weight` needs y, which it looks its classes up in; the source has none.")
-    if any(isinstance(value, Mapping) for value in class_weight.values()):
-        for name in class_weight:
-            if name not in names:
-                raise OptionError(
-                    f"`class_weight` of several outputs is given by their names; got {name!r}."
-                    f"{nearest(str(name), map(str, names))} Outputs: {', '.join(map(str, names))}."
-                )
-        return {name: _weighting(weights) for name, weights in class_weight.items()}
-    if names != [None] and len(names) > 1:
-        raise OptionError(
-            "With several outputs, `class_weight` must say which it is for: "
-            f"`class_weight={{{names[0]!r}: {dict(class_weight)!r}}}`."
-        )
-    return {names[0]: _weighting(class_weight)}
-
-
-def _weighting(weights: Any) -> tuple[tuple[int, float], ...]:
-    try:
-        pairs = tuple((int(label), float(weight)) for label, weight in weights.items())
-    except (AttributeError, TypeError, ValueError):
-        raise OptionError(f"`class_weight` maps classes (ints) to weights (floats); got {weights!r}.") from None
-    if not np.isfinite([weight for _, weight in pairs]).all():
-        raise OptionError(f"`class_weight` must be finite; got {dict(pairs)!r}.")
-    return pairs
-
-
-def _require_usable(field: Field, source: Source) -> None:
-    if field.dtype.startswith("arrow:"):
-        raise ColumnError(
-            f"A column must hold numbers, booleans, text, bytes, or lists of numbers; {field.name!r} is "
-            f"{field.dtype.removeprefix('arrow:')}. Convert it when you write the data."
-        )
-    for option, names in (("pad", source.pad), ("ragged", source.ragged)):
-        if field.name in names and field.kind != "list":
-            raise OptionError(f"`{option}` is for columns of lists; {field.name!r} is {_described(field)}.")
-
-
-def _decoded_field(field: Field, source: Source) -> Field:
-    """What `decode` makes of a column."""
-    if field.kind != "list" or field.name in source.ragged:
-        return field
-    if field.name in source.pad:
-        wanted = source.pad[field.name]
-        return Field(field.name, "dense", field.dtype, (wanted[0] if isinstance(wanted, tuple) else wanted,))
-    if not field.shape:
-        raise ColumnError(
-            f"The rows of a tensor must have one shape; column {field.name!r} holds lists of unknown lengths. "
-            f"Give `pad={{{field.name!r}: length}}` or `ragged=[{field.name!r}]`."
-        )
-    return Field(field.name, "dense", field.dtype, field.shape)
-
-
-def _probe(layout: Layout, opened: OpenSource) -> dict[str, Field]:
-    """The columns that the transform returns for the first rows."""
-    columns = layout.decode(opened.head(_PROBED_ROWS, layout.columns), "the first rows")
-    fields = {}
-    for name, array in layout.apply_transform(columns, (0,)).items():
-        if isinstance(array, np.ndarray):
-            if array.dtype.kind not in "biuf":
-                raise ColumnError(f"`transform` must return numbers or text; {name!r} has dtype {array.dtype}.")
-            fields[name] = Field(name, "dense", array.dtype.name, array.shape[1:])
-        else:
-            fields[name] = Field(name, "string", "bytes")
-    return fields
-
-
-def _described(field: Field) -> str:
-    return f"{field.kind} {field.dtype}{list(field.shape) if field.shape else ''}"
 
 
 def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> Any:

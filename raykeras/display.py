@@ -94,7 +94,7 @@ class BarDisplay(LineDisplay):
             self._task = self._progress.add_task("", total=self._params.get("steps"), epoch=epoch, logs="")
         elif isinstance(event, events.BatchEnded) and self._task is not None:
             logs = f"{metrics(event.logs)}  {event.rows_per_s:,.0f} rows/s  data wait {event.data_wait:.0%}"
-            self._progress.update(self._task, completed=event.step, logs=logs)
+            self._progress.update(self._task, completed=event.step, logs=logs, refresh=True)
         elif isinstance(event, events.EpochEnded | events.RunEnded):
             self.close()
         super().__call__(event)

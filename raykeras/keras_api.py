@@ -52,11 +52,16 @@ class KerasAPI:
     def is_built(self, model: Any) -> bool:
         return bool(model.built)
 
-    def input_names(self, model: Any) -> list[str] | None:
-        """Names of a functional model's inputs; None for models that do not say."""
-        if not getattr(model, "inputs", None) or getattr(model, "input_names", None) is None:
+    def input_shapes(self, model: Any) -> dict[str, tuple[int | None, ...] | None] | None:
+        """Shape of a row of each input, by the name that data is fed under; None where it does not say."""
+        inner = getattr(model, "_functional", None) or model  # a Sequential of Keras 3 holds a functional model
+        if not getattr(inner, "inputs", None):
             return None
-        return [str(name) for name in model.input_names]
+        struct = getattr(inner, "_nested_inputs" if self.is_legacy else "_inputs_struct", None)
+        if isinstance(struct, dict):
+            return {str(name): _row_shape(tensor) for name, tensor in struct.items()}
+        names = inner.input_names if self.is_legacy else [tensor.name for tensor in inner.inputs]
+        return {str(name): _row_shape(tensor) for name, tensor in zip(names, inner.inputs, strict=True)}
 
     def output_names(self, model: Any) -> list[str] | None:
         if not getattr(model, "outputs", None) or getattr(model, "output_names", None) is None:
@@ -76,6 +81,11 @@ class KerasAPI:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is not None and model.built and not getattr(optimizer, "built", True):
             optimizer.build(model.trainable_variables)
+
+
+def _row_shape(tensor: Any) -> tuple[int | None, ...] | None:
+    shape = tensor.shape
+    return None if getattr(shape, "rank", 0) is None else tuple(shape)[1:]
 
 
 def api_of(model: Any) -> KerasAPI:

@@ -78,10 +78,9 @@ def run(
         )
     except RaykerasError:
         raise
-    except Exception:
-        for stream in streams:
-            if stream.failure is not None:
-                error = stream.failure
+    except Exception as raised:
+        # of an exception in a stream tf.data passes on the text only
+        error = next((stream.failure for stream in streams if stream.failure is not None), raised)
         cause = root_cause(error)
         if isinstance(cause, RaykerasError):
             raise cause from None

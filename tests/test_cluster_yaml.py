@@ -45,9 +45,7 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
         ("max_workers", "8", jsonschema.ValidationError),
     ],
 )
-def test_ray_would_refuse_a_mistake(
-    config: dict[str, Any], key: str, value: Any, error: type[Exception]
-) -> None:
+def test_ray_would_refuse_a_mistake(config: dict[str, Any], key: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         prepared({**config, key: value})
 

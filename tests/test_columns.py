@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import raykeras as rk
-from raykeras.columns import class_weights, resolve
+from raykeras.columns import class_weights
 from raykeras.decode import decode
 from raykeras.sources import Field
+from raykeras.specs import resolve
 
 
 def tensors(tmp_path: Path, columns: dict[str, Any], class_weight: Any = None, **specs: Any) -> tuple[Any, ...]:

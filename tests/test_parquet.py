@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.columns import resolve
 from raykeras.sources import OpenSource
+from raykeras.specs import resolve
 
 
 def write(path: Path, num_rows: int = 10, start: int = 0, group: int = 4, **columns: object) -> Path:

@@ -179,6 +179,8 @@ def _open_npz(path: str, keys: Sequence[str], transformed: bool) -> Columns:
             return {key: archive[key] for key in keys or archive.files}
     except FileNotFoundError:
         raise SourceError(f"A source's files must exist; there is no {path!r}.") from None
+    except ColumnError:
+        raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise SourceError(f"A .npz archive must be whole; {path!r}: {error}") from None
 

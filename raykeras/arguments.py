@@ -1,0 +1,91 @@
+"""What the user passed to `fit`, checked, as sources and numbers.
+
+Enters: arrays, sources, tuples, counts. Leaves: sources, or an `OptionError`. No Ray, no TensorFlow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from raykeras.callbacks import DriverCallback
+from raykeras.columns import Role
+from raykeras.errors import OptionError
+from raykeras.options import Scale
+from raykeras.sources import OpenSource, Source
+from raykeras.sources.arrays import from_arrays
+
+
+def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
+    if callbacks is None:
+        return [], []
+    every = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in every:
+        if isinstance(callback, type) or not hasattr(callback, "on_epoch_end"):
+            raise OptionError(f"`callbacks` must be callback objects; got {callback!r}.")
+    return (
+        [c for c in every if isinstance(c, DriverCallback)],
+        [c for c in every if not isinstance(c, DriverCallback)],
+    )
+
+
+def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, ...]]:
+    """What the user passed as x, y and sample_weight, as a source; and the roles that are lists."""
+    if isinstance(x, Source):
+        for name, value in (("y", y), ("sample_weight", sample_weight)):
+            if value is not None:
+                raise OptionError(f"`{name}` is part of the source; give it there: `rk.parquet(..., {name}=...)`.")
+        return x, ()
+    return from_arrays(x, y, sample_weight), ()
+
+
+def as_validation(data: Any) -> tuple[Source, tuple[Role, ...]]:
+    if isinstance(data, Source):
+        return data, ()
+    if isinstance(data, tuple) and len(data) in (2, 3):
+        return as_source(data[0], data[1], data[2] if len(data) == 3 else None)
+    raise OptionError(
+        "`validation_data` must be a source, (x, y) or (x, y, sample_weight); got "
+        f"{type(data).__name__}{f' of {len(data)}' if isinstance(data, tuple) else ''}."
+    )
+
+
+def split_rows(opened: OpenSource, fraction: float) -> tuple[OpenSource, OpenSource]:
+    """As `keras.src.trainers.data_adapters.array_slicing.train_validation_split`: the last rows."""
+    if not 0 < fraction < 1:
+        raise OptionError(f"`validation_split` must be above 0 and below 1; got {fraction!r}.")
+    at = int(np.floor(opened.num_rows * (1 - fraction)))
+    if at == 0 or at == opened.num_rows:
+        raise OptionError(
+            f"`validation_split={fraction}` must leave rows on both sides; of {opened.num_rows} it leaves {at} to "
+            "train on. Give `validation_data`."
+        )
+    return opened.slice(0, at), opened.slice(at, opened.num_rows)
+
+
+def check_batch_size(name: str, value: Any, scale: Scale) -> int:
+    size = check_positive(name, value)
+    if size < scale.num_replicas:
+        raise OptionError(
+            f"`{name}` must be at least the number of replicas, since it is the global batch; got {size} and "
+            f"{scale.num_replicas}. Try `{name}={scale.num_replicas}`, or fewer workers."
+        )
+    return size
+
+
+def check_positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise OptionError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+    return int(value)
+
+
+def check_counts(*, epochs: Any, initial_epoch: Any, steps: Any, val_steps: Any) -> None:
+    check_positive("epochs", epochs)
+    if isinstance(initial_epoch, bool) or not isinstance(initial_epoch, int) or not 0 <= initial_epoch < epochs:
+        raise OptionError(
+            f"`initial_epoch` must be at least 0 and below `epochs`; got {initial_epoch!r} and {epochs!r}."
+        )
+    for name, value in (("steps_per_epoch", steps), ("validation_steps", val_steps)):
+        if value is not None:
+            check_positive(name, value)

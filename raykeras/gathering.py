@@ -1,0 +1,121 @@
+"""The driver's end of the event stream.
+
+Enters: lists of events, from a thread of this process or from Ray's queue. Leaves: each event, once
+and in order, at every handler: the run's log, the display, the user's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from raykeras import events
+from raykeras.checkpoint import RunFolder
+from raykeras.events import Event
+
+_QUEUE_WAIT_S = 0.2
+
+
+class RunLog:
+    """Writes `events.jsonl` and `history.csv` of a run. On storage that cannot append, at its end."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._local = folder.path if folder.is_local else tempfile.mkdtemp(prefix="raykeras-log-")
+        self._events = open(os.path.join(self._local, "events.jsonl"), "a")  # noqa: SIM115
+        self._history: list[dict[str, Any]] = []
+
+    def __call__(self, event: Event) -> None:
+        self._events.write(json.dumps(event.as_dict(), default=str) + "\n")
+        if not isinstance(event, events.BatchEnded):
+            self._events.flush()
+        if isinstance(event, events.EpochEnded):
+            self._history.append({"epoch": event.epoch, **event.logs})
+            self._write_history()
+            self._upload()
+
+    def close(self) -> None:
+        self._events.close()
+        self._upload()
+
+    def _write_history(self) -> None:
+        names = list(dict.fromkeys(name for row in self._history for name in row))
+        with open(os.path.join(self._local, "history.csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self._history)
+
+    def _upload(self) -> None:
+        if self._folder.is_local:
+            return
+        if not self._events.closed:
+            self._events.flush()
+        for name in os.listdir(self._local):
+            self._folder.fs.put_file(os.path.join(self._local, name), self._folder / name)
+
+
+class Gathering:
+    """The driver's end of the event stream: a thread that hands each event to all handlers."""
+
+    def __init__(self, handlers: Sequence[Callable[[Event], None]]) -> None:
+        self.queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+        self._handlers = list(handlers)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._gather, name="raykeras-gather", daemon=True)
+        self._thread.start()
+
+    def close(self, last: Event) -> None:
+        """Hands on what has come, and a last event."""
+        self.queue.put([last])
+        self.queue.put(None)
+        self._thread.join()
+
+    def raise_failure(self) -> None:
+        """Raises what a handler raised; it was not called again after that."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _gather(self) -> None:
+        while (batch := self.queue.get()) is not None:
+            for event in batch:
+                for handler in list(self._handlers):
+                    try:
+                        handler(event)
+                    except Exception as error:
+                        self._handlers.remove(handler)
+                        self._failure = self._failure or error
+
+
+@contextlib.contextmanager
+def forwarding(pipe: Any, gathered: Gathering) -> Iterator[None]:
+    """Moves events from Ray's queue to the driver's, until all have come."""
+    from ray.util.queue import Empty
+
+    done = threading.Event()
+
+    def forward() -> None:
+        while True:
+            finished = done.is_set()
+            try:
+                gathered.queue.put(pipe.get(timeout=_QUEUE_WAIT_S))
+            except Empty:
+                if finished:
+                    return
+            except Exception:  # the queue's node is gone
+                return
+
+    thread = threading.Thread(target=forward, name="raykeras-forward", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        pipe.shutdown(force=True)

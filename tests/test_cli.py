@@ -1,0 +1,80 @@
+"""The command line: what it passes on, and how it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import raykeras as rk
+from raykeras.cli import main
+
+DIGITS = Path(__file__).parent.parent / "pipelines" / "digits.py"
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("raykeras.driver.fit", lambda model, x, **options: made.append(options))
+    return made
+
+
+def test_options_become_scale_and_run_and_override_the_pipelines(calls: list[dict[str, Any]]) -> None:
+    options = "--workers 2 --cpus-per-worker 0.5 --epochs 3 --batch-size 16 --verbose 0 --seed 7 --name a --keep 2"
+    done = run("fit", DIGITS, *options.split(), "--checkpoint-every", "none", "--storage", "s")
+    assert done.exit_code == 0, done.output
+    (call,) = calls
+    assert call["scale"] == rk.Scale(workers=2, cpus_per_worker=0.5)
+    assert call["run"] == rk.Run(storage="s", name="a", seed=7, keep=2, checkpoint_every=None)
+    assert (call["epochs"], call["batch_size"], call["verbose"]) == (3, 16, 0)
+
+
+def test_a_run_is_named_after_its_pipeline_and_the_time(calls: list[dict[str, Any]]) -> None:
+    run("fit", DIGITS, "-s", "epochs=4")
+    assert calls[0]["epochs"] == 4
+    assert calls[0]["run"].name.startswith("digits-2")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (rk.ColumnError("no such column"), 2, "raykeras: error: no such column"),
+        (rk.ResourceError("too few GPUs"), 2, "raykeras: error: too few GPUs"),
+        (rk.WorkerLostError("gone"), 1, "raykeras: error: gone"),
+        (rk.UserCodeError("KeyError", rank=1, node="n", cause="KeyError", user_traceback="File mine"), 1, "File mine"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_failures_have_their_own_status(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, shown: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("raykeras.driver.fit", fails)
+    done = run("fit", DIGITS)
+    assert done.exit_code == status
+    assert shown in done.output
+    assert "cli.py" not in done.output
+
+
+def test_wrong_options_are_errors_of_use() -> None:
+    assert run("fit", DIGITS, "--workers", "0").exit_code == 2
+    assert "must be key=value" in run("fit", DIGITS, "-s", "epochs").output
+    assert run("fit", "no/such.py").exit_code == 2
+
+
+def test_inspect_shows_columns_and_rows(tmp_path: Path) -> None:
+    shown = run("inspect", DIGITS.parent / "digits" / "train").output
+    assert "8×8" in shown
+    assert "1,500 rows in 4 files" in shown
+    np.savez(tmp_path / "a.npz", x=np.ones((3, 2)))
+    assert "3 rows in 1 files" in run("inspect", tmp_path / "a.npz").output
+    assert run("inspect", tmp_path / "none").exit_code == 2

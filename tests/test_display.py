@@ -1,0 +1,71 @@
+"""What the user sees: a line an epoch in a log, a bar on a terminal, nothing if so asked."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from raykeras import OptionError, events
+from raykeras.display import make_display
+
+RUN = [
+    events.RunStarted(
+        params={"epochs": 2, "steps": 4, "num_rows": 1500, "batch_size": 32},
+        workers=2,
+        replicas=4,
+        initial_epoch=0,
+        path="runs/a",
+    ),
+    events.EpochStarted(epoch=0),
+    events.BatchEnded(epoch=0, step=2, logs={"loss": 0.5}, rows_per_s=1000.0, data_wait=0.25),
+    events.EpochEnded(
+        epoch=0,
+        step=4,
+        logs={"accuracy": 0.75, "val_loss": 0.00012, "loss": 0.5},
+        seconds=1.94,
+        rows_per_s=12345.6,
+        data_wait=0.031,
+    ),
+    events.WorkerFailed(rank=1, cause="killed", node="n"),
+    events.RunEnded(status="completed", logs={}),
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(verbose: str | int, file: io.StringIO) -> str:
+    display = make_display(verbose, file)
+    for event in RUN:
+        display(event)
+    display.close()
+    return file.getvalue()
+
+
+def test_a_pipe_gets_a_line_an_epoch() -> None:
+    assert shown("auto", io.StringIO()).splitlines() == [
+        "2 workers × 2 replicas  1,500 rows, batch 32  runs/a",
+        "epoch 1/2  1.9s  4 steps  loss 0.5000  accuracy 0.7500  val_loss 1.2000e-04  12,346 rows/s  data wait 3%",
+        "worker 1 failed on n: killed",
+        "completed; checkpoints in runs/a/checkpoints",
+    ]
+
+
+def test_a_terminal_gets_a_bar_and_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    text = shown("auto", Terminal())
+    assert "1,000 rows/s  data wait 25%" in text
+    assert "epoch 1/2  1.9s  4 steps" in text
+
+
+def test_silence() -> None:
+    assert shown(0, Terminal()) == ""
+
+
+@pytest.mark.parametrize("verbose", [3, True, "loud"])
+def test_other_values_are_refused(verbose: object) -> None:
+    with pytest.raises(OptionError, match="`verbose` must be"):
+        make_display(verbose)  # type: ignore[arg-type]

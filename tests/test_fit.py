@@ -1,0 +1,358 @@
+"""`fit` in this process, beside plain `model.fit`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+
+import raykeras as rk
+from raykeras.plan import PassPlan
+from raykeras.sources.arrays import from_arrays
+
+ROWS, BATCH = 103, 16
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(ROWS, 4)).astype(np.float32)
+Y = (X[:, 0] > 0).astype(np.int64)
+W = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
+
+
+def build(**compiled: Any) -> Callable[[], keras.Model]:
+    def make() -> keras.Model:
+        inputs = keras.Input((4,), name="features")
+        model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax", name="classes")(inputs))
+        options = {"optimizer": keras.optimizers.Adam(0.05), "loss": "sparse_categorical_crossentropy"}
+        model.compile(**{**options, "metrics": ["accuracy"], **compiled})
+        return model
+
+    return make
+
+
+def plain(
+    batches: Iterator[Any], epochs: int, steps: int, make: Callable[[], Any] | None = None, **options: Any
+) -> Any:
+    """Plain Keras over the given batches: its history and weights."""
+    keras.utils.set_random_seed(0)
+    model = (make or build())()
+    first = next(batches)
+    signature = tuple(tf.TensorSpec((None, *a.shape[1:]), a.dtype) for a in first)
+
+    def every() -> Iterator[Any]:
+        yield first
+        yield from batches
+
+    data = tf.data.Dataset.from_generator(every, output_signature=signature)
+    history = model.fit(data, epochs=epochs, steps_per_epoch=steps, verbose=0, shuffle=False, **options)
+    return history.history, model.get_weights()
+
+
+def planned(epochs: int, arrays: tuple[np.ndarray, ...], num_rows: int = ROWS) -> Iterator[tuple[np.ndarray, ...]]:
+    """The batches of arrays in memory, as the plan orders them."""
+    opened = from_arrays(X, Y).open().slice(0, num_rows)
+    for epoch in range(epochs):
+        plan = PassPlan(opened.unit_rows, global_batch_size=BATCH, window_rows=1 << 62, epoch=epoch)
+        for step in range(plan.num_steps):
+            yield tuple(array[plan.batch_rows(step)] for array in arrays)
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., rk.Result]:
+    def call(model: Any, *data: Any, **options: Any) -> rk.Result:
+        run = rk.Run(storage=str(tmp_path), name=f"run-{len(list(tmp_path.iterdir()))}")
+        return rk.fit(model, *data, **{"batch_size": BATCH, "verbose": 0, "run": run, **options})
+
+    return call
+
+
+Fit = Callable[..., rk.Result]
+
+
+def assert_same(result: rk.Result, expected: tuple[dict[str, list[float]], list[np.ndarray]]) -> None:
+    history, weights = expected
+    assert set(result.history) == set(history)
+    for name, values in history.items():
+        np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
+    for ours, theirs in zip(result.model().get_weights(), weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_arrays_train_as_in_plain_keras(fit: Fit) -> None:
+    result = fit(build(), X, Y, sample_weight=W, epochs=3)
+    assert_same(result, plain(planned(3, (X, Y, W)), 3, 7))
+    assert result.epoch == [0, 1, 2]
+    assert result.params == {"epochs": 3, "steps": 7, "verbose": 0}
+
+
+def test_without_shuffle_it_is_plain_fit_of_the_arrays(fit: Fit) -> None:
+    result = fit(build(), X, Y, epochs=2, shuffle=False)
+    keras.utils.set_random_seed(0)
+    model = build()()
+    history = model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    assert_same(result, (history.history, model.get_weights()))
+
+
+def test_validation_split_is_keras_last_rows(fit: Fit) -> None:
+    result = fit(build(), X, Y, epochs=2, shuffle=False, validation_split=0.2)
+    keras.utils.set_random_seed(0)
+    model = build()()
+    history = model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, validation_split=0.2)
+    assert_same(result, (history.history, model.get_weights()))
+
+
+def test_a_validation_sees_its_rows_once_and_its_first_batches_only_if_so_asked(fit: Fit) -> None:
+    for steps in (None, 2):
+        result = fit(build(), X, Y, epochs=2, validation_data=(X + 1, Y, W), validation_steps=steps)
+        rows = slice(0, ROWS if steps is None else steps * BATCH)
+        validation = (X[rows] + 1, Y[rows], W[rows])
+        expected = plain(planned(2, (X, Y)), 2, 7, validation_data=validation, validation_batch_size=BATCH)
+        assert_same(result, expected)
+
+
+def test_steps_per_epoch_goes_on_where_it_stopped(fit: Fit) -> None:
+    result = fit(build(), X, Y, epochs=5, steps_per_epoch=3)
+    assert_same(result, plain(planned(3, (X, Y)), 5, 3))
+    assert result.epoch == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps_per_execution", [3, 7, 16])
+def test_steps_per_execution_need_not_divide_the_epoch(fit: Fit, steps_per_execution: int) -> None:
+    make = build(steps_per_execution=steps_per_execution)
+    result = fit(make, X, Y, epochs=3, validation_data=(X, Y))
+    options = {"validation_data": (X, Y), "validation_batch_size": BATCH}
+    assert_same(result, plain(planned(3, (X, Y)), 3, 7, build(), **options))
+
+
+def test_class_weight_is_keras(fit: Fit) -> None:
+    result = fit(build(), X, Y, epochs=2, shuffle=False, class_weight={0: 0.5, 1: 3.0})
+    keras.utils.set_random_seed(0)
+    model = build()()
+    weights = {0: 0.5, 1: 3.0}
+    history = model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, class_weight=weights)
+    assert_same(result, (history.history, model.get_weights()))
+
+
+def test_rows_of_weight_zero_give_what_training_without_their_loss_gives(fit: Fit, tmp_path: Path) -> None:
+    half = np.arange(ROWS) % 2 == 0
+    table = pa.table({**{f"f{i}": X[:, i] for i in range(4)}, "y": Y, "w": half.astype(np.float32)})
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=20)
+    source = rk.parquet(tmp_path / "rows.parquet", x=[f"f{i}" for i in range(4)], y="y", sample_weight="w")
+    result = fit(build(metrics=[]), source, epochs=3, shuffle=False)
+
+    keras.utils.set_random_seed(0)
+    model = build(metrics=[])()
+    for _ in range(3):
+        for first in range(0, ROWS, BATCH):
+            rows = np.arange(first, min(first + BATCH, ROWS))
+            used = rows[half[rows]]
+            with tf.GradientTape() as tape:
+                loss = keras.losses.sparse_categorical_crossentropy(Y[used], model(X[used]))
+                loss = tf.reduce_sum(loss) / len(rows)
+            gradients = tape.gradient(loss, model.trainable_variables)
+            model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+    for ours, theirs in zip(result.model().get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_is_trained_in_place(fit: Fit) -> None:
+    keras.utils.set_random_seed(0)
+    model = build()()
+    stopping = keras.callbacks.EarlyStopping("loss", patience=1, min_delta=100)
+    result = fit(model, X, Y, epochs=9, callbacks=[stopping])
+    assert result.model() is model
+    assert int(model.optimizer.iterations) == 2 * 7
+    assert stopping.stopped_epoch == 1
+    assert result.epoch == [0, 1]
+
+
+def test_a_compiled_model_on_two_replicas_is_trained_in_place_too(fit: Fit) -> None:
+    keras.utils.set_random_seed(0)
+    model = build()()
+    result = fit(model, X, Y, epochs=2, scale=rk.Scale(replicas_per_worker=2))
+    assert result.model() is model
+    assert int(model.optimizer.iterations) == 2 * 7
+    assert_same(result, plain(planned(2, (X, Y)), 2, 7))
+
+
+def test_events_reach_the_driver_in_order_and_the_runs_folder(fit: Fit) -> None:
+    seen: list[rk.Event] = []
+    hooks: list[str] = []
+
+    class Mine(rk.DriverCallback):
+        def on_train_begin(self, logs: dict[str, float]) -> None:
+            hooks.append("train_begin")
+
+        def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
+            hooks.append(f"epoch_end {epoch} {'val_loss' in logs}")
+
+        def on_train_end(self, logs: dict[str, float]) -> None:
+            hooks.append("train_end")
+
+    result = fit(build(), X, Y, epochs=2, validation_data=(X, Y), callbacks=[Mine()], on_event=seen.append)
+    kinds = [event.kind for event in seen if event.kind != "BatchEnded"]
+    epoch = ["EpochStarted", "ValidationEnded", "EpochEnded", "CheckpointSaved"]
+    assert kinds == ["RunStarted", *epoch, *epoch, "RunEnded"]
+    batches = [event for event in seen if isinstance(event, rk.BatchEnded)]
+    assert sum(batch.num_steps for batch in batches) == 14
+    assert hooks == ["train_begin", "epoch_end 0 True", "epoch_end 1 True", "train_end"]
+    folder = Path(result.path)
+    written = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in written] == [event.kind for event in seen]
+    rows = list(csv.DictReader((folder / "history.csv").open()))
+    np.testing.assert_allclose([float(row["val_loss"]) for row in rows], result.history["val_loss"])
+
+
+def test_what_on_event_raises_reaches_the_caller(fit: Fit) -> None:
+    def fails(event: rk.Event) -> None:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        fit(build(), X, Y, on_event=fails)
+
+
+def test_checkpoints_open_with_plain_keras_and_hold_the_optimizer(fit: Fit, tmp_path: Path) -> None:
+    run = rk.Run(storage=str(tmp_path), name="kept", keep=2)
+    result = fit(build(), X, Y, epochs=4, run=run, validation_data=(X, Y))
+    assert [checkpoint.epoch for checkpoint in result.checkpoints] == [3, 4]
+    newest = result.checkpoints[-1]
+    assert sorted(path.name for path in Path(newest.path).iterdir()) == ["model.keras", "train_state.json"]
+    model = keras.models.load_model(f"{newest.path}/model.keras")
+    for loaded, trained in zip(model.get_weights(), result.model().get_weights(), strict=True):
+        np.testing.assert_array_equal(loaded, trained)
+    assert int(model.optimizer.iterations) == 4 * 7
+    best = int(np.argmin(result.history["val_loss"][2:])) + 3
+    assert result.best_checkpoint().epoch == best
+    with pytest.raises(rk.CheckpointError, match=r"got 'val_lost'. Theirs: accuracy, loss"):
+        result.best_checkpoint("val_lost")
+
+
+def test_without_checkpoints_the_last_is_kept_all_the_same(fit: Fit, tmp_path: Path) -> None:
+    result = fit(build(), X, Y, epochs=3, run=rk.Run(storage=str(tmp_path), name="r", checkpoint_every=None))
+    assert [checkpoint.epoch for checkpoint in result.checkpoints] == [3]
+
+
+def test_a_runs_folder_may_be_on_any_fsspec_storage(fit: Fit) -> None:
+    result = fit(build(), X, Y, epochs=2, run=rk.Run(storage="memory://runs", name="m"))
+    assert [checkpoint.epoch for checkpoint in result.checkpoints] == [1, 2]
+    loaded = result.checkpoints[-1].load_model()
+    np.testing.assert_array_equal(loaded.get_weights()[0], result.model().get_weights()[0])
+    import fsspec
+
+    assert "RunEnded" in fsspec.filesystem("memory").cat("/runs/m/events.jsonl").decode()
+
+
+def test_inputs_and_outputs_by_name(fit: Fit) -> None:
+    def two() -> keras.Model:
+        a, b = keras.Input((4,), name="a"), keras.Input((1,), name="b")
+        joined = keras.layers.Concatenate()([a, b])
+        outputs = {
+            "score": keras.layers.Dense(1, name="score")(joined),
+            "cls": keras.layers.Dense(2, activation="softmax", name="cls")(joined),
+        }
+        model = keras.Model({"a": a, "b": b}, outputs)
+        model.compile("adam", {"score": "mse", "cls": "sparse_categorical_crossentropy"})
+        return model
+
+    x, y = {"a": X, "b": W}, {"score": X[:, 1], "cls": Y}
+    result = fit(two, x, y, epochs=2, shuffle=False)
+    keras.utils.set_random_seed(0)
+    model = two()
+    history = model.fit({"a": X, "b": W}, y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    assert_same(result, (history.history, model.get_weights()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1; got 0"),
+        ({"batch_size": 1, "scale": rk.Scale(replicas_per_worker=2)}, "at least the number of replicas.*got 1 and 2"),
+        ({"epochs": 0}, "`epochs`"),
+        ({"initial_epoch": 1}, "`initial_epoch`.*got 1 and 1"),
+        ({"validation_split": 1.5}, "`validation_split` must be above 0 and below 1"),
+        ({"validation_data": [X, Y]}, "`validation_data` must be"),
+        ({"callbacks": [keras.callbacks.EarlyStopping]}, "`callbacks` must be callback objects"),
+        ({"verbose": 5}, "`verbose`"),
+        ({"class_weight": {"a": 1.0}}, "`class_weight` maps classes"),
+    ],
+)
+def test_wrong_arguments_say_what_to_do(fit: Fit, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(rk.OptionError, match=message):
+        fit(build(), X, Y, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_run_of_a_name_is_refused(fit: Fit, tmp_path: Path) -> None:
+    run = rk.Run(storage=str(tmp_path), name="once")
+    fit(build(), X, Y, run=run)
+    with pytest.raises(rk.OptionError, match="a folder of its own"):
+        fit(build(), X, Y, run=run)
+
+
+def uncompiled() -> keras.Model:
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "message"),
+    [
+        (uncompiled, (X, Y), "must be compiled"),
+        (build(), (X, None), "compiled with a loss needs y"),
+        (build(), ({"feature": X}, Y), r"got 'feature'. Did you mean 'features'\?"),
+        (build(), (X[:, :3], Y), r"input 'features' takes 4 a row and column 'x' gives 3"),
+        (build(), (X, {"class": Y}), r"got 'class'. Did you mean 'classes'\?"),
+        (lambda: 3, (X, Y), "must be a keras.Model"),
+    ],
+)
+def test_a_model_that_does_not_fit_its_data_says_where(fit: Fit, make: Any, data: Any, message: str) -> None:
+    with pytest.raises(rk.ModelError, match=message):
+        fit(make, *data)
+
+
+def failing_loss(y_true: Any, y_pred: Any) -> Any:
+    return {}["in the loss"]
+
+
+class FailingCallback(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        raise ZeroDivisionError("in the callback")
+
+
+def failing_build() -> Any:
+    raise OverflowError("in build")
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks", "cause", "where"),
+    [
+        (build(loss=failing_loss), [], "KeyError", "failing_loss"),
+        (build(), [FailingCallback()], "ZeroDivisionError", "on_epoch_end"),
+        (failing_build, [], "OverflowError", "failing_build"),
+    ],
+)
+def test_an_exception_of_the_users_comes_with_their_own_traceback(
+    fit: Fit, make: Any, callbacks: list[Any], cause: str, where: str
+) -> None:
+    with pytest.raises(rk.UserCodeError) as caught:
+        fit(make, X, Y, callbacks=callbacks)
+    error = caught.value
+    assert error.cause == f"builtins.{cause}"
+    assert error.rank == 0
+    assert where in error.user_traceback
+    assert "site-packages" not in error.user_traceback
+    assert len(error.user_traceback.splitlines()) < 12
+
+
+def test_a_null_in_the_middle_of_a_stream_names_file_and_row_group(fit: Fit, tmp_path: Path) -> None:
+    values = pa.array([1.0] * 70 + [None] + [1.0] * 29)
+    pq.write_table(pa.table({"a": values}), tmp_path / "n.parquet", row_group_size=20, write_statistics=False)
+    make = build()
+    with pytest.raises(rk.ColumnError, match=r"column 'a' has 1 in file .*n\.parquet, row group 3"):
+        fit(make, rk.parquet(tmp_path / "n.parquet", x=["a", "a", "a", "a"], y="a"), epochs=2)
