@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from raykeras.columns import Layout
-from raykeras.errors import RaykerasError
+from raykeras.errors import RaykerasError, root_cause
 from raykeras.plan import Window
 from raykeras.sources import OpenSource, Reader, UnitRef
 
@@ -321,18 +321,6 @@ class _Execution:
             raise cause from None
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The innermost exception of ours in what Ray wraps around it."""
-    seen: list[BaseException] = []
-    current: Any = error
-    while isinstance(current, BaseException) and current not in seen:
-        if isinstance(current, RaykerasError):
-            return current
-        seen.append(current)
-        current = getattr(current, "cause", None) or current.__cause__ or current.__context__
-    return error
-
-
 def _execute(shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> Iterator[pa.Table]:
     import ray
     from ray.data.block import BlockMetadata
@@ -372,8 +360,23 @@ def _execute(shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Rea
     return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
 
 
+class _TaskFailure(Exception):
+    """Carries an exception of ours out of a task; Ray Data adds to the message of what it catches."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_TaskFailure, (self.cause,))
+
+
 def _read_task(shared: Any, task: Task) -> Iterator[pa.Table]:
     import ray
 
     reader, layout = ray.get(shared)
-    yield layout.pack(read_windows(reader, layout, task))
+    try:
+        table = layout.pack(read_windows(reader, layout, task))
+    except RaykerasError as error:
+        raise _TaskFailure(error) from None
+    yield table

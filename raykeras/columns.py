@@ -10,6 +10,7 @@ dtypes are Keras': floats become `floatx`, weights too, everything else stays as
 from __future__ import annotations
 
 import inspect
+import socket
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def transform_error(transform: Transform, error: Exception) -> UserCodeError:
     return UserCodeError(
         f"`transform` {getattr(transform, '__qualname__', transform)!r} raised {type(error).__name__}: {error}",
         rank=None,
-        node="",
+        node=socket.gethostname(),
         cause=type(error).__qualname__,
         user_traceback=text,
     )

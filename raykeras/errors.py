@@ -87,3 +87,17 @@ class WorkerLostError(RaykerasError):
 
 class CheckpointError(RaykerasError):
     """A checkpoint could not be written, is damaged, or belongs to another run."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception of ours inside what Ray and TensorFlow wrap around it; the error itself if there is none."""
+    seen: list[int] = []
+    current: Any = error
+    while isinstance(current, BaseException) and id(current) not in seen:
+        seen.append(id(current))
+        inner = getattr(current, "cause", None) or getattr(current, "_base_exc", None)
+        # Ray raises a type that is both its own and the original's: the original is inside
+        if isinstance(current, RaykerasError) and not isinstance(inner, BaseException):
+            return current
+        current = inner if isinstance(inner, BaseException) else current.__cause__ or current.__context__
+    return error

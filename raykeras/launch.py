@@ -14,7 +14,7 @@ from typing import Any
 from raykeras.callbacks import hand_back, into_artifacts
 from raykeras.checkpoint import FOLDER
 from raykeras.cluster import Cluster
-from raykeras.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
+from raykeras.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError, root_cause
 from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
 from raykeras.keras_api import api_of, likely_api
@@ -176,10 +176,8 @@ def _worst(failures: Mapping[int, BaseException]) -> RaykerasError:
     """Of the workers' exceptions the one that tells most: others fail because one did."""
     ranked: list[tuple[int, int, RaykerasError]] = []
     for rank, failure in sorted(failures.items()):
-        error: Any = failure
-        while error is not None and not isinstance(error, RaykerasError):
-            error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-        if error is None:
+        error = root_cause(failure)
+        if not isinstance(error, RaykerasError):
             lost = WorkerLostError(f"The worker of rank {rank} went away: {str(failure).strip().splitlines()[0]}")
             ranked.append((2, rank, lost))
         else:

@@ -20,9 +20,8 @@ import numpy as np
 import raykeras
 from raykeras import callbacks as callbacks_
 from raykeras import checkpoint, events
-from raykeras.blocks import root_cause
 from raykeras.checks import check_model
-from raykeras.errors import RaykerasError, UserCodeError
+from raykeras.errors import RaykerasError, UserCodeError, root_cause
 from raykeras.events import Event
 from raykeras.exactness import exact
 from raykeras.keras_api import KerasAPI, api_of
