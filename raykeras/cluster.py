@@ -7,6 +7,7 @@ shares of it that each worker's data tasks may use.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -83,20 +84,17 @@ def num_gpus_here() -> int:
 
 
 def _start(scale: Scale) -> bool:
+    """Connects to where RAY_ADDRESS or `ray start` says, else starts Ray; whether it did."""
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    workers_cpus = math.ceil(scale.workers * (scale.cpus_per_worker or 1))
     try:
-        ray.init(address="auto", **options)
+        ray.init(num_cpus=(os.cpu_count() or 1) + workers_cpus, include_dashboard=False, **options)
+    except ValueError:  # where there is a cluster, its size is not ours to say
+        ray.init(**options)
         return False
-    except ConnectionError:
-        cpus = scale.cpus_per_worker or 1
-        ray.init(
-            num_cpus=(os.cpu_count() or 1) + int(-(-scale.workers * cpus // 1)),
-            include_dashboard=False,
-            **options,
-        )
-        return True
+    return True
 
 
 def _most_resources() -> dict[str, float] | None:

@@ -6,9 +6,11 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,14 +39,15 @@ def _free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+def head() -> Iterator[dict[str, str]]:
     """A Ray head with token authentication, in a session folder of its own; gives the environment."""
+    home = tempfile.mkdtemp(prefix="rk", dir="/tmp")  # short: Ray's sockets lie under it
     ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     bin_folder = os.path.dirname(sys.executable)
     environment |= {
         "RAY_AUTH_MODE": "token",
-        "HOME": str(tmp_path),
+        "HOME": home,
         "PATH": f"{bin_folder}:{environment['PATH']}",
         "PYTHONPATH": str(ROOT),
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
@@ -53,18 +56,19 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     subprocess.run([*ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
     options = [f"--{name}={port}" for name, port in ports.items()]
-    options += [f"--temp-dir={tmp_path}/ray", "--num-cpus=4", "--object-store-memory=300000000"]
+    options += [f"--temp-dir={home}/ray", "--num-cpus=4", "--object-store-memory=300000000"]
     head = subprocess.Popen(
         [*ray, "start", "--head", "--block", *options],
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         yield environment
     finally:
         head.terminate()
         head.wait(60)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.mark.slow
