@@ -45,7 +45,7 @@ class Case:
 
     def __str__(self) -> str:
         weights = "weights" if self.weighted else "no weights"
-        return f"{self.workers}×{self.replicas} {self.keras} {self.num_rows} rows, {weights}"
+        return f"{self.workers}x{self.replicas} {self.keras} {self.num_rows} rows, {weights}"
 
 
 @dataclass(frozen=True)

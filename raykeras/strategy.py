@@ -11,6 +11,7 @@ datasets distributed under it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,10 @@ import tensorflow as tf
 
 from raykeras.errors import OptionError, ResourceError
 from raykeras.options import Scale
+
+# Two strategies of one process must not use the same collective keys: TensorFlow remembers the dtype of each key for
+# the life of the process. Its own tests leave this much room too.
+_collective_key_bases = itertools.count(100_000, 100_000)
 
 
 def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
@@ -43,7 +48,8 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
         return None
     if scale.workers == 1:
         kind = "GPU" if scale.gpus_per_worker else "CPU"
-        return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.replicas)])
+        with replaced(tf.distribute.MirroredStrategy, "_collective_key_base", next(_collective_key_bases)):
+            return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.replicas)])
     with _cpu_replicas(0 if scale.gpus_per_worker else scale.replicas):
         return tf.distribute.MultiWorkerMirroredStrategy()
 
