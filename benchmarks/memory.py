@@ -49,12 +49,12 @@ print(json.dumps(peak))
 
 
 def write(path: Path, num_rows: int) -> None:
-    """Random rows, in row groups of 50,000."""
+    """Random rows, in row groups of 10,000."""
     rng = np.random.default_rng(0)
     schema = pa.schema([(f"f{i}", pa.float32()) for i in range(COLUMNS)])
     with pq.ParquetWriter(path, schema, compression="none") as writer:
-        for start in range(0, num_rows, 50_000):
-            size = min(50_000, num_rows - start)
+        for start in range(0, num_rows, 10_000):
+            size = min(10_000, num_rows - start)
             columns = [rng.random(size, dtype=np.float32) for _ in range(COLUMNS)]
             writer.write_table(pa.table(columns, schema=schema))
 

@@ -1,7 +1,7 @@
 """The Ray that a run uses: connected to, or started on this machine.
 
-Enters: a `Scale`. Leaves: a Ray that can give what the run needs, or a `ResourceError`; and the
-shares of it that each worker's data tasks may use.
+Enters: a `Scale`. Leaves: a Ray that can give what the run needs, or a `ResourceError`; and, once the
+workers run, the share of it that each of their streams may use to read.
 """
 
 from __future__ import annotations
@@ -9,44 +9,36 @@ from __future__ import annotations
 import logging
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
-from raykeras.blocks import Reading
+from raykeras.blocks import TASK_NBYTES, Reading
 from raykeras.errors import ResourceError
 from raykeras.noise import quiet
 from raykeras.options import Scale
 
 _STORE_SHARE = 0.5  # of the object store, for rows on their way
-_MAX_STORE_NBYTES = 512 << 20  # of one rank
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """What a run may use of Ray.
+def reading(scale: Scale, cpus_per_worker: float, num_streams: int) -> Reading:
+    """What one stream of one rank may use to read.
 
-    Attributes:
-        num_cpus: Logical CPUs of the nodes that are there now.
-        num_gpus: Likewise.
-        store_nbytes: Bytes of their object stores.
-        cpus_per_worker: Logical CPUs that each worker takes.
+    Called where the workers run, since an autoscaled cluster has its nodes only when they do.
     """
+    import ray
 
-    num_cpus: float
-    num_gpus: float
-    store_nbytes: float
-    cpus_per_worker: float
-
-    def reading(self, scale: Scale, num_streams: int) -> Reading:
-        """What one stream of one rank may use to read."""
-        taken = self.cpus_per_worker * scale.workers if scale.workers > 1 else 0
-        cpus = max(1.0, (self.num_cpus - taken) // scale.workers)
-        store = self.store_nbytes * _STORE_SHARE / scale.workers / num_streams
-        return Reading(cpus=cpus, store_nbytes=int(min(_MAX_STORE_NBYTES, store)))
+    resources = ray.cluster_resources()
+    taken = cpus_per_worker * scale.workers if scale.workers > 1 else 0
+    cpus = max(1.0, (resources.get("CPU", 1) - taken) // scale.workers)
+    share = resources.get("object_store_memory", 0) * _STORE_SHARE / scale.workers / num_streams
+    wanted = (2 * cpus + 2) * TASK_NBYTES  # one table being made and one waiting for each CPU
+    return Reading(cpus=cpus, store_nbytes=int(min(wanted, share)))
 
 
-def connect(scale: Scale, *, in_process: bool) -> Cluster:
+def connect(scale: Scale, *, in_process: bool) -> float:
     """Uses the Ray that is connected, or one that runs here, or starts one.
+
+    Returns:
+        Logical CPUs that each worker takes.
 
     Raises:
         ResourceError: If it can never give the workers, CPUs or GPUs.
@@ -58,8 +50,7 @@ def connect(scale: Scale, *, in_process: bool) -> Cluster:
     started = False
     if not ray.is_initialized():
         started = _start(scale)
-    resources = ray.cluster_resources()
-    limit = _most_resources() or resources
+    limit = _most_resources() or ray.cluster_resources()
     num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
     cpus_per_worker = scale.cpus_per_worker
     if cpus_per_worker is None:
@@ -68,12 +59,7 @@ def connect(scale: Scale, *, in_process: bool) -> Cluster:
         cpus_per_worker = min(1.0, room if room >= 1 else max(round(room - 0.005, 2), 0.01))
     if not in_process:
         _require(scale, cpus_per_worker, num_cpus, num_gpus, started)
-    return Cluster(
-        float(resources.get("CPU", 0)),
-        float(resources.get("GPU", 0)),
-        float(resources.get("object_store_memory", 0)),
-        cpus_per_worker,
-    )
+    return cpus_per_worker
 
 
 def num_gpus_here() -> int:
@@ -90,7 +76,13 @@ def _start(scale: Scale) -> bool:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     workers_cpus = math.ceil(scale.workers * (scale.cpus_per_worker or 1))
     try:
-        ray.init(num_cpus=(os.cpu_count() or 1) + workers_cpus, include_dashboard=False, **options)
+        ray.init(
+            num_cpus=(os.cpu_count() or 1) + workers_cpus,
+            include_dashboard=False,
+            # rows that were used stay in memory for this long; by default a second's worth of reading
+            _system_config={"free_objects_period_milliseconds": 100},
+            **options,
+        )
     except ValueError:  # where there is a cluster, its size is not ours to say
         ray.init(**options)
         return False

@@ -5,7 +5,6 @@ Enters: what `fit` is called with. Leaves: a `Result`, and the run's folder.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from raykeras.arguments import (
     split_rows,
 )
 from raykeras.checkpoint import RunFolder
-from raykeras.cluster import Cluster, connect, num_gpus_here
+from raykeras.cluster import connect, num_gpus_here
 from raykeras.columns import Role
 from raykeras.display import make_display
 from raykeras.errors import OptionError
@@ -36,7 +35,7 @@ from raykeras.plan import default_num_shards, window_rows_for
 from raykeras.result import Result
 from raykeras.sources import OpenSource, Source
 from raykeras.sources.arrays import ArrayReader
-from raykeras.specs import resolve
+from raykeras.specs import check_weights, resolve
 
 _WHOLE_SHARD = 1 << 62  # a window without end: rows in memory cost nothing to shuffle
 
@@ -117,17 +116,17 @@ def fit(
         opened, held_out = split_rows(opened, validation_split)
         validation = (source, held_out, sequences)
     layout = resolve(source, opened, class_weight=class_weight, floatx=floatx, sequences=sequences)
+    check_weights(opened, layout)
 
     in_process = scale.workers == 1 and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
     every = [opened] + ([validation[1]] if validation else [])
-    cluster = Cluster(os.cpu_count() or 1, 0, 0, 1)
+    cpus_per_worker = 0.0
     if not in_process or not all(each.reader.in_memory for each in every):
-        cluster = connect(scale, in_process=in_process)
+        cpus_per_worker = connect(scale, in_process=in_process)
     if not in_process:
         for each in every:
             if isinstance(each.reader, ArrayReader):
                 each.reader.share()
-    reading = cluster.reading(scale, len(every))
     num_shards = default_num_shards(scale.workers)
 
     by_index = opened.reader.in_memory and layout.transform is None
@@ -142,7 +141,6 @@ def fit(
         num_shards,
         window_rows,
         run.seed,
-        reading,
     )
     validate: DataOrders | None = None
     if validation is not None:
@@ -150,14 +148,17 @@ def fit(
         if validation_steps is not None:
             opened_ = opened_.slice(0, min(opened_.num_rows, validation_steps * validation_batch_size))
         layout_ = resolve(source_, opened_, floatx=floatx, sequences=sequences_)
+        check_weights(opened_, layout_)
         rows = window_rows_for(layout_.row_nbytes)
-        validate = DataOrders(opened_, layout_, "sharded", validation_batch_size, num_shards, rows, run.seed, reading)
+        validate = DataOrders(opened_, layout_, "sharded", validation_batch_size, num_shards, rows, run.seed)
     folder = RunFolder.under(run.storage, run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     if folder.exists() and folder.fs.ls(folder.path):
         raise OptionError(
             f"A run needs a folder of its own; {folder.path!r} holds one already. Give another `name`, or remove it."
         )
-    orders = Orders(train, validate, epochs, initial_epoch, steps_per_epoch, validation_freq, scale, run, folder)
+    orders = Orders(
+        train, validate, epochs, initial_epoch, steps_per_epoch, validation_freq, scale, run, folder, cpus_per_worker
+    )
     folder.make()
     log = RunLog(folder)
     handlers: list[Callable[[Event], None]] = [log, display]
@@ -166,7 +167,7 @@ def fit(
     status, logs = "failed", {}
     try:
         train_it = fit_here if in_process else fit_on_workers
-        outcome, live_model = train_it(orders, model, worker_callbacks, cluster, gathered)
+        outcome, live_model = train_it(orders, model, worker_callbacks, gathered)
         status, logs = "completed", {name: values[-1] for name, values in outcome.history.items() if values}
     finally:
         gathered.close(events.RunEnded(status=status, logs=logs))

@@ -35,7 +35,7 @@ from raykeras.errors import ModelError
 from raykeras.keras_api import KerasAPI
 from raykeras.strategy import replaced
 
-TESTED_KERAS = ("3.15",)
+TESTED_KERAS = ("3.12", "3.15")
 TESTED_TF_KERAS = ("2.21",)
 
 _share = threading.local()  # per thread, since a strategy traces each replica in a thread of its own

@@ -13,7 +13,6 @@ from typing import Any
 
 from raykeras.callbacks import hand_back, into_artifacts
 from raykeras.checkpoint import FOLDER
-from raykeras.cluster import Cluster
 from raykeras.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError, root_cause
 from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
@@ -23,9 +22,7 @@ from raykeras.orders import Orders, Outcome
 from raykeras.transfer import load_model, put_back, save_model
 
 
-def fit_here(
-    orders: Orders, model: Any, callbacks: list[Any], cluster: Cluster, gathered: Gathering
-) -> tuple[Outcome, Any]:
+def fit_here(orders: Orders, model: Any, callbacks: list[Any], gathered: Gathering) -> tuple[Outcome, Any]:
     """One worker in this process, through Ray Train's local mode."""
     from ray import cloudpickle
     from ray.train import RunConfig, ScalingConfig
@@ -74,9 +71,7 @@ def fit_here(
     return outcome, kept[-1]
 
 
-def fit_on_workers(
-    orders: Orders, model: Any, callbacks: list[Any], cluster: Cluster, gathered: Gathering
-) -> tuple[Outcome, Any]:
+def fit_on_workers(orders: Orders, model: Any, callbacks: list[Any], gathered: Gathering) -> tuple[Outcome, Any]:
     """Workers in processes of their own, through Ray Train."""
     import fsspec
     import pyarrow.fs
@@ -105,7 +100,7 @@ def fit_on_workers(
     if not orders.folder.is_local:
         fs, storage = fsspec.core.url_to_fs(orders.folder.path)
         filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    resources = {"CPU": cluster.cpus_per_worker, "GPU": scale.gpus_per_worker}
+    resources = {"CPU": orders.cpus_per_worker, "GPU": scale.gpus_per_worker}
     trainer = DataParallelTrainer(
         _work,
         train_loop_config={"task": task, "pipe": pipe},

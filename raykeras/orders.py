@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from raykeras.blocks import Reading
 from raykeras.checkpoint import RunFolder
 from raykeras.columns import Layout
 from raykeras.options import Run, Scale
@@ -25,7 +24,6 @@ class DataOrders:
         order: See `raykeras.plan`.
         batch_size: Rows of a global batch.
         num_shards, window_rows, seed: See `raykeras.plan.PassPlan`.
-        reading: What each rank may use to read it.
     """
 
     opened: OpenSource
@@ -35,7 +33,6 @@ class DataOrders:
     num_shards: int
     window_rows: int
     seed: int
-    reading: Reading
 
     @property
     def num_steps(self) -> int:
@@ -63,6 +60,7 @@ class Orders:
         epochs, initial_epoch, steps_per_epoch, validation_freq: As `Model.fit` takes them.
         scale, run: As the user gave them.
         folder: The run's folder.
+        cpus_per_worker: Logical CPUs that each worker takes.
     """
 
     train: DataOrders
@@ -74,6 +72,7 @@ class Orders:
     scale: Scale
     run: Run
     folder: RunFolder
+    cpus_per_worker: float
 
     @property
     def num_steps(self) -> int:

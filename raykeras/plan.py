@@ -41,7 +41,7 @@ def default_num_shards(max_ranks: int) -> int:
     return max(8, 1 << (max_ranks - 1).bit_length())
 
 
-def window_rows_for(row_nbytes: int, target_nbytes: int = 16 << 20) -> int:
+def window_rows_for(row_nbytes: int, target_nbytes: int = 8 << 20) -> int:
     """Rows in a shuffle window of about `target_nbytes`, rounded down to a power of two."""
     return 1 << max(8, (target_nbytes // max(1, row_nbytes)).bit_length() - 1)
 

@@ -6,7 +6,10 @@ Enters: a source with its specs, its opened schema, class weights, the float typ
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,8 @@ ClassWeight = Mapping[Any, Any]
 """Class to weight; or that, by output name."""
 
 _PROBED_ROWS = 8
+_CHECKED_NBYTES = 64 << 20
+_READ_THREADS = 8
 
 
 def resolve(
@@ -60,6 +65,34 @@ def resolve(
             tensors.append(_tensor(role, name, columns, fields, source, floatx))
     tensors = _with_weights(tensors, class_weight, floatx)
     return Layout(tuple(tensors), stored, layout.pad, layout.ragged, layout.fill, source.transform, tuple(sequences))
+
+
+def check_weights(opened: OpenSource, layout: Layout) -> None:
+    """Reads the weights if they are few, so that one which is not finite stops a run before it starts.
+
+    More of them, and what a transform makes, are checked where they are read for training.
+
+    Raises:
+        ColumnError: Names the file, the row group and the column.
+    """
+    tensors = tuple(
+        dataclasses.replace(t, class_weight=(), class_column=None) for t in layout.role("sample_weight") if t.columns
+    )
+    names = {name for tensor in tensors for name in tensor.columns}
+    stored = tuple(field for field in layout.stored if field.name in names)
+    if not tensors or layout.transform or opened.num_rows * sum(f.row_nbytes for f in stored) > _CHECKED_NBYTES:
+        return
+    weights = dataclasses.replace(layout, tensors=tensors, stored=stored)
+
+    def check(file: int) -> None:
+        reader = copy.copy(opened.reader)  # open files are not to be shared by threads
+        for index in np.flatnonzero(opened.unit_file == file):
+            unit = opened.unit(int(index))
+            columns = reader.read(unit, 0, int(opened.unit_rows[index]), weights.columns)
+            weights.assemble(weights.decode(columns, str(unit)), str(unit))
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        list(pool.map(check, np.unique(opened.unit_file)))
 
 
 def _entries(role: Role, spec: Spec) -> list[tuple[str | None, tuple[str, ...] | str]]:

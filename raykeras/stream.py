@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Feed:
         num_replicas: Replicas of this worker, between which its part of a batch is cut.
         num_steps: Steps over all passes after which the feed ends; None for no end.
         first_step: Step, counted through all passes, at which it begins.
-        reading: Limits for Ray Data.
+        reading: Limits for Ray Data; None where the source is in memory.
     """
 
     opened: OpenSource
@@ -56,7 +56,7 @@ class Feed:
     num_replicas: int
     num_steps: int | None = None
     first_step: int = 0
-    reading: Reading = field(default_factory=Reading)
+    reading: Reading | None = None
 
     def passes(self) -> Iterator[tuple[int, PassPlan, int, int]]:
         """Number, plan, first and past-the-last step of each pass."""
@@ -226,11 +226,11 @@ def _woven_chunks(feed: Feed) -> Iterator[Chunk]:
                     yield index, window
 
     tasks = gather_tasks(windows(), feed.opened, feed.layout.row_nbytes)
-    reader, reading = feed.opened.reader, feed.reading
-    if reader.in_memory:
+    reader = feed.opened.reader
+    if feed.reading is None:
         blocks = local_blocks(reader, feed.layout, tasks)
     else:
-        blocks = ray_blocks(reader, feed.layout, tasks, reading)
+        blocks = ray_blocks(reader, feed.layout, tasks, feed.reading)
     try:
         for index, plan, first, last in feed.passes():
             loom = _Loom(feed, plan, index, first, blocks)

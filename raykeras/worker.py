@@ -21,6 +21,7 @@ import raykeras
 from raykeras import callbacks as callbacks_
 from raykeras import checkpoint, events
 from raykeras.checks import check_model
+from raykeras.cluster import reading
 from raykeras.errors import RaykerasError, UserCodeError, root_cause
 from raykeras.events import Event
 from raykeras.exactness import exact
@@ -112,7 +113,7 @@ def _run(
     steps_per_execution = _steps_per_execution(model)
 
     epochs = range(orders.initial_epoch, orders.epochs)
-    train = Stream(_feed(orders.train, rank, scale.workers, scale.replicas, len(epochs) * orders.num_steps))
+    train = Stream(_feed(orders, orders.train, rank, len(epochs) * orders.num_steps))
     streams.append(train)
     if orders.steps_per_epoch is None and orders.num_steps % steps_per_execution:
         # several steps in one execution may not run on into the next epoch
@@ -121,7 +122,7 @@ def _run(
         data, steps = train.endless_dataset(), orders.num_steps
     validation: dict[str, Any] = {}
     if orders.validation is not None:
-        stream = Stream(_feed(orders.validation, rank, scale.workers, scale.replicas, None))
+        stream = Stream(_feed(orders, orders.validation, rank, None))
         streams.append(stream)
         num_steps = orders.validation.num_steps
         validation = {
@@ -251,16 +252,18 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
     )
 
 
-def _feed(data: DataOrders, rank: int, num_ranks: int, num_replicas: int, num_steps: int | None) -> Feed:
+def _feed(orders: Orders, data: DataOrders, rank: int, num_steps: int | None) -> Feed:
+    scale, num_streams = orders.scale, 1 if orders.validation is None else 2
+    in_memory = data.opened.reader.in_memory
     return Feed(
         opened=data.opened,
         layout=data.layout,
         plan=data.plan,
         rank=rank,
-        num_ranks=num_ranks,
-        num_replicas=num_replicas,
+        num_ranks=scale.workers,
+        num_replicas=scale.replicas,
         num_steps=num_steps,
-        reading=data.reading,
+        reading=None if in_memory else reading(scale, orders.cpus_per_worker, num_streams),
     )
 
 

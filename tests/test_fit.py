@@ -356,3 +356,13 @@ def test_a_null_in_the_middle_of_a_stream_names_file_and_row_group(fit: Fit, tmp
     make = build()
     with pytest.raises(rk.ColumnError, match=r"column 'a' has 1 in file .*n\.parquet, row group 3"):
         fit(make, rk.parquet(tmp_path / "n.parquet", x=["a", "a", "a", "a"], y="a"), epochs=2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_stops_a_run_before_it_starts(fit: Fit, tmp_path: Path, bad: float) -> None:
+    for number, weights in enumerate(([1.0] * 50, [-1.0] * 30 + [bad] + [1.0] * 19)):
+        pq.write_table(pa.table({"a": [1.0] * 50, "w": weights}), tmp_path / f"{number}.parquet", row_group_size=20)
+    source = rk.parquet(tmp_path / "*.parquet", x=["a", "a", "a", "a"], y="a", sample_weight="w")
+    with pytest.raises(rk.ColumnError, match=r"'w' holds (nan|inf) at row 10 of file .*1\.parquet, row group 1"):
+        fit(build(), source)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".parquet"}
