@@ -25,7 +25,7 @@ import pyarrow as pa
 import tensorflow as tf
 
 from raykeras.blocks import Block, Reading, gather_tasks, local_blocks, ray_blocks
-from raykeras.columns import Layout
+from raykeras.columns import Layout, Tensor
 from raykeras.plan import PassPlan, Window, replica_cuts
 from raykeras.sources import OpenSource
 
@@ -188,6 +188,26 @@ class Stream:
         return dataset.flat_map(elements).prefetch(PREFETCHED_BATCHES * replicas).with_options(options)
 
 
+def sample(opened: OpenSource, layout: Layout, num_rows: int = 8) -> list[Any]:
+    """The first rows, at most so many, as tensors in the order of the layout."""
+    columns = layout.decode(opened.head(num_rows, layout.columns), "the first rows")
+    arrays = layout.assemble(layout.apply_transform(columns, (0,)), "the first rows")
+    tensors = []
+    for tensor, array in zip(layout.tensors, arrays, strict=True):
+        values, *row_splits = (tf.constant(component) for component in _components(tensor, array))
+        tensors.append(tf.RaggedTensor.from_row_splits(values, *row_splits) if row_splits else values)
+    return tensors
+
+
+def _components(tensor: Tensor, value: Any) -> list[np.ndarray]:
+    """A tensor as NumPy arrays: two, values and row splits, for a ragged one."""
+    if tensor.kind == "ragged":
+        offsets = value.offsets.to_numpy() if len(value) else np.zeros(1, np.int64)
+        values = value.flatten().to_numpy(zero_copy_only=False).astype(tensor.dtype)
+        return [values, offsets.astype(np.int64) - offsets[0]]
+    return [value.to_numpy(zero_copy_only=False).astype(object) if isinstance(value, pa.Array) else value]
+
+
 def _by_index(feed: Feed) -> bool:
     return feed.opened.reader.in_memory and feed.layout.transform is None
 
@@ -322,15 +342,6 @@ def _chunk(feed: Feed, plan: PassPlan, index: int, first: int, last: int, tensor
         cuts += [start - base + cut for cut in replica_cuts(stop - start, feed.num_replicas)[1:]]
     arrays: list[np.ndarray] = []
     for tensor, value in zip(feed.layout.tensors, tensors, strict=True):
-        if tensor.kind == "ragged":
-            offsets = value.offsets.to_numpy() if len(value) else np.zeros(1, np.int64)
-            arrays += [
-                value.flatten().to_numpy(zero_copy_only=False).astype(tensor.dtype),
-                offsets - offsets[0],
-            ]
-        elif isinstance(value, pa.Array):
-            arrays.append(value.to_numpy(zero_copy_only=False).astype(object))
-        else:
-            arrays.append(value)
+        arrays += _components(tensor, value)
     rows = [plan.batch_num_rows(step) for step in range(first, last)]
     return Chunk(index * plan.num_steps + first, tuple(arrays), np.array(cuts, np.int64), np.array(rows, np.int64))

@@ -28,7 +28,7 @@ from raykeras.exactness import exact
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.orders import DataOrders, Orders, Outcome
 from raykeras.strategy import distribute, make_strategy, scope
-from raykeras.stream import Feed, Stream
+from raykeras.stream import Feed, Stream, sample
 
 Save = Callable[[str, Callable[[str], None], dict[str, float]], str]
 """Takes a checkpoint's name, what writes it into a folder, and the epoch's logs; gives its path."""
@@ -159,7 +159,8 @@ def _run(
             path=orders.folder.path,
         )
     )
-    with exact(model, api, orders.train.layout, strategy):
+    rows = [] if strategy is None else sample(orders.train.opened, orders.train.layout)
+    with exact(model, api, orders.train.layout, strategy, rows):
         history = model.fit(
             distribute(strategy, data),
             epochs=orders.epochs,

@@ -43,6 +43,6 @@ def test_an_untested_keras_is_refused_on_several_replicas(monkeypatch: pytest.Mo
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with (
         pytest.raises(ModelError, match=r"tested with: 2\.99; got 3\."),
-        exactness.exact(None, KerasAPI("keras"), layout, strategy),
+        exactness.exact(None, KerasAPI("keras"), layout, strategy, []),
     ):
         pass

@@ -1,0 +1,161 @@
+"""What Keras 3 needs to be exact, and to run at all, on several replicas; see `raykeras.exactness`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from raykeras.columns import Layout
+from raykeras.errors import ModelError
+from raykeras.scalars import current_record
+from raykeras.shares import Altered, ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
+from raykeras.strategy import replaced
+
+
+def patch_keras(
+    stack: contextlib.ExitStack,
+    model: Any,
+    layout: Layout,
+    strategy: tf.distribute.Strategy,
+    scalar_losses: ScalarLosses,
+) -> None:
+    from keras.src.backend.tensorflow import trainer
+    from keras.src.losses import loss as losses
+    from keras.src.trainers import compile_utils
+
+    def patch(target: Any, name: str, value: Any) -> None:
+        stack.enter_context(replaced(target, name, value))
+
+    def patch_instance(target: Any, name: str, value: Any) -> None:
+        stack.callback(target.__dict__.pop, name, None)
+        target.__dict__[name] = value
+
+    with strategy.scope():
+        model._symbolic_build(data_batch=_zeros(layout))
+    patch_instance(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None)
+
+    original_reduce, original_mask = losses.reduce_values, losses.apply_mask
+    original_weighted = losses.reduce_weighted_values
+    original_scale = losses.scale_loss_for_distribution
+    original_unscale = losses.unscale_loss_for_distribution
+    original_add = model._aggregate_additional_loss
+
+    def scale(value: Any) -> Any:
+        return original_scale(value) if current.share is None else scaled(value)
+
+    def unscale(value: Any) -> Any:
+        return original_unscale(value) if current.share is None else unscaled(value)
+
+    def unscale_output(value: Any) -> Any:
+        # A traced batch has no static size, so this metric counts replicas, each as one batch.
+        if current.share is None or tf.inside_function():
+            return original_unscale(value)
+        return unscaled(value)
+
+    def reduce_values(values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
+        if reduction == "sum":
+            current.weighed = True
+        if current.share is None or reduction != "mean_with_sample_weight" or sample_weight is None:
+            return original_reduce(values, sample_weight, reduction)
+        current.weighed = True
+        weights = sum_over_replicas(tf.cast(tf.reduce_sum(sample_weight), values.dtype))
+        return tf.math.divide_no_nan(tf.reduce_sum(values), weights)
+
+    def reduce_weighted_values(
+        values: Any,
+        sample_weight: Any = None,
+        mask: Any = None,
+        reduction: Any = "sum_over_batch_size",
+        dtype: Any = None,
+    ) -> Any:
+        kind = None
+        if len(values.shape) == 0:
+            values = tf.cast(values, dtype or values.dtype)
+            kind = scalar_losses.loss(values)
+        if kind is None:
+            return original_weighted(values, sample_weight, mask, reduction, dtype)
+        current.weighed = True
+        value = values * weight_factor(sample_weight, mask, reduction, values.dtype)
+        return scaled(value) if kind == "mean" else value
+
+    def add(loss: Any) -> Any:
+        record, value = current_record(), tf.reduce_sum(loss)
+        if record is not None:
+            record.added.append(value)
+        if current.share is None:
+            return original_add(loss)
+        kinds = scalar_losses.added(len(model.losses))
+        kind = kinds[current.num_added % len(kinds)]
+        current.num_added += 1
+        current.weighed = True
+        return scaled(value) if kind == "mean" else value
+
+    def apply_mask(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
+        share = current.share
+        if mask is None or share is None or reduction not in ("mean", "sum_over_batch_size"):
+            return original_mask(sample_weight, mask, dtype, reduction)
+        weight = original_mask(sample_weight, mask, dtype, reduction)
+        here = tf.reduce_sum(tf.cast(mask, weight.dtype))
+        everywhere = sum_over_replicas(here)
+        return weight * tf.math.divide_no_nan(here, everywhere * tf.cast(share, weight.dtype))
+
+    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
+        if reduction == "auto" and isinstance(values, dict):
+            metrics = model.get_metrics_result()
+            if set(metrics) == set(values):
+                return metrics
+            return {name: strategy.reduce("MEAN", value, axis=None) for name, value in values.items()}
+        return original_per_replica(values, strategy, reduction)
+
+    original_per_replica = trainer.reduce_per_replica
+    patch(losses, "scale_loss_for_distribution", scale)
+    patch(losses, "unscale_loss_for_distribution", unscale)
+    patch(losses, "reduce_values", reduce_values)
+    patch(losses, "reduce_weighted_values", reduce_weighted_values)
+    patch(losses, "apply_mask", apply_mask)
+    patch(compile_utils, "loss_module", Altered(losses, unscale_loss_for_distribution=unscale_output))
+    patch(trainer, "reduce_per_replica", reduce_per_replica)
+    patch_instance(model, "_aggregate_additional_loss", add)
+    _patch_optimizer(patch_instance, model)
+
+
+def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None:
+    """Adds the replicas' gradients before they are clipped; clipping each comes out differently."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None:
+        return
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    if optimizer.gradient_accumulation_steps:
+        raise ModelError(
+            "On several replicas Keras accumulates gradients for each replica alone; got "
+            f"`gradient_accumulation_steps={optimizer.gradient_accumulation_steps}`. Raise `batch_size` instead: it "
+            "is the global batch."
+        )
+    if not (optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue):
+        return
+    original = optimizer._clip_gradients
+
+    def clip(gradients: Sequence[Any]) -> list[Any]:
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        whole = [None if g is None else sum_over_replicas(tf.convert_to_tensor(g)) for g in gradients]
+        return [None if g is None else g / replicas for g in original(whole)]  # they are added once more
+
+    patch(optimizer, "_clip_gradients", clip)
+
+
+def _zeros(layout: Layout) -> Any:
+    """A batch of one row of zeros, of the shapes and dtypes that the data has."""
+    flat = []
+    for tensor in layout.tensors:
+        dtype = tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
+        if tensor.kind == "ragged":
+            values = tf.zeros((1,), dtype)
+            flat.append(tf.RaggedTensor.from_row_splits(values, tf.constant([0, 1], tf.int64)))
+        elif dtype == tf.string:
+            flat.append(tf.fill((1, *tensor.shape), ""))
+        else:
+            flat.append(tf.zeros((1, *tensor.shape), dtype))
+    return layout.structure(flat)

@@ -1,0 +1,69 @@
+"""What tf_keras needs to be exact on several replicas; see `raykeras.exactness`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import tensorflow as tf
+
+from raykeras.scalars import current_record
+from raykeras.shares import Altered, ScalarLosses, current, scaled, unscaled, weight_factor
+from raykeras.strategy import replaced
+
+
+def patch_tf_keras(stack: contextlib.ExitStack, losses: ScalarLosses) -> None:
+    from tf_keras.src.engine import compile_utils
+    from tf_keras.src.utils import losses_utils
+
+    original_scale = losses_utils.scale_loss_for_distribution
+    original_weighted = losses_utils.compute_weighted_loss
+    original_call = compile_utils.LossesContainer.__call__
+
+    def scale(value: Any) -> Any:
+        return original_scale(value) if current.share is None else scaled(value)
+
+    def weighted(
+        values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size", name: Any = None
+    ) -> Any:
+        values = tf.convert_to_tensor(values)
+        kind = losses.loss(values) if values.shape.rank == 0 else None
+        if kind is None:
+            return original_weighted(values, sample_weight, reduction, name)
+        value = values * weight_factor(sample_weight, None, reduction, values.dtype)
+        if reduction == "sum":  # Keras does not scale it
+            current.weighed = True
+            return scaled(value) if kind == "mean" else value
+        return value if kind == "mean" else unscaled(value)
+
+    def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None, regularization_losses: Any = None) -> Any:
+        record, values = current_record(), list(regularization_losses or ())
+        if record is not None:
+            record.added.extend(values)
+        if current.share is None:
+            return original_call(self, y_true, y_pred, sample_weight, values)
+        kinds = losses.added(len(values))
+        added = [unscaled(v) if kind == "sum" else v for v, kind in zip(values, kinds, strict=True)]
+        if any(part is not None for part in tf.nest.flatten(y_true)):
+            return original_call(self, y_true, y_pred, sample_weight, added)
+        mean, replicas = self._total_loss_mean, tf.distribute.get_strategy().num_replicas_in_sync
+        update = mean.update_state  # without y it counts each replica as a batch
+
+        def update_state(value: Any, sample_weight: Any = None) -> Any:
+            return update(scaled(value) * replicas, sample_weight=sample_weight)
+
+        with replaced(mean, "update_state", update_state):
+            return original_call(self, y_true, y_pred, sample_weight, added)
+
+    def get_strategy() -> Any:
+        strategy = tf.distribute.get_strategy()
+        if current.share is None:
+            return strategy
+        # a sum over rows is counted once for each replica, by the replica's rows
+        return Altered(strategy, num_replicas_in_sync=unscaled(tf.ones(())))
+
+    stack.enter_context(replaced(losses_utils, "scale_loss_for_distribution", scale))
+    stack.enter_context(replaced(losses_utils, "compute_weighted_loss", weighted))
+    stack.enter_context(replaced(compile_utils.LossesContainer, "__call__", call))
+    proxy = Altered(tf, distribute=Altered(tf.distribute, get_strategy=get_strategy))
+    stack.enter_context(replaced(compile_utils, "tf", proxy))

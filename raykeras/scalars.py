@@ -1,0 +1,108 @@
+"""Whether a scalar loss is a mean or a sum over the rows of a batch.
+
+Enters: a compiled model under its strategy, and some rows. Leaves: `Scalars`, the kind of every loss
+that user code hands over as one number, in the order in which a step computes them.
+
+Such a number does not say what it is, but it can be asked: over the same rows twice, a mean stays
+and a sum doubles. On several replicas a mean counts by the replica's share of the rows, a sum by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from raykeras.errors import ModelError
+
+Kind = Literal["mean", "sum"]
+
+_TOLERANCE = 1e-3  # relative; float32 over a few rows
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The kinds of the scalar losses of a step.
+
+    Attributes:
+        losses: Of the compiled losses that return a scalar, in the order of the outputs.
+        added: Of those added by `add_loss` and of regularizers, in the order of `model.losses`.
+    """
+
+    losses: tuple[Kind, ...] = ()
+    added: tuple[Kind, ...] = ()
+
+
+@dataclass
+class Record:
+    """Scalars as a step computes them."""
+
+    losses: list[Any] = field(default_factory=list)
+    added: list[Any] = field(default_factory=list)
+
+
+_current = threading.local()  # per thread, since a strategy runs each replica in a thread of its own
+
+
+def current_record() -> Record | None:
+    """Where this thread's step should note its scalars; None outside of `ask`."""
+    return getattr(_current, "record", None)
+
+
+def ask(model: Any, sample: Sequence[Any], structure: Callable[[Sequence[Any]], Any], strategy: Any) -> Scalars:
+    """Computes the losses of a few rows, and of the same rows twice.
+
+    Args:
+        model: A built and compiled model.
+        sample: Tensors of a few rows, in the order of the layout.
+        structure: Makes Keras' (x, y, sample_weight) of them.
+        strategy: Whose scope the model was built in.
+
+    Raises:
+        ModelError: If a scalar is neither a mean nor a sum.
+    """
+    once = _compute(model, structure(sample), strategy)
+    twice = _compute(model, structure([tf.concat([t, t], 0) for t in sample]), strategy)
+    return Scalars(
+        tuple(_kind(a, b, "compiled loss", i) for i, (a, b) in enumerate(zip(once.losses, twice.losses, strict=True))),
+        tuple(_kind(a, b, "`add_loss`", i) for i, (a, b) in enumerate(zip(once.added, twice.added, strict=True))),
+    )
+
+
+def _compute(model: Any, batch: tuple[Any, ...], strategy: Any) -> Record:
+    """The scalars of a batch, on one replica; the others of this worker compute the same."""
+    x, y = batch[0], batch[1] if len(batch) > 1 else None
+
+    def step() -> tuple[list[Any], list[Any]]:
+        with _recording() as record:
+            model.compute_loss(x, y, model(x, training=False), None)
+        return record.losses, record.added
+
+    losses, added = strategy.experimental_local_results(strategy.run(step))[0]
+    return Record([np.asarray(v) for v in losses], [np.asarray(v) for v in added])
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[Record]:
+    _current.record = Record()
+    try:
+        yield _current.record
+    finally:
+        _current.record = None
+
+
+def _kind(once: float, twice: float, what: str, index: int) -> Kind:
+    if np.isclose(once, twice, rtol=_TOLERANCE, atol=1e-12):
+        return "mean"
+    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=1e-12):
+        return "sum"
+    raise ModelError(
+        "On several replicas a loss that is a scalar must be a mean or a sum over the rows of a batch, so that the "
+        f"parts of a batch can be put together; number {index} of those from {what} is {once:g} over some rows and "
+        f"{twice:g} over the same rows twice. Return one value for each row, or train on one replica."
+    )
