@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raykeras.callbacks import DriverCallback
+    from raykeras.checkpoint import Checkpoint
     from raykeras.driver import fit
     from raykeras.errors import (
         CheckpointError,
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
         ValidationEnded,
         WorkerFailed,
     )
+    from raykeras.inference import evaluate, predict
     from raykeras.options import Run, Scale
     from raykeras.pipeline import Pipeline
     from raykeras.result import Result
+    from raykeras.sources import Source
     from raykeras.sources.arrays import npy
     from raykeras.sources.parquet import parquet
 
@@ -46,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactSaved",
     "BatchEnded",
+    "Checkpoint",
     "CheckpointError",
     "CheckpointSaved",
     "ColumnError",
@@ -63,23 +67,29 @@ __all__ = [
     "RunEnded",
     "RunStarted",
     "Scale",
+    "Source",
     "SourceError",
     "UserCodeError",
     "ValidationEnded",
     "ValidationError",
     "WorkerFailed",
     "WorkerLostError",
+    "evaluate",
     "fit",
     "npy",
     "parquet",
+    "predict",
 ]
 
 _MODULES = {
     "callbacks": ("DriverCallback",),
+    "checkpoint": ("Checkpoint",),
     "driver": ("fit",),
+    "inference": ("evaluate", "predict"),
     "options": ("Run", "Scale"),
     "pipeline": ("Pipeline",),
     "result": ("Result",),
+    "sources": ("Source",),
     "sources.arrays": ("npy",),
     "sources.parquet": ("parquet",),
     "events": (

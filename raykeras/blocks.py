@@ -11,7 +11,6 @@ hold a row group's worth of memory each and hand back an Arrow table that the wo
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections import deque
@@ -25,6 +24,7 @@ import pyarrow as pa
 from raykeras.columns import Layout
 from raykeras.errors import RaykerasError, root_cause
 from raykeras.plan import Window
+from raykeras.reads import Reading, planned_dataset
 from raykeras.sources import OpenSource, Reader, UnitRef
 
 TASK_NBYTES = 16 << 20
@@ -35,19 +35,6 @@ SEGMENT_TASKS = 512
 
 SEGMENT_PASSES = 16
 """Most passes of one execution: what is small is not read ahead without end."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a rank may use of the cluster to read ahead.
-
-    Attributes:
-        cpus: Logical CPUs that may work for it at a time.
-        store_nbytes: Bytes of the object store that may be held for it.
-    """
-
-    cpus: float = 1
-    store_nbytes: int = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -301,7 +288,11 @@ class _Execution:
 
     def _begin(self) -> None:
         try:
-            self._iterator = iter(_execute(*self._arguments))
+            shared, segment, row_nbytes, reading = self._arguments
+            num_rows = [task.num_rows for task in segment]
+            dataset = planned_dataset(_read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading)
+            batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            self._iterator = iter(batches)
             self._first = list(itertools.islice(self._iterator, 1))
         except BaseException as error:  # raised in the thread that reads
             self._failure = error
@@ -321,62 +312,5 @@ class _Execution:
             raise cause from None
 
 
-def _execute(shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> Iterator[pa.Table]:
-    import ray
-    from ray.data.block import BlockMetadata
-    from ray.data.datasource import Datasource, ReadTask
-
-    class PlannedDatasource(Datasource):
-        """One read task for each of the plan's tasks."""
-
-        def get_name(self) -> str:
-            return "Planned"
-
-        def estimate_inmemory_data_size(self) -> int:
-            return sum(task.num_rows for task in segment) * row_nbytes
-
-        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
-            return [
-                ReadTask(
-                    functools.partial(_read_task, shared, task),
-                    BlockMetadata(
-                        num_rows=task.num_rows,
-                        size_bytes=task.num_rows * row_nbytes,
-                        input_files=None,
-                        exec_stats=None,
-                    ),
-                )
-                for task in segment
-            ]
-
-    dataset = ray.data.read_datasource(PlannedDatasource(), override_num_blocks=len(segment))
-    context = dataset.context
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = None  # a task's rows stay one block
-    options = context.execution_options
-    options.preserve_order = True
-    options.resource_limits = options.resource_limits.copy(cpu=reading.cpus, object_store_memory=reading.store_nbytes)
-    return iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-
-
-class _TaskFailure(Exception):
-    """Carries an exception of ours out of a task; Ray Data adds to the message of what it catches."""
-
-    def __init__(self, cause: BaseException) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_TaskFailure, (self.cause,))
-
-
-def _read_task(shared: Any, task: Task) -> Iterator[pa.Table]:
-    import ray
-
-    reader, layout = ray.get(shared)
-    try:
-        table = layout.pack(read_windows(reader, layout, task))
-    except RaykerasError as error:
-        raise _TaskFailure(error) from None
-    yield table
+def _read(reader: Reader, layout: Layout, task: Task) -> pa.Table:
+    return layout.pack(read_windows(reader, layout, task))

@@ -1,4 +1,4 @@
-"""The command line: `raykeras fit PIPELINE`, `raykeras inspect DATA`.
+"""The command line: `raykeras fit | evaluate | predict PIPELINE`, `raykeras inspect DATA`.
 
 Enters: arguments. Leaves: an exit status: 0 done, 1 the user's code or a worker failed, 2 what was
 asked for cannot be done, 130 interrupted.
@@ -7,9 +7,11 @@ asked for cannot be done, 130 interrupted.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -52,17 +54,34 @@ def _parameters(ctx: click.Context, option: click.Parameter, values: Sequence[st
     return pairs
 
 
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator."""
+
+    def decorate(command: Any) -> Any:
+        return functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+    return decorate
+
+
+_PIPELINE = _options(
+    click.argument("pipeline", type=click.Path()),
+    click.option("-s", "--set", "parameters", multiple=True, metavar="KEY=VALUE", callback=_parameters,
+                 help="A parameter of the pipeline; may be repeated."),
+    click.option("--batch-size", type=int, help="Rows of a global batch.  [default: the pipeline's]"),
+    click.option("--workers", type=int, help="Worker processes; one runs in this process."),
+    click.option("--gpus-per-worker", type=int, help="GPUs of each worker."),
+    click.option("--replicas-per-worker", type=int, help="Logical CPU devices of each worker, without GPUs."),
+    click.option("--cpus-per-worker", type=float, help="Logical CPUs that each worker holds in Ray."),
+)  # fmt: skip
+_CHECKPOINT = click.option(
+    "--checkpoint", required=True, help="A checkpoint's folder, or a .keras file, on any fsspec storage."
+)
+
+
 @main.command()
-@click.argument("pipeline", type=click.Path())
-@click.option("-s", "--set", "parameters", multiple=True, metavar="KEY=VALUE", callback=_parameters,
-              help="A parameter of the pipeline; may be repeated.")  # fmt: skip
+@_PIPELINE
 @click.option("--epochs", type=int, help="Epoch at which to stop.  [default: the pipeline's]")
-@click.option("--batch-size", type=int, help="Rows of a global batch.  [default: the pipeline's]")
 @click.option("--verbose", type=click.Choice(["auto", "0", "1", "2"]), help="0 silent, 1 a bar, 2 a line an epoch.")
-@click.option("--workers", type=int, help="Worker processes; one runs in this process.")
-@click.option("--gpus-per-worker", type=int, help="GPUs of each worker.")
-@click.option("--replicas-per-worker", type=int, help="Logical CPU devices of each worker, without GPUs.")
-@click.option("--cpus-per-worker", type=float, help="Logical CPUs that each worker holds in Ray.")
 @click.option("--storage", help='Folder or fsspec URL of all runs.  [default: "runs"]')
 @click.option("--name", help="Name of the run.  [default: the pipeline's and the time]")
 @click.option("--seed", type=int, help="Seeds the order of rows, the weights and random layers.")
@@ -85,6 +104,49 @@ def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
         name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         arguments["run"] = dataclasses.replace(arguments["run"], name=name)
     rk.fit(loaded.model, loaded.train, **{**arguments, **given})
+
+
+@main.command()
+@_PIPELINE
+@_CHECKPOINT
+@click.option("--steps", type=int, help="Evaluate the first so many batches only.")
+def evaluate(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
+    """Evaluates a checkpoint of PIPELINE's model on its test data, and prints the metrics as JSON."""
+    loaded, arguments = _inference(pipeline, parameters, options)
+    logs = rk.evaluate(_restored(loaded, checkpoint), loaded.test, **arguments)
+    click.echo(json.dumps(logs))
+
+
+@main.command()
+@_PIPELINE
+@_CHECKPOINT
+@click.option("--output", required=True, help="Folder or fsspec URL for the Parquet files; must be new or empty.")
+@click.option("--column", "columns", multiple=True, help="A column of the data to write along; may be repeated.")
+def predict(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
+    """Writes what a checkpoint of PIPELINE's model predicts for its test data as Parquet."""
+    loaded, arguments = _inference(pipeline, parameters, options)
+    click.echo(rk.predict(_restored(loaded, checkpoint), loaded.test, **arguments))
+
+
+def _inference(
+    pipeline: str, parameters: dict[str, str], options: dict[str, Any]
+) -> tuple[rk.Pipeline, dict[str, Any]]:
+    """The pipeline, and the arguments of `evaluate` or `predict`."""
+    from raykeras.pipeline import load_pipeline
+
+    loaded = load_pipeline(pipeline, parameters)
+    if loaded.test is None:
+        raise rk.OptionError(f"`raykeras.Pipeline(test=...)` is what is evaluated and predicted; {pipeline} has none.")
+    given = {name: value for name, value in options.items() if value is not None}
+    given.setdefault("batch_size", loaded.fit.get("batch_size", 32))
+    return loaded, {"scale": _replaced(loaded.fit.get("scale") or rk.Scale(), given), **given}
+
+
+def _restored(loaded: rk.Pipeline, checkpoint: str) -> Any:
+    """The pipeline's own model with a checkpoint's weights: its classes need no registration."""
+    from raykeras.transfer import weights_into
+
+    return weights_into(loaded.model, checkpoint)
 
 
 def _source_of(data: str) -> Any:

@@ -11,10 +11,11 @@ import math
 import os
 from typing import Any
 
-from raykeras.blocks import TASK_NBYTES, Reading
+from raykeras.blocks import TASK_NBYTES
 from raykeras.errors import ResourceError
 from raykeras.noise import quiet
 from raykeras.options import Scale
+from raykeras.reads import Reading
 
 _STORE_SHARE = 0.5  # of the object store, for rows on their way
 

@@ -20,12 +20,13 @@ from raykeras.arguments import (
     split_rows,
 )
 from raykeras.checkpoint import RunFolder
-from raykeras.cluster import connect, num_gpus_here
+from raykeras.cluster import connect
 from raykeras.columns import Role
 from raykeras.display import make_display
 from raykeras.errors import OptionError
 from raykeras.events import Event
 from raykeras.gathering import Gathering, RunLog
+from raykeras.group import runs_here
 from raykeras.keras_api import current_floatx
 from raykeras.launch import fit_here, fit_on_workers
 from raykeras.noise import quiet
@@ -36,6 +37,7 @@ from raykeras.result import Result
 from raykeras.sources import OpenSource, Source
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import check_weights, resolve
+from raykeras.transfer import is_model
 
 _WHOLE_SHARD = 1 << 62  # a window without end: rows in memory cost nothing to shuffle
 
@@ -67,7 +69,8 @@ def fit(
 
     Args:
         model: A function without arguments that builds and compiles the model; it is called once on
-            each worker, under the strategy. Or a compiled model, which is trained in place.
+            each worker, under the strategy. Or a compiled model, which is trained in place. Or a
+            checkpoint, or the path of one or of a `.keras` file, to train on from.
         x: A source (`raykeras.parquet`, `raykeras.npy`), an array (rows first), or a dict of arrays
             by input name.
         y: Array, or dict of arrays by output name; with a source, part of the source.
@@ -101,6 +104,7 @@ def fit(
     batch_size = check_batch_size("batch_size", 32 if batch_size is None else batch_size, scale)
     validation_batch_size = check_batch_size("validation_batch_size", validation_batch_size or batch_size, scale)
     check_counts(epochs=epochs, initial_epoch=initial_epoch, steps=steps_per_epoch, val_steps=validation_steps)
+    is_model(model)  # raises if it is nothing that could be one
     display = make_display(verbose)
     driver_callbacks, worker_callbacks = split_callbacks(callbacks)
 
@@ -118,7 +122,7 @@ def fit(
     layout = resolve(source, opened, class_weight=class_weight, floatx=floatx, sequences=sequences)
     check_weights(opened, layout)
 
-    in_process = scale.workers == 1 and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
+    in_process = runs_here(scale)
     every = [opened] + ([validation[1]] if validation else [])
     cpus_per_worker = 0.0
     if not in_process or not all(each.reader.in_memory for each in every):

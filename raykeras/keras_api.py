@@ -68,6 +68,13 @@ class KerasAPI:
             return None
         return [str(name) for name in model.output_names]
 
+    def in_order(self, model: Any, logs: dict[str, Any]) -> list[float]:
+        """The values of `evaluate(return_dict=True)` in the order of `return_dict=False`."""
+        if self.is_legacy:
+            return [float(logs[name]) for name in model.metrics_names]
+        values = model._flatten_metrics_in_order(logs)
+        return [float(value) for value in (values if isinstance(values, list) else [values])]
+
     def variables(self, model: Any) -> list[Any]:
         """The model's and its optimizer's variables, in a fixed order."""
         optimizer = getattr(model, "optimizer", None)

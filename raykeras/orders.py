@@ -81,6 +81,23 @@ class Orders:
 
 
 @dataclass(frozen=True)
+class EvaluationOrders:
+    """One worker's part of an evaluation; the same for all ranks.
+
+    Attributes:
+        data: What is evaluated on.
+        scale: As the user gave it.
+        seed: Seeds random layers.
+        cpus_per_worker: Logical CPUs that each worker takes.
+    """
+
+    data: DataOrders
+    scale: Scale
+    seed: int
+    cpus_per_worker: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What the chief hands back.
 

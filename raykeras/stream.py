@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ import numpy as np
 import pyarrow as pa
 import tensorflow as tf
 
-from raykeras.blocks import Block, Reading, gather_tasks, local_blocks, ray_blocks
+from raykeras.blocks import Block, gather_tasks, local_blocks, ray_blocks
 from raykeras.columns import Layout, Tensor
 from raykeras.plan import PassPlan, Window, replica_cuts
+from raykeras.reads import Reading
 from raykeras.sources import OpenSource
 
 CHUNK_NBYTES = 4 << 20
@@ -191,7 +192,11 @@ class Stream:
 def sample(opened: OpenSource, layout: Layout, num_rows: int = 8) -> list[Any]:
     """The first rows, at most so many, as tensors in the order of the layout."""
     columns = layout.decode(opened.head(num_rows, layout.columns), "the first rows")
-    arrays = layout.assemble(layout.apply_transform(columns, (0,)), "the first rows")
+    return as_tensors(layout, layout.assemble(layout.apply_transform(columns, (0,)), "the first rows"))
+
+
+def as_tensors(layout: Layout, arrays: Sequence[Any]) -> list[Any]:
+    """Arrays in the order of the layout as TensorFlow's tensors."""
     tensors = []
     for tensor, array in zip(layout.tensors, arrays, strict=True):
         values, *row_splits = (tf.constant(component) for component in _components(tensor, array))

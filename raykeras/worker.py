@@ -7,12 +7,13 @@ Leaves: an `Outcome`. In between: strategy, model, streams, and Keras' own `fit`
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import sysconfig
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from raykeras.errors import RaykerasError, UserCodeError, root_cause
 from raykeras.events import Event
 from raykeras.exactness import exact
 from raykeras.keras_api import KerasAPI, api_of
-from raykeras.orders import DataOrders, Orders, Outcome
+from raykeras.options import Scale
+from raykeras.orders import DataOrders, EvaluationOrders, Orders, Outcome
 from raykeras.strategy import distribute, make_strategy, scope
 from raykeras.stream import Feed, Stream, sample
 
@@ -62,8 +64,7 @@ def run(
     Raises:
         RaykerasError: What the user can mend, or `UserCodeError` around an exception of their code.
     """
-    streams: list[Stream] = []
-    try:
+    with _translated(rank) as streams:
         return _run(
             orders,
             rank,
@@ -76,6 +77,43 @@ def run(
             return_variables,
             streams,
         )
+
+
+def evaluate(
+    orders: EvaluationOrders, *, rank: int, api: KerasAPI, build: Callable[[], Any]
+) -> tuple[dict[str, float], list[float]]:
+    """Evaluates a model on every row once.
+
+    Returns:
+        Metric to its value over all rows, as `Model.evaluate` gives it, and the values in the order
+        in which it lists them; the same on all ranks.
+
+    Raises:
+        RaykerasError: As `run`.
+    """
+    data, scale = orders.data, orders.scale
+    with _translated(rank) as streams:
+        strategy = make_strategy(scale)
+        api.seed(orders.seed)
+        with scope(strategy):
+            model = build()
+            api = api_of(model)
+            check_model(model, api, data.layout)
+        stream = Stream(_feed(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps))
+        streams.append(stream)
+        rows = [] if strategy is None else sample(data.opened, data.layout)
+        dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
+        with exact(model, api, data.layout, strategy, rows):
+            logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True)
+    return {name: float(value) for name, value in logs.items()}, api.in_order(model, logs)
+
+
+@contextlib.contextmanager
+def _translated(rank: int) -> Iterator[list[Stream]]:
+    """Raises errors of ours, closes the streams that it gives."""
+    streams: list[Stream] = []
+    try:
+        yield streams
     except RaykerasError:
         raise
     except Exception as raised:
@@ -113,7 +151,14 @@ def _run(
     steps_per_execution = _steps_per_execution(model)
 
     epochs = range(orders.initial_epoch, orders.epochs)
-    train = Stream(_feed(orders, orders.train, rank, len(epochs) * orders.num_steps))
+    feed = functools.partial(
+        _feed,
+        scale=scale,
+        cpus_per_worker=orders.cpus_per_worker,
+        rank=rank,
+        num_streams=1 if orders.validation is None else 2,
+    )
+    train = Stream(feed(orders.train, num_steps=len(epochs) * orders.num_steps))
     streams.append(train)
     if orders.steps_per_epoch is None and orders.num_steps % steps_per_execution:
         # several steps in one execution may not run on into the next epoch
@@ -122,7 +167,7 @@ def _run(
         data, steps = train.endless_dataset(), orders.num_steps
     validation: dict[str, Any] = {}
     if orders.validation is not None:
-        stream = Stream(_feed(orders, orders.validation, rank, None))
+        stream = Stream(feed(orders.validation, num_steps=None))
         streams.append(stream)
         num_steps = orders.validation.num_steps
         validation = {
@@ -253,8 +298,9 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
     )
 
 
-def _feed(orders: Orders, data: DataOrders, rank: int, num_steps: int | None) -> Feed:
-    scale, num_streams = orders.scale, 1 if orders.validation is None else 2
+def _feed(
+    data: DataOrders, scale: Scale, cpus_per_worker: float, rank: int, num_steps: int | None, num_streams: int = 1
+) -> Feed:
     in_memory = data.opened.reader.in_memory
     return Feed(
         opened=data.opened,
@@ -264,7 +310,7 @@ def _feed(orders: Orders, data: DataOrders, rank: int, num_steps: int | None) ->
         num_ranks=scale.workers,
         num_replicas=scale.replicas,
         num_steps=num_steps,
-        reading=None if in_memory else reading(scale, orders.cpus_per_worker, num_streams),
+        reading=None if in_memory else reading(scale, cpus_per_worker, num_streams),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
@@ -78,3 +80,26 @@ def test_inspect_shows_columns_and_rows(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.ones((3, 2)))
     assert "3 rows in 1 files" in run("inspect", tmp_path / "a.npz").output
     assert run("inspect", tmp_path / "none").exit_code == 2
+
+
+def test_a_checkpoint_is_evaluated_and_predicted_with(tmp_path: Path) -> None:
+    done = run("fit", DIGITS, "-s", "epochs=1", "--storage", tmp_path, "--name", "run", "--verbose", "0")
+    assert done.exit_code == 0, done.output
+    checkpoint = tmp_path / "run" / "checkpoints" / "epoch-000001"
+    evaluated = run("evaluate", DIGITS, "--checkpoint", checkpoint)
+    last = json.loads(evaluated.stdout.splitlines()[-1])
+    history = (tmp_path / "run" / "history.csv").read_text().splitlines()
+    validated = dict(zip(*(line.split(",") for line in history), strict=True))
+    np.testing.assert_allclose(last["accuracy"], float(validated["val_accuracy"]), rtol=1e-6)
+    predicted = run("predict", DIGITS, "--checkpoint", checkpoint, "--output", tmp_path / "out", "--column", "label")
+    assert predicted.exit_code == 0, predicted.output
+    table = pq.read_table(tmp_path / "out")
+    assert table.column_names == ["prediction", "label"]
+    classes = table["prediction"].combine_chunks().to_numpy_ndarray().argmax(1)
+    np.testing.assert_allclose((classes == table["label"].to_numpy()).mean(), last["accuracy"], atol=0.01)
+
+
+def test_a_checkpoint_that_is_not_there_ends_with_1(tmp_path: Path) -> None:
+    done = run("evaluate", DIGITS, "--checkpoint", tmp_path / "none")
+    assert done.exit_code == 1
+    assert "there is no" in done.stderr

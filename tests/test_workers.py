@@ -110,15 +110,15 @@ def test_a_compiled_model_and_its_callbacks_come_back_trained(tmp_path: Path) ->
 
 
 def failing_transform(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if columns["y"].max() > 90:
+    if columns["row"].max() > 90:
         raise FloatingPointError("in the transform")
     return columns
 
 
 def test_a_transform_that_fails_on_later_rows_comes_with_the_users_traceback(tmp_path: Path) -> None:
-    pq.write_table(
-        pa.table({"x": np.ones(100, np.float32), "y": np.arange(100)}), tmp_path / "t.parquet", row_group_size=20
-    )
+    rows = np.arange(100)
+    table = pa.table({"x": np.ones(100, np.float32), "y": rows % 2, "row": rows})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=20)
     source = rk.parquet(tmp_path / "t.parquet", x=["x"] * 4, y="y", transform=failing_transform)
     with pytest.raises(rk.UserCodeError, match="raised FloatingPointError: in the transform") as caught:
         rk.fit(model_of, source, verbose=0, scale=TWO, run=rk.Run(storage=str(tmp_path)))

@@ -1,0 +1,281 @@
+"""`evaluate` and `predict` on a cluster.
+
+Enters: a model and a source. Leaves: metrics over every row, counted once; or predictions in the
+order of the source, as arrays or as Parquet.
+
+`evaluate` runs Keras' own `evaluate` on the workers, over their shards. `predict` is Ray Data's batch
+inference: rows are read where there is a free CPU and predicted by one model for each replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raykeras.arguments import as_source, check_batch_size, check_positive
+from raykeras.checkpoint import RunFolder
+from raykeras.cluster import connect, reading
+from raykeras.columns import Layout
+from raykeras.errors import OptionError, RaykerasError, root_cause
+from raykeras.group import run_here, run_on_workers, runs_here
+from raykeras.keras_api import current_floatx
+from raykeras.noise import import_tensorflow, quiet
+from raykeras.options import Scale
+from raykeras.orders import DataOrders, EvaluationOrders
+from raykeras.plan import default_num_shards, window_rows_for
+from raykeras.predictor import (
+    Predictor,
+    RemotePredictor,
+    column_array,
+    pieces_of,
+    read_piece,
+    split_name,
+)
+from raykeras.reads import planned_dataset
+from raykeras.sources import OpenSource
+from raykeras.sources.arrays import ArrayReader
+from raykeras.specs import check_weights, resolve
+from raykeras.transfer import is_model, pack_model
+
+
+def evaluate(
+    model: Any,
+    x: Any,
+    y: Any = None,
+    *,
+    batch_size: int = 32,
+    sample_weight: Any = None,
+    steps: int | None = None,
+    scale: Scale | None = None,
+    seed: int = 0,
+    return_dict: bool = True,
+) -> dict[str, float] | list[float] | float:
+    """Evaluates a model, as `Model.evaluate` does, on one machine or many. Every row counts once.
+
+    Args:
+        model: A compiled model, a function that builds one, a `Checkpoint`, or the path of a
+            checkpoint or of a `.keras` file.
+        x: A source, or whatever `fit` takes.
+        y: As in `fit`.
+        batch_size: Rows of a global batch, over all replicas.
+        sample_weight: As in `fit`.
+        steps: Evaluate the first so many batches only.
+        scale: Workers, GPUs and replicas.
+        seed: Seeds random layers.
+        return_dict: Whether to return a dict; else a list as Keras does, or the loss alone.
+
+    Returns:
+        Metric to its value.
+
+    Raises:
+        ValidationError, ResourceError, UserCodeError: As `fit`.
+    """
+    scale = scale or Scale()
+    check_batch_size("batch_size", batch_size, scale)
+    if steps is not None:
+        check_positive("steps", steps)
+    is_model(model)
+    quiet()
+    source, sequences = as_source(x, y, sample_weight)
+    opened = source.open()
+    if steps is not None:
+        opened = opened.slice(0, min(opened.num_rows, steps * batch_size))
+    layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
+    check_weights(opened, layout)
+    cpus_per_worker = _connect(scale, opened)
+    window_rows = window_rows_for(layout.row_nbytes)
+    data = DataOrders(opened, layout, "sharded", batch_size, default_num_shards(scale.workers), window_rows, seed)
+    orders = EvaluationOrders(data, scale, seed, cpus_per_worker)
+    if runs_here(scale):
+        logs, values = _evaluate_here(orders, model)
+    else:
+        from ray import cloudpickle
+
+        task = cloudpickle.dumps((orders, *pack_model(model)))
+        logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=cpus_per_worker)
+    if return_dict:
+        return logs
+    return values if len(values) > 1 else values[0]
+
+
+def _evaluate_here(orders: EvaluationOrders, model: Any) -> tuple[dict[str, float], list[float]]:
+    import_tensorflow()
+    from ray import cloudpickle
+
+    from raykeras import worker
+
+    api, build = pack_model(model, lazily=orders.scale.replicas == 1)
+
+    def built() -> Any:
+        return cloudpickle.loads(build)() if build else model
+
+    def work() -> tuple[dict[str, float], list[float]]:
+        return worker.evaluate(orders, rank=0, api=api, build=built)
+
+    logs, values = run_here(work)
+    return logs, values
+
+
+def _evaluate(config: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
+    """What runs on each worker."""
+    quiet()
+    import_tensorflow()
+    import ray.train
+    from ray import cloudpickle
+
+    from raykeras import worker
+
+    orders, api, build = cloudpickle.loads(config["task"])
+    rank = ray.train.get_context().get_world_rank()
+    return worker.evaluate(orders, rank=rank, api=api, build=lambda: cloudpickle.loads(build)())
+
+
+def predict(
+    model: Any,
+    x: Any,
+    *,
+    batch_size: int = 32,
+    scale: Scale | None = None,
+    output: str | None = None,
+    columns: Sequence[str] = (),
+) -> Any:
+    """Predicts every row, in the order of the source.
+
+    Args:
+        model: As `evaluate` takes it; it need not be compiled.
+        x: A source, or arrays. y and weights of a source are not read.
+        batch_size: Rows that a replica is given at a time.
+        scale: How many models predict at a time: one for each replica.
+        output: Folder or fsspec URL to write Parquet files to; it must not hold anything yet, and
+            is there whole or not at all.
+        columns: Columns of the source to write beside the predictions.
+
+    Returns:
+        What `Model.predict` returns: an array (rows, …), or a list or dict of them by output. With
+        `output`, that path; its columns are named by the outputs, a single one "prediction".
+
+    Raises:
+        ValidationError, ResourceError, UserCodeError: As `fit`.
+    """
+    scale = scale or Scale()
+    check_positive("batch_size", batch_size)
+    is_model(model)
+    if columns and output is None:
+        raise OptionError(f"`columns` are written beside the predictions; got {list(columns)} without `output`.")
+    quiet()
+    source, sequences = as_source(x, None, None)
+    source = dataclasses.replace(source, y=None, sample_weight=None)
+    opened = source.open()
+    layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
+    for name in columns:
+        opened.field(name)
+    target = RunFolder.under(*output.rstrip("/").rsplit("/", 1)) if output and "/" in output else None
+    if output is not None:
+        target = target or RunFolder.under(".", output)
+        if target.exists() and target.fs.ls(target.path):
+            raise OptionError(f"`output` must be a new or empty folder; {target.path!r} is not. Remove it first.")
+    with contextlib.closing(_predictions(model, opened, layout, tuple(columns), batch_size, scale)) as tables:
+        if target is None:
+            return _as_returned(list(tables))
+        _write(target, tables)
+        return target.path
+
+
+def _predictions(
+    model: Any, opened: OpenSource, layout: Layout, columns: tuple[str, ...], batch_size: int, scale: Scale
+) -> Generator[pa.Table]:
+    """Tables of predictions in source order; see `raykeras.predictor`."""
+    from ray import cloudpickle
+
+    in_process = scale.num_replicas == 1 and runs_here(scale)
+    _, build = pack_model(model, lazily=in_process)
+    pieces = list(pieces_of(opened, layout))
+    predict_table = None
+    if in_process:
+        import_tensorflow()
+        predict_table = Predictor(cloudpickle.loads(build) if build else lambda: model, layout, batch_size)
+        if opened.reader.in_memory:
+            for piece in pieces:
+                yield predict_table(read_piece(opened.reader, layout, columns, piece))
+            return
+    import ray
+
+    cpus_per_worker = _connect(scale, opened)
+    shared = ray.put((opened.reader, layout, columns))
+    dataset = planned_dataset(
+        read_piece,
+        shared,
+        pieces,
+        [piece.stop - piece.start for piece in pieces],
+        row_nbytes=layout.row_nbytes,
+        reading=reading(Scale(), 0, 1),
+    )
+    if not in_process:
+        dataset = dataset.map_batches(
+            RemotePredictor,
+            fn_constructor_args=(build, layout, batch_size),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=scale.num_replicas),
+            num_cpus=cpus_per_worker / scale.replicas,
+            num_gpus=1 if scale.gpus_per_worker else 0,
+        )
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield predict_table(table) if predict_table else table
+    except Exception as error:
+        cause = root_cause(error)
+        if cause is error or not isinstance(cause, RaykerasError):
+            raise
+        raise cause from None
+
+
+def _connect(scale: Scale, opened: OpenSource) -> float:
+    """Ray, if the source or the workers need it; the logical CPUs of each worker."""
+    here = runs_here(scale)
+    cpus_per_worker = 0.0
+    if not here or not opened.reader.in_memory or scale.num_replicas > 1:
+        cpus_per_worker = connect(scale, in_process=here)
+    if not here and isinstance(opened.reader, ArrayReader):
+        opened.reader.share()
+    return cpus_per_worker
+
+
+def _as_returned(tables: list[pa.Table]) -> Any:
+    whole = pa.concat_tables(tables)
+    arrays: dict[str, np.ndarray] = {}
+    kinds = set()
+    for column in whole.column_names:
+        kind, name = split_name(column)
+        kinds.add(kind)
+        arrays[name] = column_array(whole.column(column))
+    if kinds == {"dict"}:
+        return arrays
+    return list(arrays.values()) if kinds == {"list"} else next(iter(arrays.values()))
+
+
+def _write(target: RunFolder, tables: Iterator[pa.Table]) -> None:
+    """Writes beside the target, then moves."""
+    fs, path = fsspec.core.url_to_fs(target.path)
+    beside = f"{path}.partial-{uuid.uuid4().hex[:8]}"
+    fs.makedirs(beside, exist_ok=True)
+    try:
+        for number, table in enumerate(tables):
+            names = [split_name(column)[1] for column in table.column_names]
+            with fs.open(f"{beside}/part-{number:06d}.parquet", "wb") as file:
+                pq.write_table(table.rename_columns(names), file)
+        if fs.exists(path):
+            fs.rmdir(path)
+        fs.mv(beside, path, recursive=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.rm(beside, recursive=True)
+        raise

@@ -1,0 +1,102 @@
+"""Ray Data, told exactly what to read, and in which order.
+
+Enters: a list of things to read and a function that reads one. Leaves: a Ray Data dataset of one
+Arrow table for each, in the order of the list.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from raykeras.errors import RaykerasError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a stream may use of the cluster to read ahead.
+
+    Attributes:
+        cpus: Logical CPUs that may work for it at a time.
+        store_nbytes: Bytes of the object store that may be held for it.
+    """
+
+    cpus: float = 1
+    store_nbytes: int = 256 << 20
+
+
+class TaskFailure(Exception):
+    """Carries an exception of ours out of a task; Ray Data adds to the message of what it catches."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (TaskFailure, (self.cause,))
+
+
+def planned_dataset(
+    read: Callable[..., pa.Table],
+    shared: Any,
+    items: Sequence[Any],
+    num_rows: Sequence[int],
+    *,
+    row_nbytes: int,
+    reading: Reading,
+) -> Any:
+    """A dataset that is read item by item.
+
+    Args:
+        read: `read(*shared, item)` gives an item's rows. A function of a module.
+        shared: Reference, in Ray's object store, to a tuple that all items need.
+        items: What to read; picklable.
+        num_rows: Rows of each.
+        row_nbytes: Bytes of a row.
+        reading: Limits.
+    """
+    import ray
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import Datasource, ReadTask
+
+    class PlannedDatasource(Datasource):
+        """One read task for each item."""
+
+        def get_name(self) -> str:
+            return "Planned"
+
+        def estimate_inmemory_data_size(self) -> int:
+            return sum(num_rows) * row_nbytes
+
+        def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
+            return [
+                ReadTask(
+                    functools.partial(_read_task, read, shared, item),
+                    BlockMetadata(num_rows=rows, size_bytes=rows * row_nbytes, input_files=None, exec_stats=None),
+                )
+                for item, rows in zip(items, num_rows, strict=True)
+            ]
+
+    dataset = ray.data.read_datasource(PlannedDatasource(), override_num_blocks=len(items))
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = None  # what is read together stays one block
+    options = context.execution_options
+    options.preserve_order = True
+    options.resource_limits = options.resource_limits.copy(cpu=reading.cpus, object_store_memory=reading.store_nbytes)
+    return dataset
+
+
+def _read_task(read: Callable[..., pa.Table], shared: Any, item: Any) -> Iterator[pa.Table]:
+    import ray
+
+    try:
+        table = read(*ray.get(shared), item)
+    except RaykerasError as error:
+        raise TaskFailure(error) from None
+    yield table
