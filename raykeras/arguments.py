@@ -14,7 +14,7 @@ from raykeras.columns import Role
 from raykeras.errors import OptionError
 from raykeras.options import Scale
 from raykeras.sources import OpenSource, Source
-from raykeras.sources.arrays import from_arrays
+from raykeras.sources.arrays import from_arrays, is_sequence
 
 
 def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
@@ -37,7 +37,9 @@ def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, .
             if value is not None:
                 raise OptionError(f"`{name}` is part of the source; give it there: `rk.parquet(..., {name}=...)`.")
         return x, ()
-    return from_arrays(x, y, sample_weight), ()
+    given: tuple[tuple[Role, Any], ...] = (("x", x), ("y", y), ("sample_weight", sample_weight))
+    sequences = tuple(role for role, value in given if is_sequence(value))
+    return from_arrays(x, y, sample_weight), sequences
 
 
 def as_validation(data: Any) -> tuple[Source, tuple[Role, ...]]:

@@ -1,6 +1,7 @@
 """Whether a model fits its data and can be trained, before the first step.
 
-Enters: a built model and the layout of its data. Leaves: nothing, or a `ModelError`.
+Enters: a built model and the layout of its data. Leaves: the layout as the model takes it, or a
+`ModelError`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,28 @@ from raykeras.keras_api import KerasAPI
 from raykeras.sources import nearest
 
 
-def check_model(model: Any, api: KerasAPI, layout: Layout) -> None:
-    """Raises ModelError with the rule that is broken, both sides, and what to do."""
+def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
+    """The layout as the model takes it.
+
+    Raises:
+        ModelError: The rule that is broken, both sides, and what to do.
+    """
     if not api.is_compiled(model):
         raise ModelError(f"A model must be compiled; {model.name!r} is not. Call `model.compile(...)` first.")
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
+    return _conformed(model, api, layout)
+
+
+def _conformed(model: Any, api: KerasAPI, layout: Layout) -> Layout:
+    """The layout as the model takes it: Keras 3 wants the weights of a list of outputs as a list too."""
+    names, weights = api.output_names(model), layout.role("sample_weight")
+    if api.is_legacy or names is None or isinstance(model.outputs, dict) or "sample_weight" in layout.sequences:
+        return layout
+    struct = getattr(model, "_outputs_struct", None)
+    if not isinstance(struct, list | tuple) or {str(t.name) for t in weights} != set(names):
+        return layout
+    return layout.as_sequence("sample_weight", names)
 
 
 def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:

@@ -9,6 +9,7 @@ dtypes are Keras': floats become `floatx`, weights too, everything else stays as
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import socket
 import traceback
@@ -24,6 +25,7 @@ from raykeras.errors import ColumnError, UserCodeError
 from raykeras.sources import Columns, Field, Transform
 
 Role = Literal["x", "y", "sample_weight"]
+_ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,17 @@ class Layout:
     def role(self, role: Role) -> list[Tensor]:
         return [tensor for tensor in self.tensors if tensor.role == role]
 
+    def as_sequence(self, role: Role, names: Sequence[str]) -> Layout:
+        """The same tensors, with those of a role handed on as a list in the order of `names`."""
+        ordered = sorted(self.role(role), key=lambda tensor: names.index(str(tensor.name)))
+        others = [tensor for tensor in self.tensors if tensor.role != role]
+        tensors = sorted([*others, *ordered], key=lambda tensor: _ROLES.index(tensor.role))
+        return dataclasses.replace(self, tensors=tuple(tensors), sequences=(*self.sequences, role))
+
     def structure(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """Values in the order of `tensors` as Keras takes them: (x,), (x, y) or (x, y, sample_weight)."""
         batch: list[Any] = []
-        for role in ("x", "y", "sample_weight"):
+        for role in _ROLES:
             named = [(t.name, value) for t, value in zip(self.tensors, flat, strict=True) if t.role == role]
             if not named:
                 batch.append(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,10 @@ class DataOrders:
     num_shards: int
     window_rows: int
     seed: int
+
+    def laid_out(self, layout: Layout) -> DataOrders:
+        """The same rows as other tensors."""
+        return dataclasses.replace(self, layout=layout)
 
     @property
     def num_steps(self) -> int:

@@ -98,7 +98,7 @@ def evaluate(
         with scope(strategy):
             model = build()
             api = api_of(model)
-            check_model(model, api, data.layout)
+            data = data.laid_out(check_model(model, api, data.layout))
         stream = Stream(_feed(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps))
         streams.append(stream)
         rows = [] if strategy is None else sample(data.opened, data.layout)
@@ -147,7 +147,10 @@ def _run(
     with scope(strategy):
         model = build()
         api = api_of(model)
-        check_model(model, api, orders.train.layout)
+        train_data = orders.train.laid_out(check_model(model, api, orders.train.layout))
+        validation_data = orders.validation
+        if validation_data is not None:
+            validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
     steps_per_execution = _steps_per_execution(model)
 
     epochs = range(orders.initial_epoch, orders.epochs)
@@ -158,7 +161,7 @@ def _run(
         rank=rank,
         num_streams=1 if orders.validation is None else 2,
     )
-    train = Stream(feed(orders.train, num_steps=len(epochs) * orders.num_steps))
+    train = Stream(feed(train_data, num_steps=len(epochs) * orders.num_steps))
     streams.append(train)
     if orders.steps_per_epoch is None and orders.num_steps % steps_per_execution:
         # several steps in one execution may not run on into the next epoch
@@ -166,10 +169,10 @@ def _run(
     else:
         data, steps = train.endless_dataset(), orders.num_steps
     validation: dict[str, Any] = {}
-    if orders.validation is not None:
-        stream = Stream(feed(orders.validation, num_steps=None))
+    if validation_data is not None:
+        stream = Stream(feed(validation_data, num_steps=None))
         streams.append(stream)
-        num_steps = orders.validation.num_steps
+        num_steps = validation_data.num_steps
         validation = {
             "validation_data": distribute(strategy, stream.pass_dataset(num_steps)),
             "validation_steps": num_steps,
@@ -204,8 +207,8 @@ def _run(
             path=orders.folder.path,
         )
     )
-    rows = [] if strategy is None else sample(orders.train.opened, orders.train.layout)
-    with exact(model, api, orders.train.layout, strategy, rows):
+    rows = [] if strategy is None else sample(train_data.opened, train_data.layout)
+    with exact(model, api, train_data.layout, strategy, rows):
         history = model.fit(
             distribute(strategy, data),
             epochs=orders.epochs,

@@ -134,7 +134,15 @@ def npy(
 
 
 def from_arrays(x: Any, y: Any = None, sample_weight: Any = None, **options: Any) -> ArraySource:
-    """Arrays as `Model.fit` takes them (one, or a dict by input or output name) as a source."""
+    """Arrays as `Model.fit` takes them as a source.
+
+    Args:
+        x: An array, an eager tensor, a pandas DataFrame or Series; or a dict of them by input name, or
+            a list in the order of the inputs.
+        y: Likewise, by output.
+        sample_weight: Likewise, by output.
+        **options: Of `Source`.
+    """
     arrays: Columns = {}
     specs = {
         role: _name_arrays(role, value, arrays)
@@ -245,8 +253,17 @@ def _name_arrays(role: str, value: Any, arrays: Columns) -> Spec:
         return None
     if isinstance(value, Mapping):
         return {key: _name_arrays(f"{role}.{key}", part, arrays) for key, part in value.items()}  # type: ignore[misc]
-    arrays[role] = np.asarray(value)
+    if is_sequence(value):
+        return {str(i): _name_arrays(f"{role}[{i}]", part, arrays) for i, part in enumerate(value)}  # type: ignore[misc]
+    array = np.asarray(value)
+    one_column = array.ndim == 1 and role != "sample_weight" and hasattr(value, "iloc")
+    arrays[role] = array[:, None] if one_column else array  # a pandas Series is one column, as in Keras
     return role
+
+
+def is_sequence(value: Any) -> bool:
+    """Whether it is several arrays in the order of the inputs or outputs, and not one as nested lists."""
+    return isinstance(value, list | tuple) and bool(value) and all(hasattr(part, "shape") for part in value)
 
 
 def _absolute(path: str) -> str:
