@@ -104,7 +104,10 @@ def _check_shape(name: str, wanted: tuple[Any, ...] | None, tensor: Tensor) -> N
     given = tensor.shape
     # Keras itself adds or drops a last axis of one
     alike = [given, (*given, 1)] + ([given[:-1]] if given[-1:] == (1,) else [])
-    if any(len(s) == len(wanted) and all(w in (None, g) for w, g in zip(wanted, s, strict=True)) for s in alike):
+    if any(
+        len(s) == len(wanted) and all(w is None or g in (None, w) for w, g in zip(wanted, s, strict=True))
+        for s in alike
+    ):
         return
     columns = " and ".join(map(repr, tensor.columns))
     raise ModelError(

@@ -25,7 +25,7 @@ from raykeras.errors import ColumnError, UserCodeError
 from raykeras.sources import Columns, Field, Transform
 
 Role = Literal["x", "y", "sample_weight"]
-_ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
+ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Tensor:
     columns: tuple[str, ...]
     kind: Literal["dense", "string", "ragged"]
     dtype: str
-    shape: tuple[int, ...] = ()
+    shape: tuple[Any, ...] = ()
     class_weight: tuple[tuple[int, float], ...] = ()
     class_column: str | None = None
 
@@ -96,13 +96,13 @@ class Layout:
         """The same tensors, with those of a role handed on as a list in the order of `names`."""
         ordered = sorted(self.role(role), key=lambda tensor: names.index(str(tensor.name)))
         others = [tensor for tensor in self.tensors if tensor.role != role]
-        tensors = sorted([*others, *ordered], key=lambda tensor: _ROLES.index(tensor.role))
+        tensors = sorted([*others, *ordered], key=lambda tensor: ROLES.index(tensor.role))
         return dataclasses.replace(self, tensors=tuple(tensors), sequences=(*self.sequences, role))
 
     def structure(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """Values in the order of `tensors` as Keras takes them: (x,), (x, y) or (x, y, sample_weight)."""
         batch: list[Any] = []
-        for role in _ROLES:
+        for role in ROLES:
             named = [(t.name, value) for t, value in zip(self.tensors, flat, strict=True) if t.role == role]
             if not named:
                 batch.append(None)

@@ -11,17 +11,13 @@ from typing import Any
 
 from raykeras import events
 from raykeras.arguments import (
-    as_source,
-    as_validation,
     check_batch_size,
     check_counts,
-    check_positive,
     split_callbacks,
-    split_rows,
 )
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect
-from raykeras.columns import Role
+from raykeras.data import Rows, in_memory, open_data, open_validation, train_orders, validation_orders
 from raykeras.display import make_display
 from raykeras.errors import OptionError
 from raykeras.events import Event
@@ -31,15 +27,9 @@ from raykeras.keras_api import current_floatx
 from raykeras.launch import fit_here, fit_on_workers
 from raykeras.noise import quiet
 from raykeras.options import Run, Scale
-from raykeras.orders import DataOrders, Orders
-from raykeras.plan import default_num_shards, window_rows_for
+from raykeras.orders import Orders
 from raykeras.result import Result
-from raykeras.sources import OpenSource, Source
-from raykeras.sources.arrays import ArrayReader
-from raykeras.specs import check_weights, resolve
 from raykeras.transfer import is_model
-
-_WHOLE_SHARD = 1 << 62  # a window without end: rows in memory cost nothing to shuffle
 
 
 def fit(
@@ -71,9 +61,10 @@ def fit(
         model: A function without arguments that builds and compiles the model; it is called once on
             each worker, under the strategy. Or a compiled model, which is trained in place. Or a
             checkpoint, or the path of one or of a `.keras` file, to train on from.
-        x: A source (`raykeras.parquet`, `raykeras.npy`), an array (rows first), or a dict of arrays
-            by input name.
-        y: Array, or dict of arrays by output name; with a source, part of the source.
+        x: A source (`raykeras.parquet`, `raykeras.npy`); an array (rows first), a DataFrame, or a list or
+            dict of them by input; or batches: a `tf.data.Dataset`, a `PyDataset` or `Sequence`, a
+            generator.
+        y: As x, by output; with a source or batches, part of them.
         batch_size: Rows of a global batch, over all replicas; 32 by default.
         epochs: Epoch at which to stop, counted from 0.
         verbose: 0 silent, 1 a progress bar, 2 a line an epoch; "auto" is 1 on a terminal, else 2.
@@ -101,8 +92,11 @@ def fit(
         UserCodeError: If the user's own code raised on a worker.
     """
     scale, run = scale or Scale(), run or Run()
-    batch_size = check_batch_size("batch_size", 32 if batch_size is None else batch_size, scale)
-    validation_batch_size = check_batch_size("validation_batch_size", validation_batch_size or batch_size, scale)
+    for name, size in (("batch_size", batch_size), ("validation_batch_size", validation_batch_size)):
+        if size is not None:
+            check_batch_size(name, size, scale)
+    if batch_size is None:
+        check_batch_size("batch_size", 32, scale)
     check_counts(epochs=epochs, initial_epoch=initial_epoch, steps=steps_per_epoch, val_steps=validation_steps)
     is_model(model)  # raises if it is nothing that could be one
     display = make_display(verbose)
@@ -110,51 +104,31 @@ def fit(
 
     quiet()
     floatx = current_floatx()
-    source, sequences = as_source(x, y, sample_weight)
-    opened = source.open()
-    validation: tuple[Source, OpenSource, tuple[Role, ...]] | None = None
+    given, held_out = open_data(x, y, sample_weight, floatx), None
     if validation_data is not None:
-        validation_source, validation_sequences = as_validation(validation_data)
-        validation = (validation_source, validation_source.open(), validation_sequences)
+        held_out = open_validation(validation_data, floatx)
     elif validation_split:
-        opened, held_out = split_rows(opened, validation_split)
-        validation = (source, held_out, sequences)
-    layout = resolve(source, opened, class_weight=class_weight, floatx=floatx, sequences=sequences)
-    check_weights(opened, layout)
+        if not isinstance(given, Rows):
+            raise OptionError("`validation_split` is for arrays and sources; give `validation_data`.")
+        given, held_out = given.split(validation_split)
+    common: dict[str, Any] = {"scale": scale, "seed": run.seed, "floatx": floatx}
+    train = train_orders(
+        given,
+        batch_size=batch_size,
+        shuffle=shuffle,
+        class_weight=class_weight,
+        steps_per_epoch=steps_per_epoch,
+        **common,
+    )
+    validate = None
+    if held_out is not None:
+        size = validation_batch_size or batch_size or 32
+        validate = validation_orders(held_out, batch_size=size, steps=validation_steps, **common)
 
     in_process = runs_here(scale)
-    every = [opened] + ([validation[1]] if validation else [])
     cpus_per_worker = 0.0
-    if not in_process or not all(each.reader.in_memory for each in every):
+    if not in_process or not in_memory([train, validate]):
         cpus_per_worker = connect(scale, in_process=in_process)
-    if not in_process:
-        for each in every:
-            if isinstance(each.reader, ArrayReader):
-                each.reader.share()
-    num_shards = default_num_shards(scale.workers)
-
-    by_index = opened.reader.in_memory and layout.transform is None
-    window_rows = _WHOLE_SHARD if by_index else window_rows_for(layout.row_nbytes)
-    if not isinstance(shuffle, bool):
-        window_rows = check_positive("shuffle", shuffle)
-    train = DataOrders(
-        opened,
-        layout,
-        "shuffled" if shuffle else "source",
-        batch_size,
-        num_shards,
-        window_rows,
-        run.seed,
-    )
-    validate: DataOrders | None = None
-    if validation is not None:
-        source_, opened_, sequences_ = validation
-        if validation_steps is not None:
-            opened_ = opened_.slice(0, min(opened_.num_rows, validation_steps * validation_batch_size))
-        layout_ = resolve(source_, opened_, floatx=floatx, sequences=sequences_)
-        check_weights(opened_, layout_)
-        rows = window_rows_for(layout_.row_nbytes)
-        validate = DataOrders(opened_, layout_, "sharded", validation_batch_size, num_shards, rows, run.seed)
     folder = RunFolder.under(run.storage, run.name or time.strftime("run-%Y%m%d-%H%M%S"))
     if folder.exists() and folder.fs.ls(folder.path):
         raise OptionError(

@@ -17,6 +17,10 @@ since most are raised in another process than the one that shows them.
 
 from __future__ import annotations
 
+import os
+import socket
+import sysconfig
+import traceback
 from typing import Any
 
 
@@ -101,3 +105,20 @@ def root_cause(error: BaseException) -> BaseException:
             return current
         current = inner if isinstance(inner, BaseException) else current.__cause__ or current.__context__
     return error
+
+
+def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
+    """An exception with the frames of the user's own code only."""
+    frames = traceback.extract_tb(error.__traceback__)
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.dirname(__file__)}
+    mine = [f for f in frames if not f.filename.startswith((*installed, "<frozen"))]
+    text = "".join(traceback.format_list(mine or list(frames)[-3:]))
+    text = f"Traceback (most recent call last):\n{text}{''.join(traceback.format_exception_only(error))}"
+    summary = str(error).strip().split("\n")[0]
+    return UserCodeError(
+        f"{type(error).__name__}: {summary}",
+        rank=rank,
+        node=socket.gethostname(),
+        cause=f"{type(error).__module__}.{type(error).__qualname__}",
+        user_traceback=text,
+    )

@@ -14,6 +14,8 @@ from raykeras.scalars import current_record
 from raykeras.shares import Altered, ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
 from raykeras.strategy import replaced
 
+_UNKNOWN = 32  # of a dimension that differs from batch to batch; enough for a convolution
+
 
 def patch_keras(
     stack: contextlib.ExitStack,
@@ -150,12 +152,13 @@ def _zeros(layout: Layout) -> Any:
     """A batch of one row of zeros, of the shapes and dtypes that the data has."""
     flat = []
     for tensor in layout.tensors:
+        shape = [_UNKNOWN if size is None else size for size in tensor.shape]
         dtype = tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
         if tensor.kind == "ragged":
             values = tf.zeros((1,), dtype)
             flat.append(tf.RaggedTensor.from_row_splits(values, tf.constant([0, 1], tf.int64)))
         elif dtype == tf.string:
-            flat.append(tf.fill((1, *tensor.shape), ""))
+            flat.append(tf.fill((1, *shape), ""))
         else:
-            flat.append(tf.zeros((1, *tensor.shape), dtype))
+            flat.append(tf.zeros((1, *shape), dtype))
     return layout.structure(flat)

@@ -21,16 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykeras.arguments import as_source, check_batch_size, check_positive
+from raykeras.batches import as_batches
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect, reading
 from raykeras.columns import Layout
+from raykeras.data import for_workers, in_memory, open_data, validation_orders
 from raykeras.errors import OptionError, RaykerasError, root_cause
 from raykeras.group import run_here, run_on_workers, runs_here
 from raykeras.keras_api import current_floatx
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.options import Scale
-from raykeras.orders import DataOrders, EvaluationOrders
-from raykeras.plan import default_num_shards, window_rows_for
+from raykeras.orders import EvaluationOrders
 from raykeras.predictor import (
     Predictor,
     RemotePredictor,
@@ -42,7 +43,7 @@ from raykeras.predictor import (
 from raykeras.reads import planned_dataset
 from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
-from raykeras.specs import check_weights, resolve
+from raykeras.specs import resolve
 from raykeras.transfer import is_model, pack_model
 
 
@@ -84,23 +85,20 @@ def evaluate(
         check_positive("steps", steps)
     is_model(model)
     quiet()
-    source, sequences = as_source(x, y, sample_weight)
-    opened = source.open()
-    if steps is not None:
-        opened = opened.slice(0, min(opened.num_rows, steps * batch_size))
-    layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
-    check_weights(opened, layout)
-    cpus_per_worker = _connect(scale, opened)
-    window_rows = window_rows_for(layout.row_nbytes)
-    data = DataOrders(opened, layout, "sharded", batch_size, default_num_shards(scale.workers), window_rows, seed)
+    floatx = current_floatx()
+    given = open_data(x, y, sample_weight, floatx)
+    data = validation_orders(given, batch_size=batch_size, steps=steps, scale=scale, seed=seed, floatx=floatx)
+    here = runs_here(scale)
+    cpus_per_worker = 0.0 if here and in_memory([data]) else connect(scale, in_process=here)
     orders = EvaluationOrders(data, scale, seed, cpus_per_worker)
-    if runs_here(scale):
+    if here:
         logs, values = _evaluate_here(orders, model)
     else:
         from ray import cloudpickle
 
-        task = cloudpickle.dumps((orders, *pack_model(model)))
-        logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=cpus_per_worker)
+        with for_workers(data, scale) as shared:
+            task = cloudpickle.dumps((dataclasses.replace(orders, data=shared), *pack_model(model)))
+            logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=cpus_per_worker)
     if return_dict:
         return logs
     return values if len(values) > 1 else values[0]
@@ -171,6 +169,11 @@ def predict(
     if columns and output is None:
         raise OptionError(f"`columns` are written beside the predictions; got {list(columns)} without `output`.")
     quiet()
+    if as_batches(x, current_floatx()) is not None:
+        raise OptionError(
+            f"`predict` takes sources and arrays, whose rows it can put in order; got {type(x).__name__}. Give the "
+            "arrays or files that it is made of."
+        )
     source, sequences = as_source(x, None, None)
     source = dataclasses.replace(source, y=None, sample_weight=None)
     opened = source.open()

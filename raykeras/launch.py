@@ -6,9 +6,12 @@ this process.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import Any
 
 from raykeras.callbacks import hand_back, into_artifacts
+from raykeras.data import for_workers
 from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
 from raykeras.group import run_here, run_on_workers
@@ -71,12 +74,16 @@ def fit_on_workers(orders: Orders, model: Any, callbacks: list[Any], gathered: G
     api, build = pack_model(model)
     into_artifacts(callbacks, orders.folder / "artifacts")
     pipe = Queue(actor_options={"num_cpus": 0})
-    task = cloudpickle.dumps((orders, api, build, is_model(model), cloudpickle.dumps(callbacks)))
-    with forwarding(pipe, gathered):
+    scale = orders.scale
+    with contextlib.ExitStack() as stack:
+        train, validation = (stack.enter_context(for_workers(o, scale)) for o in (orders.train, orders.validation))
+        shared = dataclasses.replace(orders, train=train, validation=validation)
+        task = cloudpickle.dumps((shared, api, build, is_model(model), cloudpickle.dumps(callbacks)))
+        stack.enter_context(forwarding(pipe, gathered))
         outcome = run_on_workers(
             _work,
             {"task": task, "pipe": pipe},
-            scale=orders.scale,
+            scale=scale,
             cpus_per_worker=orders.cpus_per_worker,
             folder=orders.folder,
             keep=orders.run.keep,

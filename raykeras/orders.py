@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from raykeras.batches import Batches
 from raykeras.checkpoint import RunFolder
 from raykeras.columns import Layout
 from raykeras.options import Run, Scale
@@ -44,6 +45,16 @@ class DataOrders:
         """Batches in a pass."""
         return -(-self.opened.num_rows // self.batch_size)
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """What the run tells of itself."""
+        return {"batch_size": self.batch_size, "num_rows": self.opened.num_rows}
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to go on in this data."""
+        return {"num_shards": self.num_shards, "fingerprint": self.opened.fingerprint}
+
     def plan(self, pass_index: int) -> PassPlan:
         return PassPlan(
             self.opened.unit_rows,
@@ -54,6 +65,36 @@ class DataOrders:
             seed=self.seed,
             epoch=pass_index if self.order == "shuffled" else 0,
         )
+
+
+@dataclass(frozen=True)
+class BatchOrders:
+    """Batches that the user makes.
+
+    Attributes:
+        batches: Where this process makes them itself; else None.
+        layout: Of a batch.
+        num_steps: Batches in a pass; None where it is not known.
+        shuffle, seed: Of a Sequence's order.
+        class_weight: For each output that has one, class to weight.
+        restart: Whether every pass begins anew, after `num_steps` batches.
+        pipes: For each rank the queue in which its parts come, where the driver makes them.
+    """
+
+    batches: Batches | None
+    layout: Layout
+    num_steps: int | None
+    shuffle: bool
+    seed: int
+    class_weight: tuple[tuple[str | None, tuple[tuple[int, float], ...]], ...] = ()
+    restart: bool = False
+    pipes: tuple[Any, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+    position: Mapping[str, Any] = field(default_factory=dict)
+
+    def laid_out(self, layout: Layout) -> BatchOrders:
+        """The same, checked against a model."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -68,8 +109,8 @@ class Orders:
         cpus_per_worker: Logical CPUs that each worker takes.
     """
 
-    train: DataOrders
-    validation: DataOrders | None
+    train: DataOrders | BatchOrders
+    validation: DataOrders | BatchOrders | None
     epochs: int
     initial_epoch: int
     steps_per_epoch: int | None
@@ -80,8 +121,8 @@ class Orders:
     cpus_per_worker: float
 
     @property
-    def num_steps(self) -> int:
-        """Steps of an epoch."""
+    def num_steps(self) -> int | None:
+        """Steps of an epoch; None where it is not known before one was made."""
         return self.steps_per_epoch or self.train.num_steps
 
 
@@ -96,7 +137,7 @@ class EvaluationOrders:
         cpus_per_worker: Logical CPUs that each worker takes.
     """
 
-    data: DataOrders
+    data: DataOrders | BatchOrders
     scale: Scale
     seed: int
     cpus_per_worker: float

@@ -158,7 +158,7 @@ def _with_weights(tensors: list[Tensor], class_weight: ClassWeight | None, float
                     f"`sample_weight` is given by the names of y's outputs; got {name!r}."
                     f"{nearest(str(name), [str(n) for n in names])} Outputs: {', '.join(map(str, names)) or 'none'}."
                 )
-    by_output = _class_weight_by_output(class_weight, names)
+    by_output = class_weight_by_output(class_weight, names)
     if not by_output and (not weights or None in weights):
         return tensors
     made = []
@@ -182,7 +182,7 @@ def _with_weights(tensors: list[Tensor], class_weight: ClassWeight | None, float
     return [t for t in tensors if t.role != "sample_weight"] + made
 
 
-def _class_weight_by_output(
+def class_weight_by_output(
     class_weight: ClassWeight | None, names: Sequence[str | None]
 ) -> dict[str | None, tuple[tuple[int, float], ...]]:
     if not class_weight:

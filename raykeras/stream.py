@@ -104,6 +104,12 @@ class Stream:
         """Ends what still reads ahead."""
         self._chunks.close()
 
+    def sample(self, num_rows: int = 8) -> list[Any]:
+        """The first rows of the source, at most so many, as tensors in the order of the layout."""
+        opened, layout = self.feed.opened, self.feed.layout
+        columns = layout.decode(opened.head(num_rows, layout.columns), "the first rows")
+        return as_tensors(layout, layout.assemble(layout.apply_transform(columns, (0,)), "the first rows"))
+
     def waited_s(self, step: int, since: float) -> float:
         """Seconds after `since` for which `step`'s batch was still not there.
 
@@ -126,12 +132,13 @@ class Stream:
         dataset = self._dataset(lambda: self._chunks)
         return dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
 
-    def pass_dataset(self, num_steps: int) -> tf.data.Dataset:
+    def pass_dataset(self, num_steps: int | None = None) -> tf.data.Dataset:
         """The batches of one pass; each iteration goes on to the next.
 
         Args:
-            num_steps: Batches in a pass.
+            num_steps: Batches in a pass; the plan's by default.
         """
+        num_steps = num_steps or self.feed.plan(0).num_steps
 
         def one_pass() -> Iterator[Chunk]:
             missing = num_steps
@@ -187,12 +194,6 @@ class Stream:
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
         options.deterministic = True
         return dataset.flat_map(elements).prefetch(PREFETCHED_BATCHES * replicas).with_options(options)
-
-
-def sample(opened: OpenSource, layout: Layout, num_rows: int = 8) -> list[Any]:
-    """The first rows, at most so many, as tensors in the order of the layout."""
-    columns = layout.decode(opened.head(num_rows, layout.columns), "the first rows")
-    return as_tensors(layout, layout.assemble(layout.apply_transform(columns, (0,)), "the first rows"))
 
 
 def as_tensors(layout: Layout, arrays: Sequence[Any]) -> list[Any]:

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import socket
-import sysconfig
 import tempfile
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,16 +17,17 @@ import numpy as np
 import raykeras
 from raykeras import callbacks as callbacks_
 from raykeras import checkpoint, events
+from raykeras.batch_stream import BatchStream
 from raykeras.checks import check_model
 from raykeras.cluster import reading
-from raykeras.errors import RaykerasError, UserCodeError, root_cause
+from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.events import Event
 from raykeras.exactness import exact
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.options import Scale
-from raykeras.orders import DataOrders, EvaluationOrders, Orders, Outcome
+from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
 from raykeras.strategy import distribute, make_strategy, scope
-from raykeras.stream import Feed, Stream, sample
+from raykeras.stream import Feed, Stream
 
 Save = Callable[[str, Callable[[str], None], dict[str, float]], str]
 """Takes a checkpoint's name, what writes it into a folder, and the epoch's logs; gives its path."""
@@ -99,9 +96,9 @@ def evaluate(
             model = build()
             api = api_of(model)
             data = data.laid_out(check_model(model, api, data.layout))
-        stream = Stream(_feed(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps))
+        stream = _open_stream(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps)
         streams.append(stream)
-        rows = [] if strategy is None else sample(data.opened, data.layout)
+        rows = [] if strategy is None else stream.sample()
         dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
         with exact(model, api, data.layout, strategy, rows):
             logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True)
@@ -109,9 +106,9 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _translated(rank: int) -> Iterator[list[Stream]]:
+def _translated(rank: int) -> Iterator[list[Stream | BatchStream]]:
     """Raises errors of ours, closes the streams that it gives."""
-    streams: list[Stream] = []
+    streams: list[Stream | BatchStream] = []
     try:
         yield streams
     except RaykerasError:
@@ -139,7 +136,7 @@ def _run(
     save: Save,
     dumps: Callable[[Any], bytes] | None,
     return_variables: bool,
-    streams: list[Stream],
+    streams: list[Stream | BatchStream],
 ) -> Outcome:
     scale = orders.scale
     strategy = make_strategy(scale)
@@ -154,23 +151,24 @@ def _run(
     steps_per_execution = _steps_per_execution(model)
 
     epochs = range(orders.initial_epoch, orders.epochs)
-    feed = functools.partial(
-        _feed,
+    open_stream = functools.partial(
+        _open_stream,
         scale=scale,
         cpus_per_worker=orders.cpus_per_worker,
         rank=rank,
         num_streams=1 if orders.validation is None else 2,
     )
-    train = Stream(feed(train_data, num_steps=len(epochs) * orders.num_steps))
+    num_steps = orders.num_steps
+    train = open_stream(train_data, num_steps=None if num_steps is None else len(epochs) * num_steps)
     streams.append(train)
-    if orders.steps_per_epoch is None and orders.num_steps % steps_per_execution:
+    if num_steps is None or (orders.steps_per_epoch is None and num_steps % steps_per_execution):
         # several steps in one execution may not run on into the next epoch
-        data, steps = train.pass_dataset(orders.num_steps), None
+        data, steps = train.pass_dataset(num_steps), None
     else:
-        data, steps = train.endless_dataset(), orders.num_steps
+        data, steps = train.endless_dataset(), num_steps
     validation: dict[str, Any] = {}
     if validation_data is not None:
-        stream = Stream(feed(validation_data, num_steps=None))
+        stream = open_stream(validation_data, num_steps=None)
         streams.append(stream)
         num_steps = validation_data.num_steps
         validation = {
@@ -180,12 +178,11 @@ def _run(
         }
 
     mine = callbacks_.for_rank(user_callbacks, rank)
-    plan = orders.train.plan(0)
     tell = callbacks_.event_callback(
         api,
         send,
         rank=rank,
-        batch_rows=lambda step: plan.batch_num_rows(step % plan.num_steps),
+        batch_rows=_batch_rows(train_data),
         waited_s=train.waited_s,
     )
     saver = _Saver(orders, model, api, send, save)
@@ -196,18 +193,14 @@ def _run(
     send(
         events.RunStarted(
             rank=rank,
-            params={
-                **params,
-                "batch_size": orders.train.batch_size,
-                "num_rows": orders.train.opened.num_rows,
-            },
+            params={**params, **orders.train.params},
             workers=scale.workers,
             replicas=scale.num_replicas,
             initial_epoch=orders.initial_epoch,
             path=orders.folder.path,
         )
     )
-    rows = [] if strategy is None else sample(train_data.opened, train_data.layout)
+    rows = [] if strategy is None else train.sample()
     with exact(model, api, train_data.layout, strategy, rows):
         history = model.fit(
             distribute(strategy, data),
@@ -243,8 +236,7 @@ class _Saver:
             "epoch": epoch + 1,
             "step": 0,
             "seed": orders.run.seed,
-            "num_shards": orders.train.num_shards,
-            "fingerprint": orders.train.opened.fingerprint,
+            **orders.train.position,
             "logs": logs,
             "keras": {"package": self._api.name, "version": self._api.version},
             "raykeras": raykeras.__version__,
@@ -284,28 +276,18 @@ def save_through_ray_train(orders: Orders, rank: int) -> Save:
     return save
 
 
-def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
-    """An exception with the frames of the user's own code only."""
-    frames = traceback.extract_tb(error.__traceback__)
-    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.dirname(__file__)}
-    mine = [f for f in frames if not f.filename.startswith((*installed, "<frozen"))]
-    text = "".join(traceback.format_list(mine or list(frames)[-3:]))
-    text = f"Traceback (most recent call last):\n{text}{''.join(traceback.format_exception_only(error))}"
-    summary = str(error).strip().split("\n")[0]
-    return UserCodeError(
-        f"{type(error).__name__}: {summary}",
-        rank=rank,
-        node=socket.gethostname(),
-        cause=f"{type(error).__module__}.{type(error).__qualname__}",
-        user_traceback=text,
-    )
-
-
-def _feed(
-    data: DataOrders, scale: Scale, cpus_per_worker: float, rank: int, num_steps: int | None, num_streams: int = 1
-) -> Feed:
+def _open_stream(
+    data: DataOrders | BatchOrders,
+    scale: Scale,
+    cpus_per_worker: float,
+    rank: int,
+    num_steps: int | None,
+    num_streams: int = 1,
+) -> Stream | BatchStream:
+    if isinstance(data, BatchOrders):
+        return BatchStream(data, rank, scale.workers, scale.replicas)
     in_memory = data.opened.reader.in_memory
-    return Feed(
+    feed = Feed(
         opened=data.opened,
         layout=data.layout,
         plan=data.plan,
@@ -315,6 +297,15 @@ def _feed(
         num_steps=num_steps,
         reading=None if in_memory else reading(scale, cpus_per_worker, num_streams),
     )
+    return Stream(feed)
+
+
+def _batch_rows(data: DataOrders | BatchOrders) -> Callable[[int], int]:
+    """Step to the rows of its global batch; 0 where only the user knows them."""
+    if isinstance(data, BatchOrders):
+        return lambda step: 0
+    plan = data.plan(0)
+    return lambda step: plan.batch_num_rows(step % plan.num_steps)
 
 
 def _steps_per_execution(model: Any) -> int:
