@@ -26,9 +26,10 @@ import tensorflow as tf
 
 from raykeras.blocks import Block, gather_tasks, local_blocks, ray_blocks
 from raykeras.columns import Layout, Tensor
+from raykeras.errors import ColumnError
 from raykeras.plan import PassPlan, Window, replica_cuts
 from raykeras.reads import Reading
-from raykeras.sources import OpenSource
+from raykeras.sources import Columns, OpenSource
 
 CHUNK_NBYTES = 4 << 20
 MAX_CHUNK_BATCHES = 512
@@ -219,11 +220,13 @@ def _by_index(feed: Feed) -> bool:
 
 
 def _indexed_chunks(feed: Feed) -> Iterator[Chunk]:
-    """Chunks of a source in memory, each gathered by its rows' numbers."""
+    """Chunks of a source in memory, each gathered by its rows' numbers.
+
+    Only what is gathered is converted, so that arrays in shared memory stay the only whole copy.
+    """
     opened, layout = feed.opened, feed.layout
     unit = opened.unit(0)
     columns = opened.reader.read(unit, 0, _memory_rows(opened), layout.columns)
-    tensors = layout.assemble(layout.decode(columns, str(unit)), str(unit))
     first_row = 0
     for index, plan, first, last in feed.passes():
         rows = plan.rank_rows(feed.rank, feed.num_ranks, first)
@@ -231,8 +234,22 @@ def _indexed_chunks(feed: Feed) -> Iterator[Chunk]:
         for a, b in _chunk_steps(feed, plan, first, last):
             start, stop = _rank_range(feed, plan, a, b)
             wanted = rows[start - first_row : stop - first_row]
-            arrays = [t[wanted] if isinstance(t, np.ndarray) else t.take(pa.array(wanted)) for t in tensors]
-            yield _chunk(feed, plan, index, a, b, arrays)
+            yield _chunk(feed, plan, index, a, b, _gathered(layout, columns, wanted, unit.start))
+
+
+def _gathered(layout: Layout, columns: Columns, rows: np.ndarray, first_row: int) -> list[Any]:
+    """Rows of columns in memory, which begin with the source's `first_row`, as tensors."""
+
+    def tensors(rows: np.ndarray, where: str) -> list[Any]:
+        chosen = {name: column[rows] for name, column in columns.items()}
+        return layout.assemble(layout.decode(chosen, where), where)
+
+    try:
+        return tensors(rows, "the arrays")
+    except ColumnError:
+        for row in rows:  # one by one, to name the row that is wrong
+            tensors(np.array([row]), f"rows from {first_row + row}")
+        raise
 
 
 def _memory_rows(opened: OpenSource) -> int:

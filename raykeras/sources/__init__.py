@@ -2,11 +2,13 @@
 
 Enters: what the user named. Leaves: an `OpenSource`, which knows every *unit* (a row group, or a
 range of an array) by file, number and length, the columns' types, and a fingerprint of the data,
-and whose `reader` reads any part of a unit in any process. Opening reads metadata only.
+and whose `reader` reads any part of a unit in any process. Opening reads metadata only; a Ray dataset
+is run.
 
     parquet    files, folders, globs, hive partitions, on any fsspec filesystem
     npy        `.npy`, memory-mapped
     arrays     NumPy arrays in memory, `.npz` archives among them
+    dataset    a `ray.data.Dataset`, run once and held in the object store
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ Spec = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 Columns = dict[str, Any]
 """Column name to a NumPy array (rows first) or an Arrow array, all of one length."""
+
+DATASET = "the Ray dataset"
+"""Stands for the file of rows that come from none."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,8 @@ class UnitRef(NamedTuple):
     """What a reader needs to find a unit.
 
     Attributes:
-        path: File, or "" for arrays.
-        group: Row group in the file.
+        path: File; "" for arrays, `DATASET` for a Ray dataset.
+        group: Row group in the file, or number of the unit in the dataset.
         start: First row of the unit in the row group or array.
         partition: Names and values of the hive partition.
     """
@@ -71,6 +76,8 @@ class UnitRef(NamedTuple):
     partition: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
+        if self.path == DATASET:
+            return f"{DATASET}, unit {self.group}"
         return f"file {self.path}, row group {self.group}" if self.path else f"rows from {self.start}"
 
 

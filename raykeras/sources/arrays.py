@@ -49,7 +49,8 @@ class ArrayReader:
         import ray
 
         if self._ref is None:
-            self._ref = ray.put(self.arrays)
+            # Ray shares only what lies in one piece; of anything else each worker would hold a copy
+            self._ref = ray.put({name: a if a.flags.forc else a.copy() for name, a in self.arrays.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_arrays": None if self._ref is not None else self._arrays, "_ref": self._ref}

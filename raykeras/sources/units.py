@@ -1,0 +1,152 @@
+"""Blocks of a Ray dataset as units: what its tasks do.
+
+Enters: blocks, as Ray Data makes them. Leaves: Arrow tables without types that only Ray knows, and what
+must be known of them before anything is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raykeras.errors import ColumnError
+
+_DIGEST_ROWS = 64  # of each unit
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is known of a unit of rows.
+
+    Attributes:
+        schema: Of its table.
+        nulls: Column to the number of its nulls.
+        lengths: Column of lists to the least and the greatest length.
+        digest: Of some of its rows.
+    """
+
+    schema: pa.Schema
+    nulls: dict[str, int]
+    lengths: dict[str, tuple[int, int]]
+    digest: str
+
+
+def make_unit(start: int, stop: int, *blocks: Any) -> tuple[Unit | ColumnError, pa.Table | None]:
+    """Rows `start` to `stop` of consecutive blocks, as one table. Runs as a task.
+
+    An error is returned, since Ray tells of each that nobody gets.
+    """
+    try:
+        return _make_unit(start, stop, *blocks)
+    except ColumnError as error:
+        return error, None
+
+
+def _make_unit(start: int, stop: int, *blocks: Any) -> tuple[Unit, pa.Table]:
+    from ray.data.block import BlockAccessor
+
+    tables = []
+    for block in blocks:
+        table = BlockAccessor.for_block(block).to_arrow()
+        tables.append(_plain(table.slice(max(start, 0), max(stop, 0) - max(start, 0))))
+        start, stop = start - len(table), stop - len(table)
+    schema = common_schema([table.schema for table in tables])
+    whole = pa.concat_tables([as_schema(table, schema) for table in tables]).combine_chunks()
+    listed = [f.name for f in schema if pa.types.is_list(f.type) or pa.types.is_large_list(f.type)]
+    lengths = {}
+    for name in listed:
+        least = pc.min_max(pc.list_value_length(whole.column(name))).as_py()
+        lengths[name] = (least["min"] or 0, least["max"] or 0)
+    return Unit(schema, {n: whole.column(n).null_count for n in schema.names}, lengths, _digest(whole)), whole
+
+
+def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema, which `common_schema` made of the table's among others."""
+    columns = []
+    for field in schema:
+        column = table.column(field.name)
+        if isinstance(column.type, pa.BaseExtensionType) and not column.type.equals(field.type):
+            column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+        columns.append(column if column.type.equals(field.type) else column.cast(field.type))
+    return pa.table(columns, schema=schema)
+
+
+def read_part(table: pa.Table, start: int, stop: int, schema: pa.Schema) -> pa.Table:
+    """Rows `start` to `stop` of a unit, columns and types as in the schema."""
+    return as_schema(table.slice(start, stop - start), schema)
+
+
+def _digest(table: pa.Table) -> str:
+    rows = np.unique(np.linspace(0, len(table) - 1, _DIGEST_ROWS).astype(np.int64))
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.take(pa.array(rows)).combine_chunks())
+    return hashlib.sha256(sink.getvalue()).hexdigest()[:16]
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Ray's own tensors as Arrow's; those of one axis whose lengths differ as lists."""
+    columns = [_plain_column(column) for column in table.columns]
+    return pa.table(columns, names=table.column_names)
+
+
+def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    kind = column.type
+    name = getattr(kind, "extension_name", "")
+    if name.startswith("ray.data.arrow_variable_shaped_tensor") and kind.ndim == 1:
+        return pa.chunked_array(
+            [chunk.storage.field("data") for chunk in column.chunks], kind.storage_type.field("data").type
+        )
+    if not name.startswith("ray.data.arrow_tensor"):
+        return column
+    shape = tuple(kind.shape)
+    storage = pa.list_(kind.storage_type.value_type, int(np.prod(shape)))
+    tensor = pa.fixed_shape_tensor(storage.value_type, shape)
+    chunks = [pa.ExtensionArray.from_storage(tensor, chunk.storage.cast(storage)) for chunk in column.chunks]
+    return pa.chunked_array(chunks, tensor)
+
+
+def common_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The one schema of all rows. Raises ColumnError where a column has two types."""
+    first = schemas[0]
+    if all(schema.equals(first) for schema in schemas[1:]):
+        return first.remove_metadata()
+    fields = []
+    for name in dict.fromkeys(name for schema in schemas for name in schema.names):
+        kinds = list(dict.fromkeys(schema.field(name).type if name in schema.names else None for schema in schemas))
+        common = kinds[0]
+        for kind in kinds[1:]:
+            both = _common_type(common, kind)
+            if both is None:
+                a, b = ("missing" if kind is None else str(kind) for kind in (common, kind))
+                raise ColumnError(
+                    f"A column must have one type in all rows; {name!r} is {a} in some and {b} in others. "
+                    "Give it one in the dataset's own functions."
+                )
+            common = both
+        fields.append(pa.field(name, common))
+    return pa.schema(fields)
+
+
+def _common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:
+    """Of types that differ only because a block has no value, or lists of one length that look like tensors."""
+    if a is None or b is None:
+        return None
+    a, b = (t.storage_type if isinstance(t, pa.FixedShapeTensorType) and len(t.shape) == 1 else t for t in (a, b))
+    if _is_list(a) and _is_list(b):
+        value = _common_type(a.value_type, b.value_type)
+        return None if value is None else a if a.equals(b) else pa.large_list(value)
+    try:
+        return pa.unify_schemas([pa.schema([("", a)]), pa.schema([("", b)])]).field(0).type
+    except pa.ArrowException:
+        return None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
