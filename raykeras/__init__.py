@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from raykeras.inference import evaluate, predict
     from raykeras.options import Run, Scale
     from raykeras.pipeline import Pipeline
+    from raykeras.placement import on_chief
     from raykeras.result import Result
     from raykeras.sources import Source
     from raykeras.sources.arrays import npy
+    from raykeras.sources.dataset import dataset
     from raykeras.sources.parquet import parquet
 
 __version__ = "0.1.0"
@@ -74,9 +76,11 @@ __all__ = [
     "ValidationError",
     "WorkerFailed",
     "WorkerLostError",
+    "dataset",
     "evaluate",
     "fit",
     "npy",
+    "on_chief",
     "parquet",
     "predict",
 ]
@@ -88,9 +92,11 @@ _MODULES = {
     "inference": ("evaluate", "predict"),
     "options": ("Run", "Scale"),
     "pipeline": ("Pipeline",),
+    "placement": ("on_chief",),
     "result": ("Result",),
     "sources": ("Source",),
     "sources.arrays": ("npy",),
+    "sources.dataset": ("dataset",),
     "sources.parquet": ("parquet",),
     "events": (
         "ArtifactSaved",

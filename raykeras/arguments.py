@@ -13,16 +13,18 @@ from raykeras.callbacks import DriverCallback
 from raykeras.columns import Role
 from raykeras.errors import OptionError
 from raykeras.options import Scale
+from raykeras.placement import unwrapped
 from raykeras.sources import OpenSource, Source
 from raykeras.sources.arrays import from_arrays, is_sequence
+from raykeras.sources.dataset import is_ray_dataset
 
 
 def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
     if callbacks is None:
         return [], []
     every = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-    for callback in every:
-        if isinstance(callback, type) or not hasattr(callback, "on_epoch_end"):
+    for callback, inner in zip(every, unwrapped(every), strict=True):
+        if isinstance(inner, type) or not hasattr(inner, "on_epoch_end"):
             raise OptionError(f"`callbacks` must be callback objects; got {callback!r}.")
     return (
         [c for c in every if isinstance(c, DriverCallback)],
@@ -37,6 +39,7 @@ def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, .
             if value is not None:
                 raise OptionError(f"`{name}` is part of the source; give it there: `rk.parquet(..., {name}=...)`.")
         return x, ()
+    _refuse_raw_dataset("x", x)
     given: tuple[tuple[Role, Any], ...] = (("x", x), ("y", y), ("sample_weight", sample_weight))
     sequences = tuple(role for role, value in given if is_sequence(value))
     return from_arrays(x, y, sample_weight), sequences
@@ -45,12 +48,21 @@ def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, .
 def as_validation(data: Any) -> tuple[Source, tuple[Role, ...]]:
     if isinstance(data, Source):
         return data, ()
+    _refuse_raw_dataset("validation_data", data)
     if isinstance(data, tuple) and len(data) in (2, 3):
         return as_source(data[0], data[1], data[2] if len(data) == 3 else None)
     raise OptionError(
         "`validation_data` must be a source, (x, y) or (x, y, sample_weight); got "
         f"{type(data).__name__}{f' of {len(data)}' if isinstance(data, tuple) else ''}."
     )
+
+
+def _refuse_raw_dataset(name: str, value: Any) -> None:
+    if is_ray_dataset(value):
+        raise OptionError(
+            f"A Ray dataset must say which of its columns are x and y; got a {type(value).__name__} as `{name}`. "
+            "Wrap it: `rk.dataset(ds, x=..., y=...)`."
+        )
 
 
 def split_rows(opened: OpenSource, fraction: float) -> tuple[OpenSource, OpenSource]:

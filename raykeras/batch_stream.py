@@ -5,168 +5,260 @@ Enters: `BatchOrders` and the rank. Leaves: elements of the same form as those o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from raykeras.batches import Part
-from raykeras.columns import ROLES, Tensor
+from raykeras.batches import part_of
+from raykeras.columns import Tensor
+from raykeras.epochs import Epochs, too_few
+from raykeras.keras_api import KerasAPI
 from raykeras.orders import BatchOrders
 from raykeras.plan import replica_cuts
-from raykeras.pump import received
+from raykeras.pump import Chunk, chunk_of, received
 
 _UNKNOWN = 32  # of a dimension that differs from batch to batch; enough for a convolution
+_SAMPLE_ROWS = 8
+_PREFETCHED_BATCHES = 4
 
 
 class BatchStream:
-    """The batches of `BatchOrders`. Not thread-safe; one iteration at a time."""
+    """The batches of `BatchOrders`. Not thread-safe; one iteration at a time.
 
-    def __init__(self, orders: BatchOrders, rank: int, num_ranks: int, num_replicas: int) -> None:
+    Args:
+        orders, rank, num_ranks: What is trained on, and whose part.
+        num_replicas: Of this worker, between which its part of a batch is cut.
+        num_steps: Steps over all epochs, after which no more is read; None for no end.
+    """
+
+    def __init__(
+        self, orders: BatchOrders, rank: int, num_ranks: int, num_replicas: int, num_steps: int | None = None
+    ) -> None:
         self.failure: Exception | None = None
-        self._orders, self._layout = orders, orders.layout
+        self._orders, self._batches = orders, orders.batches
         self._num_ranks, self._num_replicas = num_ranks, num_replicas
-        if orders.pipes:
-            self._parts: Iterator[Part] | None = received(orders.pipes[rank])
-        else:
-            self._parts = None
-            assert orders.batches is not None
-            self._passes = orders.batches.passes(shuffle=orders.shuffle, seed=orders.seed)
+        self._num_handed, self._num_batches = 0, -1  # how many batches there are, once it is known
+        self._pipe = received(orders.pipes[rank]) if orders.pipes else None
+        epochs = Epochs(
+            orders.batches, shuffle=orders.shuffle, seed=orders.seed, steps=orders.steps, restart=orders.restart
+        )
+        steps = orders.steps or orders.num_steps
+        num_epochs = None if num_steps is None or steps is None else num_steps // steps
+        self._epochs, self._iterator = epochs, iter(epochs)
+        self._own = itertools.islice(self._iterator, num_epochs)
 
     def close(self) -> None:
-        """Nothing reads ahead here."""
+        """Calls what hooks of a Sequence are due."""
+        with contextlib.suppress(ValueError):  # its iterator runs in a thread that was left behind
+            self._iterator.close()
 
     def waited_s(self, step: int, since: float) -> float:
         """Not measured: the batches are the user's own."""
         return 0.0
 
+    def ending_callback(self, api: KerasAPI) -> Any:
+        """A callback that ends the training with the epoch in which a generator ended."""
+        stream = self
+
+        class EndingCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
+            num_steps = num_steps_here = 0  # before this epoch, in this epoch
+
+            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+                self.num_steps_here = batch + 1
+                # a step without a batch would fail, but count all the same
+                if self.is_over() and self.num_steps_here < (self.params["steps"] or 0):
+                    self.model.stop_training = True
+
+            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+                if self.is_over() and (epoch + 1 < self.params["epochs"] or self.model.stop_training):
+                    warnings.warn(
+                        f"The generator came to its end after {stream._num_batches} batches, in epoch {epoch + 1} of "
+                        f"{self.params['epochs']}; the training ends here.",
+                        stacklevel=2,
+                    )
+                    self.model.stop_training = True
+                self.num_steps, self.num_steps_here = self.num_steps + self.num_steps_here, 0
+
+            def is_over(self) -> bool:
+                return self.num_steps + self.num_steps_here >= stream._num_batches >= 0
+
+        return EndingCallback()
+
     def endless_dataset(self) -> tf.data.Dataset:
-        """Every batch, pass after pass."""
-        return self._dataset(self._endless(), None).apply(
-            tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-        )
+        """Every batch, epoch after epoch. It says that it is infinite, even if it comes to an end."""
+        if self._in_graph:
+            return self._prefetched(self._from_flat(self._flat(self._batches.data.repeat())))
+        return self._prefetched(self._from_chunks(self._one_epoch).repeat())
 
     def pass_dataset(self, num_steps: int | None) -> tf.data.Dataset:
-        """The batches of one pass; each iteration goes on to the next.
+        """The batches of one epoch; each iteration goes on to the next.
 
         Args:
-            num_steps: Batches to take of each; None for all.
+            num_steps: Batches of each; None for all.
         """
-        dataset = self._dataset(self._one_pass(num_steps), num_steps)
-        if num_steps is None:
-            return dataset
-        return dataset.apply(tf.data.experimental.assert_cardinality(num_steps * self._num_replicas))
+        if self._in_graph:
+            flat = self._flat(self._batches.data)
+            if num_steps is not None:
+                flat = flat.take(num_steps)
+                if self._batches.num_batches is None:
+                    flat = flat.concatenate(self._shortage(num_steps, flat.element_spec))
+            dataset = self._from_flat(flat)
+        else:
+            dataset = self._from_chunks(lambda: self._one_epoch(num_steps))
+        if num_steps is not None:
+            dataset = dataset.repeat().take(num_steps * self._num_replicas)  # which makes the number known
+        return self._prefetched(dataset)
 
-    def sample(self, num_rows: int = 4) -> list[tf.Tensor]:
-        """Some rows of the batches' shapes and dtypes, with numbers of no meaning."""
-        rng, tensors = np.random.default_rng(0), []
-        for tensor in self._layout.tensors:
+    def sample(self, num_rows: int = _SAMPLE_ROWS) -> list[tf.Tensor]:
+        """Some rows of the batches' shapes and dtypes: their own, where those could be had without iterating."""
+        rng, values = np.random.default_rng(0), []
+        for i, tensor in enumerate(self._batches.layout.tensors):
+            if self._batches.sample:
+                values.append(tf.constant(self._batches.sample[i], _dtype(tensor)))
+                continue
             shape = (num_rows, *(_UNKNOWN if size is None else size for size in tensor.shape))
             dtype = _dtype(tensor)
-            made = tf.fill(shape, "") if dtype == tf.string else tf.cast(rng.uniform(size=shape), dtype)
-            tensors.append(made)
-        return tensors
+            if dtype == tf.string:
+                values.append(tf.fill(shape, ""))
+            else:
+                made = rng.uniform(size=shape) if dtype.is_floating else rng.integers(0, 2, shape)
+                values.append(tf.cast(made, dtype))
+        return self._weighed(values)
 
-    def _endless(self) -> tf.data.Dataset:
-        batches = self._orders.batches
-        if batches is not None and batches.kind == "dataset":
-            return self._flat(batches.data.repeat())
-        return self._generated(lambda: self._parts or self._own(itertools.chain.from_iterable(self._passes)))
+    @property
+    def _in_graph(self) -> bool:
+        return self._pipe is None and self._batches.kind == "dataset"
 
-    def _one_pass(self, num_steps: int | None) -> tf.data.Dataset:
-        batches = self._orders.batches
-        if batches is not None and batches.kind == "dataset":
-            return self._flat(batches.data if num_steps is None else batches.data.take(num_steps))
+    def _one_epoch(self, num_steps: int | None = None) -> Iterator[Chunk]:
+        if self._pipe is not None:
+            chunks = _up_to(self._pipe, num_steps)
+        else:
+            chunks = (chunk_of([f], [len(f[0])], self._epochs.is_over) for f in next(self._own, iter(())))
+        for chunk in chunks:
+            self._num_handed += len(chunk.rows)
+            if chunk.is_last:
+                self._num_batches = self._num_handed
+            yield chunk
 
-        def one_pass() -> Iterator[Part]:
-            parts = self._parts if self._parts is not None else self._own(next(self._passes, iter(())))
-            return itertools.islice(parts, num_steps)
-
-        return self._generated(one_pass)
-
-    def _own(self, batches: Iterator[tuple[Any, ...]]) -> Iterator[Part]:
-        for batch in batches:
-            flat = self._picked(batch)
-            yield tuple(batch), len(flat[0])
-
-    def _picked(self, batch: Sequence[Any]) -> list[Any]:
-        """The parts of a batch in the order of the layout."""
-        picked = []
-        for tensor in self._layout.tensors:
-            part = batch[ROLES.index(tensor.role)]
-            if tensor.name is not None:
-                part = part[int(tensor.name) if tensor.role in self._layout.sequences else tensor.name]
-            picked.append(part)
-        return picked
-
-    def _flat(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """(tensors in the order of the layout, rows) of a dataset of the user's."""
-
-        def flat(*batch: Any) -> Any:
-            tensors = tuple(self._picked(batch))
-            return tensors, tf.cast(tf.shape(tensors[0])[0], tf.int64)
-
-        return dataset.map(flat, num_parallel_calls=tf.data.AUTOTUNE)
-
-    def _generated(self, parts: Callable[[], Iterator[Part]]) -> tf.data.Dataset:
-        """The same of parts that are made in Python."""
-        kinds = [np.dtype(object) if t.dtype == "string" else np.dtype(t.dtype) for t in self._layout.tensors]
+    def _shortage(self, num_steps: int, spec: Any) -> tf.data.Dataset:
+        """A dataset that raises what is due when it is asked for a batch."""
 
         def elements() -> Iterator[Any]:
+            self.failure = too_few(self._batches, num_steps, None)
+            raise self.failure
+            yield
+
+        return tf.data.Dataset.from_generator(elements, output_signature=spec)
+
+    def _flat(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """Tensors in the order of the layout, of a dataset of the user's."""
+        layout = self._batches.layout
+
+        def flat(*batch: Any) -> Any:
+            return tuple(part_of(batch, tensor, layout) for tensor in layout.tensors)
+
+        return dataset.map(flat)
+
+    def _from_flat(self, flat: tf.data.Dataset) -> tf.data.Dataset:
+        if self._num_replicas == self._num_ranks == 1:
+            return flat.map(lambda *tensors: self._structured(tensors))
+
+        def cut(*tensors: Any) -> tf.data.Dataset:
+            rows = tf.shape(tensors[0], tf.int64)[0]
+            return self._elements(tensors, tf.stack(replica_cuts(rows, self._num_replicas)), rows[None])
+
+        return flat.flat_map(cut)
+
+    def _from_chunks(self, chunks: Callable[[], Iterator[Chunk]]) -> tf.data.Dataset:
+        tensors = self._batches.layout.tensors
+
+        def elements() -> Iterator[Any]:
+            if self.failure is not None:  # another replica asks; to come to an end would hide the failure from Keras
+                raise self.failure
             try:
-                for batch, rows in parts():
-                    flat = zip(self._picked(batch), kinds, strict=True)
-                    yield tuple(np.asarray(value).astype(kind, copy=False) for value, kind in flat), rows
+                for chunk in chunks():
+                    yield chunk.arrays, _cuts(chunk.rows, self._num_replicas), chunk.global_rows
             except Exception as error:
-                self.failure = error
+                self.failure = error  # of which tf.data passes on the text only
                 raise
 
-        signature = tuple(tf.TensorSpec((None, *t.shape), _dtype(t)) for t in self._layout.tensors)
-        return tf.data.Dataset.from_generator(elements, output_signature=(signature, tf.TensorSpec((), tf.int64)))
+        signature = tuple(tf.TensorSpec((None, *t.shape), _dtype(t)) for t in tensors)
+        numbers = tf.TensorSpec((None,), tf.int64)
+        dataset = tf.data.Dataset.from_generator(elements, output_signature=(signature, numbers, numbers))
+        return dataset.flat_map(self._elements)
 
-    def _dataset(self, flat: tf.data.Dataset, num_steps: int | None) -> tf.data.Dataset:
-        replicas = self._num_replicas
+    def _elements(self, tensors: Sequence[tf.Tensor], cuts: tf.Tensor, global_rows: tf.Tensor) -> tf.data.Dataset:
+        """One for each replica and batch."""
 
-        def cut(tensors: Any, rows: tf.Tensor) -> tf.data.Dataset:
-            here = tf.cast(tf.shape(tensors[0])[0], tf.int64)
-            cuts = tf.stack([tf.cast(c, tf.int64) for c in replica_cuts(here, replicas)])
-            parts = tf.data.Dataset.range(replicas)
-            return parts.map(lambda i: (self._structured([t[cuts[i] : cuts[i + 1]] for t in tensors]), rows))
+        def element(i: tf.Tensor) -> Any:
+            batch = self._structured([tensor[cuts[i] : cuts[i + 1]] for tensor in tensors])
+            if self._num_replicas == self._num_ranks == 1:
+                return batch
+            return batch, global_rows[i // self._num_replicas]
 
-        if replicas == self._num_ranks == 1:
-            dataset = flat.map(lambda tensors, rows: self._structured(list(tensors)))
-        else:
-            dataset = flat.flat_map(cut)
+        return tf.data.Dataset.range(tf.size(cuts, tf.int64) - 1).map(element)
+
+    def _prefetched(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
         options.deterministic = True
-        return dataset.prefetch(2 * replicas).with_options(options)
+        return dataset.prefetch(_PREFETCHED_BATCHES * self._num_replicas).with_options(options)
 
-    def _structured(self, tensors: list[Any]) -> Any:
-        """Keras' (x,), (x, y) or (x, y, sample_weight), class weights multiplied in."""
-        batch = self._layout.structure(tensors)
-        weightings = dict(self._orders.class_weight)
-        if not weightings or len(batch) < 2:
-            return batch
-        y, weights = batch[1], batch[2] if len(batch) > 2 else None
-        if not isinstance(y, dict):
-            return (batch[0], y, _weighted(y, weights, next(iter(weightings.values()))))
-        merged = dict(weights) if isinstance(weights, dict) else {}
-        for name, value in y.items():
-            shared = weights if not isinstance(weights, dict) else merged.get(name)
-            merged[name] = _weighted(value, shared, weightings.get(name, ()))
-        return (batch[0], y, merged)
+    def _structured(self, tensors: Sequence[Any]) -> Any:
+        """Tensors of a batch as Keras' (x,), (x, y) or (x, y, sample_weight)."""
+        return self._orders.layout.structure(self._weighed(tensors))
+
+    def _weighed(self, tensors: Sequence[Any]) -> list[Any]:
+        """Tensors of a batch as those that the model takes: class weights multiplied in, missing weights one."""
+        given = {(t.role, t.name): v for t, v in zip(self._batches.layout.tensors, tensors, strict=True)}
+        made = []
+        for tensor in self._orders.layout.tensors:
+            value = given.get((tensor.role, tensor.name))
+            if tensor.role == "sample_weight":
+                value = given.get((tensor.role, None)) if value is None else value
+                if value is None or tensor.class_weight:
+                    value = _class_weighed(given["y", tensor.name], value, tensor)
+            made.append(value)
+        return made
 
 
-def _weighted(y: tf.Tensor, weights: Any, weighting: Sequence[tuple[int, float]]) -> tf.Tensor:
-    """Weights of rows times the weights of their classes: float32 (rows,)."""
-    labels = tf.argmax(y, -1) if y.shape.rank and y.shape.rank > 1 and y.shape[-1] != 1 else tf.reshape(y, [-1])
-    factor = tf.ones(tf.shape(labels), tf.float32)
-    for label, weight in weighting:
-        factor = tf.where(tf.cast(labels, tf.int64) == label, tf.constant(weight, tf.float32), factor)
-    return factor if weights is None else factor * tf.cast(weights, tf.float32)
+def _class_weighed(y: tf.Tensor, weights: Any, tensor: Tensor) -> tf.Tensor:
+    """Weights, or one, times the weights of the rows' classes; see `raykeras.columns.class_weights`."""
+    rank, dtype = y.shape.rank, _dtype(tensor)
+    if rank > 1:
+        y = tf.argmax(y, -1) if y.shape[-1] != 1 else y[..., 0]
+    if y.dtype.is_floating:
+        y = tf.round(y)
+    factor = tf.ones(tf.shape(y) if tensor.class_weight else tf.shape(y)[:1], dtype)
+    for label, weight in tensor.class_weight:
+        factor = tf.where(tf.cast(y, tf.int64) == label, tf.constant(weight, dtype), factor)
+    if weights is None:
+        return factor
+    missing = weights.shape.rank - factor.shape.rank
+    return tf.cast(weights, dtype) * tf.reshape(factor, tf.concat([tf.shape(factor), [1] * max(0, missing)], 0))
+
+
+def _cuts(rows: np.ndarray, num_replicas: int) -> np.ndarray:
+    """Where the slices of the replicas begin and end: int64 (batches * replicas + 1,)."""
+    starts = np.cumsum(rows) - rows
+    slices = [starts + rows * i // num_replicas for i in range(num_replicas)]
+    return np.append(np.stack(slices, 1).reshape(-1), rows.sum())  # (batches, replicas), then the end
+
+
+def _up_to(chunks: Iterator[Chunk], num_batches: int | None) -> Iterator[Chunk]:
+    """Chunks that hold so many batches; they end where an epoch does."""
+    missing = num_batches
+    while missing is None or missing > 0:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
+        missing = None if missing is None else missing - len(chunk.rows)
 
 
 def _dtype(tensor: Tensor) -> tf.DType:

@@ -1,140 +1,232 @@
-"""Batches that the user makes: `tf.data.Dataset`, a generator, a Keras `PyDataset` or `Sequence`.
+"""Batches that the user makes: `tf.data.Dataset`, `PyDataset` or `Sequence`, torch `DataLoader`, generator.
 
-Enters: what was passed as x. Leaves: global batches, pass after pass, and their layout; cut for the
-replicas of a worker, or into the parts of all workers.
+Enters: what was passed as x. Leaves: what is known of it before the first batch is used, and how any batch
+of it becomes arrays in the order of the layout. `raykeras.epochs` iterates them.
 
-    tf.data      iterated anew each epoch, as Keras does
-    Sequence     in an order of its own for each (seed, epoch) if shuffled; `on_epoch_end` is called
-    generator    iterated once
+    dataset     iterated anew each pass
+    sequence    in an order of its own for each (seed, pass) if shuffled; its hooks are called each epoch
+    loader      iterated anew each pass
+    generator   iterated once
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from raykeras.columns import ROLES, Layout, Role, Tensor
-from raykeras.errors import OptionError
-from raykeras.plan import replica_cuts
+from raykeras.errors import OptionError, RaykerasError, user_code_error
 
-Kind = Literal["dataset", "sequence", "generator"]
-Part = tuple[tuple[Any, ...], int]
-"""A worker's part of a batch, and the rows of the whole batch."""
+Kind = Literal["dataset", "sequence", "loader", "generator"]
+Flat = list[np.ndarray]
+"""A batch as arrays in the order of the layout's tensors."""
+
+_SAMPLE_ROWS = 8
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batches:
     """Batches as the user makes them.
 
     Attributes:
-        data: What was passed.
+        data: What was passed; None where only its batches arrive.
         kind: What it is.
-        num_batches: In a pass; None where it is not known.
+        num_batches: In a pass; None where it is not known, or where a pass has no end.
         layout: Of a batch; unknown dimensions of a row are None.
+        is_infinite: Whether a pass has no end.
         taken: Batches that were taken from a generator to learn its layout, and come first.
+        sample: A few rows, where they could be had without iterating.
+        batch_s, batch_nbytes: Seconds that it took to make a batch, and its size, where that is known.
     """
 
     data: Any
     kind: Kind
     num_batches: int | None
     layout: Layout
+    is_infinite: bool = False
     taken: tuple[Any, ...] = ()
+    sample: tuple[np.ndarray, ...] = ()
+    batch_s: float = 0.0
+    batch_nbytes: int = 0
 
-    def passes(self, *, shuffle: bool, seed: int) -> Iterator[Iterator[tuple[Any, ...]]]:
-        """Passes without end (one, of a generator), each of (x,), (x, y) or (x, y, sample_weight) of arrays."""
-        if self.kind == "generator":
-            yield self._generated()
-            return
-        epoch = 0
-        while True:
-            yield self._sequence(epoch, shuffle, seed) if self.kind == "sequence" else self._dataset()
-            epoch += 1
+    @property
+    def described(self) -> str:
+        return {"dataset": "tf.data.Dataset", "loader": "DataLoader"}.get(self.kind, self.kind)
 
-    def order(self, epoch: int, shuffle: bool, seed: int) -> np.ndarray:
-        """The numbers of a Sequence's batches in the order of an epoch: int64 (batches,)."""
-        order = np.arange(len(self.data))
-        if shuffle:
-            np.random.Generator(np.random.PCG64(np.random.SeedSequence([3, seed, epoch]))).shuffle(order)
-        return order
+    def without_data(self) -> Batches:
+        """What is known of them, to be pickled."""
+        return replace(self, data=None, taken=())
 
-    def _generated(self) -> Iterator[tuple[Any, ...]]:
-        for batch in itertools.chain(self.taken, self.data):
-            yield as_tuple(batch)
+    def of_x(self) -> Batches:
+        """The same, of which only x is used."""
+        num_tensors = len(self.layout.role("x"))
+        layout = replace(self.layout, tensors=self.layout.tensors[:num_tensors])
+        return replace(self, layout=layout, sample=self.sample[:num_tensors])
 
-    def _dataset(self) -> Iterator[tuple[Any, ...]]:
-        for batch in self.data.as_numpy_iterator():
-            yield as_tuple(batch)
+    def flat(self, batch: Any, number: int, *, copy: bool = False) -> Flat:
+        """A batch as arrays of the layout's dtypes.
 
-    def _sequence(self, epoch: int, shuffle: bool, seed: int) -> Iterator[tuple[Any, ...]]:
-        for index in self.order(epoch, shuffle, seed):
-            yield as_tuple(self.data[int(index)])
-        if hasattr(self.data, "on_epoch_end"):
-            self.data.on_epoch_end()
+        Raises:
+            OptionError: If it is not such a batch.
+        """
+        parts, arrays = as_tuple(batch), []
+        for tensor in self.layout.tensors:
+            try:
+                value = part_of(parts, tensor, self.layout)
+            except (IndexError, KeyError, TypeError):
+                value = None
+            if value is None:
+                raise OptionError(f"All batches must be alike; batch {number} has no {tensor.label}.")
+            array = as_array(value)
+            if not _fits(array.shape[1:], tensor.shape) or not array.ndim:
+                raise OptionError(
+                    f"The rows of all batches must have one shape; those of {tensor.label} are "
+                    f"{_described(tensor.shape)}, and {_described(array.shape[1:])} in batch {number}. A dimension "
+                    "that varies must do so between the first batch and the second or last, from which it is told."
+                )
+            arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))
+        rows = [len(array) for array in arrays]
+        if min(rows) != max(rows) or not rows[0]:
+            named = ", ".join(f"{t.label} {n}" for t, n in zip(self.layout.tensors, rows, strict=True))
+            raise OptionError(f"All parts of a batch must have the same rows, one at least; batch {number}: {named}.")
+        return arrays
 
 
 def as_batches(data: Any, floatx: str) -> Batches | None:
     """What was passed as x, if it makes batches itself; else None.
 
     Raises:
-        OptionError: If it makes none.
+        OptionError: If they cannot be used.
+        UserCodeError: If the user's own code fails with the first batches.
     """
-    if hasattr(data, "element_spec") and hasattr(data, "cardinality"):
-        cardinality = int(data.cardinality())
-        layout = _layout(as_tuple(data.element_spec), lambda part: (part.dtype.name, tuple(part.shape)[1:]))
-        return Batches(data, "dataset", cardinality if cardinality > 0 else None, layout)
-    if {"PyDataset", "Sequence"} & {cls.__name__ for cls in type(data).__mro__} and hasattr(data, "__getitem__"):
-        if not len(data):
-            raise OptionError("A Sequence must have at least one batch; this one has none.")
-        return Batches(data, "sequence", len(data), _layout_of([data[0], data[len(data) - 1]], floatx))
-    if inspect.isgenerator(data):
-        taken = tuple(itertools.islice(data, 2))
-        if not taken:
-            raise OptionError("A generator must yield at least one batch; this one yielded none.")
-        return Batches(data, "generator", None, _layout_of(taken, floatx), taken)
+    if _is(data, "tensorflow.python.", "DatasetV2"):
+        return _of_dataset(data)
+    if _is(data, "tensorflow.python.", "DistributedDataset", "DistributedDatasetsFromFunction"):
+        raise OptionError(
+            "A dataset must not be distributed yet, since the workers are given their parts of it here; got a "
+            f"{type(data).__name__}. Give the tf.data.Dataset itself."
+        )
+    if _is(data, "keras.", "PyDataset", "Sequence") or _is(data, "tf_keras.", "Sequence"):
+        return _guarded(lambda: _of_sequence(data, floatx))
+    if _is(data, "torch.utils.data", "DataLoader"):
+        return _guarded(lambda: _of_loader(data, floatx))
+    if isinstance(data, Iterator):
+        taken = _guarded(lambda: tuple(_copied(as_tuple(batch)) for batch in itertools.islice(data, 2)))
+        return _known(Batches(data, "generator", None, _layout_of(taken, "generator", floatx), taken=taken), taken)
     return None
 
 
-def cut(batch: Sequence[Any], num_parts: int) -> list[Part]:
-    """A batch of arrays as the parts of several workers, and the rows of the whole."""
-    rows = len(_flat(batch[0])[0])
-    cuts = replica_cuts(rows, num_parts)
-    return [(_mapped(tuple(batch), slice(a, b)), rows) for a, b in zip(cuts, cuts[1:], strict=False)]
+def _of_dataset(data: Any) -> Batches:
+    cardinality = int(data.cardinality())
+    if cardinality == 0:
+        raise OptionError("A tf.data.Dataset must have at least one batch; this one is empty.")
+    sizes = set()
+
+    def spec(part: Any) -> tuple[str, tuple[int | None, ...]]:
+        if type(part).__name__ != "TensorSpec":
+            raise OptionError(
+                f"The batches of a tf.data.Dataset must hold dense tensors; got {part}. Make them dense in "
+                "`Dataset.map`, as by `tensor.to_tensor()`."
+            )
+        if part.shape.rank is None:
+            raise OptionError(
+                f"A tf.data.Dataset must know the rank of its tensors; got {part}. Say it in `Dataset.map`, by "
+                "`tf.ensure_shape(tensor, [None, ...])`."
+            )
+        sizes.add(part.shape[0] if part.shape.rank else "a single number")
+        return part.dtype.name, tuple(part.shape)[1:]
+
+    layout = _layout(as_tuple(data.element_spec), spec, "tf.data.Dataset")
+    if "a single number" in sizes or len(sizes - {None}) > 1:
+        raise OptionError(
+            f"The elements of a tf.data.Dataset must be batches, rows first; got {data.element_spec}. Call "
+            "`dataset.batch(...)`."
+        )
+    return Batches(data, "dataset", cardinality if cardinality > 0 else None, layout, cardinality == -1)
 
 
-def _layout_of(batches: Sequence[Any], floatx: str) -> Layout:
+def _of_sequence(data: Any, floatx: str) -> Batches:
+    try:
+        length = data.num_batches if hasattr(type(data), "num_batches") else len(data)
+    except NotImplementedError:
+        length = None  # as PyDataset.__iter__ takes it
+    if length is not None and length < 1:
+        raise OptionError("A Sequence must have at least one batch; this one has none.")
+    known, batch_s = [], []
+    for index in (0, 1 if length is None else length - 1):
+        since = time.perf_counter()
+        known.append(data[index])
+        batch_s.append(time.perf_counter() - since)
+    layout = _layout_of(known, "Sequence", floatx)
+    batches = Batches(data, "sequence", length and int(length), layout, length is None, batch_s=min(batch_s))
+    return _known(batches, known)
+
+
+def _of_loader(data: Any, floatx: str) -> Batches:
+    try:
+        length = len(data)
+    except TypeError:  # of an IterableDataset
+        length = None
+    known = list(itertools.islice(data, 2))
+    return _known(Batches(data, "loader", length, _layout_of(known, "DataLoader", floatx)), known)
+
+
+def _known(batches: Batches, known: Sequence[Any]) -> Batches:
+    """With a few rows of the batches that are known."""
+    first, *_ = (batches.flat(batch, number) for number, batch in enumerate(known))
+    sample = tuple(array[:_SAMPLE_ROWS].copy() for array in first)
+    return replace(batches, sample=sample, batch_nbytes=sum(array.nbytes for array in first))
+
+
+def _layout_of(batches: Sequence[Any], what: str, floatx: str) -> Layout:
     """The layout of batches of arrays; where their rows' shapes differ, a dimension is unknown."""
+    if not batches:
+        raise OptionError(f"A {what} must have at least one batch; this one has none.")
 
-    def spec(array: Any) -> tuple[str, tuple[int | None, ...]]:
-        array = np.asarray(array)
-        dtype = {"O": "string", "S": "string", "U": "string", "f": floatx}.get(array.dtype.kind, array.dtype.name)
-        return dtype, array.shape[1:]
+    def spec(value: Any) -> tuple[str, tuple[int | None, ...]]:
+        array = as_array(value)
+        if not array.ndim:
+            raise OptionError(f"The parts of a batch must be arrays, rows first; a {what} gave {value!r}.")
+        if array.dtype.kind == "O" and not all(isinstance(item, str | bytes) for item in array.flat):
+            raise OptionError(
+                f"The arrays of a batch must hold numbers or text; a {what} gave one of objects, {array.flat[0]!r} "
+                "among them. Rows of differing lengths must be padded."
+            )
+        text = array.dtype.kind in "OSU"
+        return "string" if text else floatx if array.dtype.kind == "f" else array.dtype.name, array.shape[1:]
 
-    first, *others = (_layout(as_tuple(batch), spec) for batch in batches)
+    first, *others = (_layout(as_tuple(batch), spec, what) for batch in batches)
     tensors = list(first.tensors)
     for other in others:
-        for i, (a, b) in enumerate(zip(tensors, other.tensors, strict=True)):
-            shape = tuple(m if m == n else None for m, n in zip(a.shape, b.shape, strict=True))
-            tensors[i] = dataclasses.replace(a, shape=shape)
-    return dataclasses.replace(first, tensors=tuple(tensors))
+        for i, (a, b) in enumerate(itertools.zip_longest(tensors, other.tensors)):
+            if a is None or b is None or a.label != b.label or len(a.shape) != len(b.shape):
+                raise OptionError(
+                    f"All batches must be alike; of a {what} one is {_listed(first)}, and another {_listed(other)}."
+                )
+            tensors[i] = replace(a, shape=tuple(m if m == n else None for m, n in zip(a.shape, b.shape, strict=True)))
+    return replace(first, tensors=tuple(tensors))
 
 
-def _layout(batch: tuple[Any, ...], spec: Any) -> Layout:
+def _layout(batch: tuple[Any, ...], spec: Callable[[Any], tuple[str, tuple[int | None, ...]]], what: str) -> Layout:
     tensors: list[Tensor] = []
     sequences: list[Role] = []
     for role, part in zip(ROLES, batch, strict=False):
-        if part is None:
+        if part is None or type(part).__name__ == "NoneTensorSpec":
             continue
         if isinstance(part, list | tuple):
             sequences.append(role)
         for name, value in _named(part):
+            if isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(np.ndim, value))):
+                raise OptionError(f"{role} of a {what} must be an array, or a list or dict of arrays; got {part!r}.")
             dtype, shape = spec(value)
             tensors.append(Tensor(role, name, (), "string" if dtype == "string" else "dense", dtype, shape))
+    if not tensors or tensors[0].role != "x":
+        raise OptionError(f"A batch must be (x,), (x, y) or (x, y, sample_weight); a {what} gave {batch!r}.")
     return Layout(tuple(tensors), (), {}, (), {}, None, tuple(sequences))
 
 
@@ -146,24 +238,71 @@ def _named(part: Any) -> list[tuple[str | None, Any]]:
     return [(None, part)]
 
 
-def _flat(part: Any) -> list[Any]:
-    return [value for _, value in _named(part)]
-
-
-def _mapped(value: Any, rows: slice) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _mapped(part, rows) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_mapped(part, rows) for part in value)
-    return None if value is None else np.asarray(value)[rows]
+def part_of(batch: Sequence[Any], tensor: Tensor, layout: Layout) -> Any:
+    """What a batch holds of a tensor of its layout."""
+    part = batch[ROLES.index(tensor.role)]
+    if tensor.name is None:
+        return part
+    return part[int(tensor.name) if tensor.role in layout.sequences else tensor.name]
 
 
 def as_tuple(batch: Any) -> tuple[Any, ...]:
-    """(x,), (x, y) or (x, y, sample_weight); what is no tuple is x alone, as in Keras."""
-    if not isinstance(batch, tuple):
+    """(x,), (x, y) or (x, y, sample_weight); what is no tuple or list is x alone, as in Keras."""
+    if not isinstance(batch, tuple | list):
         return (batch,)
+    batch = tuple(batch)
     while len(batch) > 1 and batch[-1] is None:
         batch = batch[:-1]
-    if len(batch) > 3:
-        raise OptionError(f"A batch must be (x,), (x, y) or (x, y, sample_weight); got a tuple of {len(batch)}.")
+    if not 1 <= len(batch) <= 3:
+        raise OptionError(f"A batch must be (x,), (x, y) or (x, y, sample_weight); got {len(batch)} parts.")
     return batch
+
+
+def as_array(value: Any) -> np.ndarray:
+    """An array, or a tensor of TensorFlow or torch, as an array."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    if type(value).__name__ in ("RaggedTensor", "SparseTensor"):
+        raise OptionError(
+            f"The parts of a batch must be dense arrays; got a {type(value).__name__}. Make it dense, as by "
+            "`tensor.to_tensor()`."
+        )
+    return np.asarray(value)
+
+
+def _guarded(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except RaykerasError:
+        raise
+    except Exception as error:
+        raise user_code_error(error, None) from error
+
+
+def _is(data: Any, module: str, *names: str) -> bool:
+    return any(cls.__name__ in names and f"{cls.__module__}.".startswith(module) for cls in type(data).__mro__)
+
+
+def _copied(part: Any) -> Any:
+    """The same with arrays of its own, since a generator may use its arrays again."""
+    if isinstance(part, Mapping):
+        return {name: _copied(value) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return tuple(_copied(value) for value in part)
+    return None if part is None else np.array(as_array(part))
+
+
+def _numpy_dtype(tensor: Tensor) -> np.dtype:
+    return np.dtype(object if tensor.dtype == "string" else tensor.dtype)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape, strict=True))
+
+
+def _described(shape: Sequence[int | None]) -> str:
+    return "×".join("?" if n is None else str(n) for n in shape) or "single numbers"
+
+
+def _listed(layout: Layout) -> str:
+    return ", ".join(f"{tensor.label} {_described(tensor.shape)}" for tensor in layout.tensors)

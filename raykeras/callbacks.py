@@ -1,30 +1,18 @@
-"""Which callbacks run where, what they tell the driver, and what they hand back.
+"""Our callbacks: those that turn Keras' hooks into events, and the one whose hooks run in the driver.
 
-Enters: the user's callbacks, and the rank of the worker. Leaves: the list for `model.fit` there,
-ending with ours, which turn Keras' hooks into events; and, after training, the chief's attributes
-for the user's own objects.
-
-Callbacks that steer training run on every worker; the logs they see are reduced over all replicas,
-so all decide alike. Those that only write or talk run on the chief. Those that save run everywhere,
-since all workers must take part in reading the variables, but only the chief keeps the file.
+Enters: Keras' hooks on the chief. Leaves: events; and, in the driver, hooks again.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raykeras import events
 from raykeras.events import Event
 from raykeras.keras_api import KerasAPI
-
-CHIEF_ONLY = ("CSVLogger", "TensorBoard", "RemoteMonitor", "ProgbarLogger")
-SAVING = ("ModelCheckpoint", "BackupAndRestore")
-_PATHS = ("filepath", "_filepath", "filename", "log_dir", "_log_write_dir", "backup_dir")
 
 BATCH_INTERVAL_S = 0.05
 """Batches within this time are told of together: reading a step's logs waits for the step."""
@@ -71,67 +59,6 @@ class DriverCallback:
             self.on_train_end(dict(event.logs))
 
 
-def for_rank(callbacks: Sequence[Any], rank: int) -> list[Any]:
-    """The user's callbacks that run on a worker; the savers of other ranks save to nowhere."""
-    chosen = []
-    for callback in callbacks:
-        names = {cls.__name__ for cls in type(callback).__mro__}
-        if rank and names & set(CHIEF_ONLY):
-            continue
-        if rank and names & set(SAVING):
-            _redirect(callback, tempfile.mkdtemp(prefix="raykeras-unkept-"), all_paths=True)
-        chosen.append(callback)
-    return chosen
-
-
-def into_artifacts(callbacks: Sequence[Any], folder: str) -> None:
-    """Lets the relative paths of Keras' callbacks lie under a folder."""
-    for callback in callbacks:
-        if {cls.__name__ for cls in type(callback).__mro__} & {*CHIEF_ONLY, *SAVING}:
-            _redirect(callback, folder, all_paths=False)
-
-
-def _redirect(callback: Any, folder: str, all_paths: bool) -> None:
-    for name in _PATHS:
-        path = getattr(callback, name, None)
-        if not isinstance(path, str | os.PathLike) or "://" in str(path):
-            continue
-        if all_paths:
-            path = os.path.join(folder, os.path.basename(str(path).rstrip("/")))
-        elif not os.path.isabs(path):
-            path = os.path.join(folder, path)
-        else:
-            continue
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        setattr(callback, name, path)
-
-
-def states_of(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> list[dict[str, bytes]]:
-    """Each callback's attributes, pickled one by one; what needs TensorFlow to be read stays behind."""
-    states = []
-    for callback in callbacks:
-        state = {}
-        for name, value in vars(callback).items():
-            if name in ("model", "_model", "params"):
-                continue
-            try:
-                data = dumps(value)
-            except Exception:
-                continue
-            if not any(package in data for package in (b"keras", b"tensorflow")):
-                state[name] = data
-        states.append(state)
-    return states
-
-
-def hand_back(callbacks: Sequence[Any], states: Sequence[Mapping[str, bytes]], loads: Callable[[bytes], Any]) -> None:
-    """Puts the chief's attributes into the user's own objects, but for redirected paths."""
-    for callback, state in zip(callbacks, states, strict=True):
-        for name, data in state.items():
-            if name not in _PATHS:
-                vars(callback)[name] = loads(data)
-
-
 def event_callback(
     api: KerasAPI,
     send: Callable[[Event], None],
@@ -139,7 +66,7 @@ def event_callback(
     rank: int,
     batch_rows: Callable[[int], int],
     waited_s: Callable[[int, float], float],
-    steps_per_execution: int = 1,
+    first_step: int = 0,
 ) -> Any:
     """The callback that turns Keras' hooks into events.
 
@@ -149,13 +76,13 @@ def event_callback(
         rank: Rank of this worker.
         batch_rows: Step, counted through all passes, to the rows of its global batch.
         waited_s: Step and the time its predecessor ended to the seconds it waited for data.
-        steps_per_execution: Steps between two hooks.
+        first_step: Step at which training begins.
     """
 
     class EventCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self._step = 0  # counted through all passes
+            self._step = first_step  # counted through all passes
             self._epoch = 0
             self._sent = 0  # steps of the epoch that were told of
             self._last: dict[str, float] | None = None

@@ -109,6 +109,11 @@ def _check_shape(name: str, wanted: tuple[Any, ...] | None, tensor: Tensor) -> N
         for s in alike
     ):
         return
+    if not tensor.columns:  # of batches that the user makes
+        raise ModelError(
+            f"Batches must have the shape of the model's inputs; input {name!r} takes {_described(wanted)} a row and "
+            f"{tensor.label} gives {_described(given)}. Change the input, or reshape the batches."
+        )
     columns = " and ".join(map(repr, tensor.columns))
     raise ModelError(
         f"A column must have the shape of its input; input {name!r} takes {_described(wanted)} a row and column "

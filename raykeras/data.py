@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from raykeras.arguments import as_source, as_validation, check_positive, split_rows
+from raykeras.arguments import as_source, as_validation, check_batch_size, check_positive, split_rows
 from raykeras.batches import Batches, as_batches
-from raykeras.columns import Role
+from raykeras.columns import Layout, Role, Tensor
 from raykeras.errors import OptionError
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders
@@ -52,7 +52,7 @@ def open_data(x: Any, y: Any, sample_weight: Any, floatx: str) -> Given:
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise OptionError(
-                f"With a {_described(batches)} `{name}` is part of its batches, (x, y) or (x, y, sample_weight); got "
+                f"With a {batches.described} `{name}` is part of its batches, (x, y) or (x, y, sample_weight); got "
                 f"`{name}` as well. Leave it out."
             )
     return batches
@@ -79,16 +79,11 @@ def train_orders(
     floatx: str,
 ) -> DataOrders | BatchOrders:
     """How the training data is used."""
-    if isinstance(given, Batches):
-        if batch_size is not None:
-            raise OptionError(
-                f"A {_described(given)} makes its batches itself; got `batch_size={batch_size}` as well. Leave it out."
-            )
-        _require_length(given, steps_per_epoch, "steps_per_epoch", scale)
-        names = [tensor.name for tensor in given.layout.role("y")]
-        by_output = class_weight_by_output(class_weight, names)
-        shuffled = bool(shuffle)
-        return BatchOrders(given, given.layout, given.num_batches, shuffled, seed, tuple(by_output.items()))
+    if isinstance(given, Batches):  # which ignore `batch_size`, as in Keras
+        _require_end(given, steps_per_epoch, "steps_per_epoch", scale)
+        layout = _with_class_weight(given.layout, class_weight, floatx)
+        return BatchOrders(given, layout, given.num_batches, bool(shuffle), seed, steps_per_epoch)
+    batch_size = check_batch_size("batch_size", batch_size or 32, scale)
     layout = resolve(given.source, given.opened, class_weight=class_weight, floatx=floatx, sequences=given.sequences)
     check_weights(given.opened, layout)
     by_index = given.opened.reader.in_memory and layout.transform is None
@@ -96,22 +91,30 @@ def train_orders(
     if not isinstance(shuffle, bool):
         window_rows = check_positive("shuffle", shuffle)
     order, num_shards = "shuffled" if shuffle else "source", default_num_shards(scale.workers)
-    return DataOrders(given.opened, layout, order, batch_size or 32, num_shards, window_rows, seed)  # type: ignore[arg-type]
+    return DataOrders(given.opened, layout, order, batch_size, num_shards, window_rows, seed)  # type: ignore[arg-type]
 
 
 def validation_orders(
-    given: Given, *, batch_size: int, steps: int | None, scale: Scale, seed: int, floatx: str
+    given: Given,
+    *,
+    batch_size: int,
+    steps: int | None,
+    scale: Scale,
+    seed: int,
+    floatx: str,
+    steps_name: str = "validation_steps",
 ) -> DataOrders | BatchOrders:
-    """How the validation data is used: in its order, the same rows each time."""
+    """How the validation data is used: in its order, the same rows each time; of a generator the next ones."""
     if isinstance(given, Batches):
-        _require_length(given, steps, "validation_steps", scale)
-        if given.kind == "generator":
+        _require_end(given, steps, steps_name, scale)
+        if given.kind == "generator" and steps is None and steps_name == "validation_steps":
             raise OptionError(
-                "A generator can be used up only once, and validation is made each epoch; got one as "
-                "`validation_data`. Give arrays, a source, a tf.data.Dataset or a PyDataset."
+                "A generator can be used up only once, and validation is made again and again; got one as "
+                "`validation_data` without `validation_steps`. Give `validation_steps`, or what can be iterated anew."
             )
-        num_steps = given.num_batches if steps is None else min(steps, given.num_batches or steps)
-        return BatchOrders(given, given.layout, num_steps, False, seed, restart=True)
+        steps = given.num_batches if steps is None else min(steps, given.num_batches or steps)
+        return BatchOrders(given, given.layout, steps, False, seed, steps, restart=True)
+    check_batch_size("validation_batch_size", batch_size, scale)
     opened = given.opened
     if steps is not None:
         opened = opened.slice(0, min(opened.num_rows, steps * batch_size))
@@ -125,11 +128,16 @@ def validation_orders(
 def for_workers(orders: DataOrders | BatchOrders | None, scale: Scale) -> Iterator[Any]:
     """The same orders, to be pickled for workers: arrays lie in the object store, batches come through a pump."""
     if isinstance(orders, BatchOrders):
-        assert orders.batches is not None
-        limit = orders.num_steps if orders.restart else None
-        pump = Pump(orders.batches, scale.workers, limit, orders.shuffle, orders.seed)
+        pump = Pump(
+            orders.batches,
+            scale.workers,
+            shuffle=orders.shuffle,
+            seed=orders.seed,
+            steps=orders.steps,
+            restart=orders.restart,
+        )
         try:
-            yield replace(orders, batches=None, pipes=pump.pipes)
+            yield replace(orders, batches=orders.batches.without_data(), pipes=pump.pipes)
         finally:
             pump.close()
         return
@@ -143,13 +151,70 @@ def in_memory(every: Iterable[DataOrders | BatchOrders | None]) -> bool:
     return all(not isinstance(each, DataOrders) or each.opened.reader.in_memory for each in every)
 
 
-def _require_length(given: Batches, steps: int | None, name: str, scale: Scale) -> None:
+def _require_end(given: Batches, steps: int | None, name: str, scale: Scale) -> None:
+    """That it is known where an epoch ends, and that the data can get where it is used."""
+    if given.is_infinite and steps is None:
+        raise OptionError(
+            f"Data without end must say how many batches are used; got an infinite {given.described} without "
+            f"`{name}`. Give `{name}`."
+        )
     if given.num_batches is None and steps is None and scale.num_replicas > 1:
         raise OptionError(
-            f"Several replicas must know beforehand how many batches there are; a {_described(given)} of unknown "
-            f"length came without `{name}`. Give `{name}`, or train on one replica."
+            f"Several replicas must know beforehand how many batches there are; a {given.described} of unknown "
+            f"length came without `{name}`. Give `{name}`, or use one replica."
         )
+    if given.kind == "sequence" and scale.workers > 1:
+        check_picklable(given.data)
 
 
-def _described(given: Batches) -> str:
-    return {"dataset": "tf.data.Dataset", "sequence": "Sequence", "generator": "generator"}[given.kind]
+def check_picklable(sequence: Any) -> None:
+    """Raises OptionError if a Sequence cannot be sent to the tasks that make its batches."""
+    from ray import cloudpickle
+
+    def failure(value: Any) -> Exception | None:
+        try:
+            cloudpickle.dumps(value, protocol=5, buffer_callback=lambda buffer: None)  # arrays are not copied
+        except Exception as error:
+            return error
+        return None
+
+    error = failure(sequence)
+    if error is None:
+        return
+    names = [name for name, value in getattr(sequence, "__dict__", {}).items() if failure(value) is not None]
+    what = " and ".join(f"`{name}` ({type(vars(sequence)[name]).__name__})" for name in names) or "it"
+    raise OptionError(
+        f"With several workers a Sequence's batches are made by Ray tasks, so that it must be picklable; {what} of "
+        f"{type(sequence).__name__} cannot be pickled: {error}. Make such things in `__getitem__` when they are first "
+        "needed, leave them out in `__getstate__`, or use one worker."
+    )
+
+
+def _with_class_weight(layout: Layout, class_weight: Mapping[Any, Any] | None, floatx: str) -> Layout:
+    """The layout with a weight for each output, where a class weight, or a weight, is given for any; as `resolve`."""
+    outputs, weights = layout.role("y"), {tensor.name: tensor for tensor in layout.role("sample_weight")}
+    names = [tensor.name for tensor in outputs]
+    if class_weight and "y" in layout.sequences:  # by the number of the output
+        class_weight = {str(k) if isinstance(v, Mapping) else k: v for k, v in class_weight.items()}
+    by_output = class_weight_by_output(class_weight, names)
+    if not by_output and (not weights or None in weights):
+        return layout
+    for name in weights:
+        if name is not None and name not in names:
+            raise OptionError(
+                f"Weights must be given by the outputs of y; got {name!r}. Outputs: {', '.join(map(str, names))}."
+            )
+    made = []
+    for output in outputs:
+        weight = weights.get(output.name) or weights.get(None)
+        if output.name in by_output and output.kind != "dense":
+            raise OptionError(f"`class_weight` needs y to hold classes; {output.label} holds text.")
+        shape, dtype = (weight.shape, weight.dtype) if weight else ((), floatx)
+        weighting = by_output.get(output.name, ())
+        dtype = floatx if weighting else dtype
+        made.append(Tensor("sample_weight", output.name, (), "dense", dtype, shape, weighting))
+    sequences = layout.sequences
+    if "y" in sequences and "sample_weight" not in sequences:
+        sequences = (*sequences, "sample_weight")
+    kept = tuple(tensor for tensor in layout.tensors if tensor.role != "sample_weight")
+    return replace(layout, tensors=(*kept, *made), sequences=sequences)

@@ -5,14 +5,15 @@ Enters: what `fit` is called with. Leaves: a `Result`, and the run's folder.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raykeras import events
 from raykeras.arguments import (
-    check_batch_size,
     check_counts,
+    check_positive,
     split_callbacks,
 )
 from raykeras.checkpoint import RunFolder
@@ -24,7 +25,7 @@ from raykeras.events import Event
 from raykeras.gathering import Gathering, RunLog
 from raykeras.group import runs_here
 from raykeras.keras_api import current_floatx
-from raykeras.launch import fit_here, fit_on_workers
+from raykeras.launch import fit_here, fit_on_workers, pack_for_workers
 from raykeras.noise import quiet
 from raykeras.options import Run, Scale
 from raykeras.orders import Orders
@@ -94,9 +95,7 @@ def fit(
     scale, run = scale or Scale(), run or Run()
     for name, size in (("batch_size", batch_size), ("validation_batch_size", validation_batch_size)):
         if size is not None:
-            check_batch_size(name, size, scale)
-    if batch_size is None:
-        check_batch_size("batch_size", 32, scale)
+            check_positive(name, size)
     check_counts(epochs=epochs, initial_epoch=initial_epoch, steps=steps_per_epoch, val_steps=validation_steps)
     is_model(model)  # raises if it is nothing that could be one
     display = make_display(verbose)
@@ -129,11 +128,8 @@ def fit(
     cpus_per_worker = 0.0
     if not in_process or not in_memory([train, validate]):
         cpus_per_worker = connect(scale, in_process=in_process)
-    folder = RunFolder.under(run.storage, run.name or time.strftime("run-%Y%m%d-%H%M%S"))
-    if folder.exists() and folder.fs.ls(folder.path):
-        raise OptionError(
-            f"A run needs a folder of its own; {folder.path!r} holds one already. Give another `name`, or remove it."
-        )
+    packed = None if in_process else pack_for_workers(model, worker_callbacks)
+    folder = _new_folder(run)
     orders = Orders(
         train, validate, epochs, initial_epoch, steps_per_epoch, validation_freq, scale, run, folder, cpus_per_worker
     )
@@ -144,8 +140,10 @@ def fit(
     gathered = Gathering(handlers)
     status, logs = "failed", {}
     try:
-        train_it = fit_here if in_process else fit_on_workers
-        outcome, live_model = train_it(orders, model, worker_callbacks, gathered)
+        if packed is None:
+            outcome, live_model = fit_here(orders, model, worker_callbacks, gathered)
+        else:
+            outcome, live_model = fit_on_workers(orders, model, worker_callbacks, packed, gathered)
         status, logs = "completed", {name: values[-1] for name, values in outcome.history.items() if values}
     finally:
         gathered.close(events.RunEnded(status=status, logs=logs))
@@ -153,3 +151,17 @@ def fit(
         log.close()
     gathered.raise_failure()
     return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model)
+
+
+def _new_folder(run: Run) -> RunFolder:
+    """The run's folder, which must not hold anything yet; without a name, one named by the time."""
+    name = run.name or time.strftime("run-%Y%m%d-%H%M%S")
+    for number in itertools.count(1):
+        folder = RunFolder.under(run.storage, name if number == 1 else f"{name}-{number}")
+        if not folder.exists() or not folder.fs.ls(folder.path):
+            return folder
+        if run.name is not None:
+            break
+    raise OptionError(
+        f"A run needs a folder of its own; {folder.path!r} holds one already. Give another `name`, or remove it."
+    )

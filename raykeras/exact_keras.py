@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from raykeras.columns import Layout
 from raykeras.errors import ModelError
+from raykeras.patching import Altered, replaced
 from raykeras.scalars import current_record
-from raykeras.shares import Altered, ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
-from raykeras.strategy import replaced
+from raykeras.shares import ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
 
 _UNKNOWN = 32  # of a dimension that differs from batch to batch; enough for a convolution
 

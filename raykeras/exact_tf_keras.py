@@ -7,13 +7,13 @@ from typing import Any
 
 import tensorflow as tf
 
+from raykeras.patching import Altered, replaced
 from raykeras.scalars import current_record
-from raykeras.shares import Altered, ScalarLosses, current, scaled, unscaled, weight_factor
-from raykeras.strategy import replaced
+from raykeras.shares import ScalarLosses, current, scaled, unscaled, weight_factor
 
 
-def patch_tf_keras(stack: contextlib.ExitStack, losses: ScalarLosses) -> None:
-    from tf_keras.src.engine import compile_utils
+def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses) -> None:
+    from tf_keras.src.engine import compile_utils, training
     from tf_keras.src.utils import losses_utils
 
     original_scale = losses_utils.scale_loss_for_distribution
@@ -62,6 +62,15 @@ def patch_tf_keras(stack: contextlib.ExitStack, losses: ScalarLosses) -> None:
         # a sum over rows is counted once for each replica, by the replica's rows
         return Altered(strategy, num_replicas_in_sync=unscaled(tf.ones(())))
 
+    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
+        if reduction == "auto" and isinstance(values, dict):  # Keras adds the replicas' logs
+            metrics = model.get_metrics_result()
+            if set(metrics) == set(values):
+                return metrics
+        return original_per_replica(values, strategy, reduction)
+
+    original_per_replica = training.reduce_per_replica
+    stack.enter_context(replaced(training, "reduce_per_replica", reduce_per_replica))
     stack.enter_context(replaced(losses_utils, "scale_loss_for_distribution", scale))
     stack.enter_context(replaced(losses_utils, "compute_weighted_loss", weighted))
     stack.enter_context(replaced(compile_utils.LossesContainer, "__call__", call))

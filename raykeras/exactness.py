@@ -75,7 +75,7 @@ def exact(
     with contextlib.ExitStack() as stack:
         losses = ScalarLosses()
         if api.is_legacy:
-            patch_tf_keras(stack, losses)
+            patch_tf_keras(stack, model, losses)
         else:
             patch_keras(stack, model, layout, strategy, losses)
         with strategy.scope():

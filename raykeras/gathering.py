@@ -1,6 +1,6 @@
 """The driver's end of the event stream.
 
-Enters: lists of events, from a thread of this process or from Ray's queue. Leaves: each event, once
+Enters: lists of events, from a thread of this process or from the run's desk. Leaves: each event, once
 and in order, at every handler: the run's log, the display, the user's own.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from raykeras import events
 from raykeras.checkpoint import RunFolder
+from raykeras.desk import Desk
 from raykeras.events import Event
 
 _QUEUE_WAIT_S = 0.2
@@ -94,21 +95,20 @@ class Gathering:
 
 
 @contextlib.contextmanager
-def forwarding(pipe: Any, gathered: Gathering) -> Iterator[None]:
-    """Moves events from Ray's queue to the driver's, until all have come."""
-    from ray.util.queue import Empty
-
+def forwarding(desk: Desk, gathered: Gathering) -> Iterator[None]:
+    """Moves events from the workers' desk to the driver's handlers, until all have come."""
     done = threading.Event()
 
     def forward() -> None:
         while True:
             finished = done.is_set()
             try:
-                gathered.queue.put(pipe.get(timeout=_QUEUE_WAIT_S))
-            except Empty:
-                if finished:
-                    return
-            except Exception:  # the queue's node is gone
+                batch = desk.get(_QUEUE_WAIT_S)
+            except Exception:  # the desk's node is gone
+                return
+            if batch is not None:
+                gathered.queue.put(batch)
+            elif finished:
                 return
 
     thread = threading.Thread(target=forward, name="raykeras-forward", daemon=True)
@@ -118,4 +118,4 @@ def forwarding(pipe: Any, gathered: Gathering) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        pipe.shutdown(force=True)
+        desk.close()

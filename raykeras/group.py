@@ -7,14 +7,19 @@ of their own, through its `DataParallelTrainer`, and then this one never imports
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from raykeras.checkpoint import FOLDER, RunFolder
 from raykeras.cluster import num_gpus_here
 from raykeras.errors import RaykerasError, UserCodeError, WorkerLostError, root_cause
 from raykeras.options import Scale
+
+_POLL_VARIABLE, _POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
+"""How often the controller looks at its workers: a checkpoint waits for a look, by default up to 2 s."""
 
 
 def runs_here(scale: Scale) -> bool:
@@ -88,16 +93,29 @@ def run_on_workers(
         ),
     )
     try:
-        return trainer.fit().return_value
+        with _polling():
+            return trainer.fit().return_value
     except WorkerGroupError as error:
-        raise _worst(error.worker_failures) from None
+        raise worst(error.worker_failures) from None
     except ControllerError as error:
         raise RaykerasError(f"Ray Train's controller failed: {error.controller_failure}") from error
     except RayTaskError as error:
         raise RaykerasError(f"Ray Train failed: {error}") from error
 
 
-def _worst(failures: Mapping[int, BaseException]) -> RaykerasError:
+@contextlib.contextmanager
+def _polling() -> Iterator[None]:
+    """Lets the controller look often, unless the user said how often."""
+    given = os.environ.get(_POLL_VARIABLE)
+    os.environ.setdefault(_POLL_VARIABLE, _POLL_S)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_POLL_VARIABLE]
+
+
+def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
     """Of the workers' exceptions the one that tells most: others fail because one did."""
     ranked: list[tuple[int, int, RaykerasError]] = []
     for rank, failure in sorted(failures.items()):

@@ -1,7 +1,7 @@
 """`evaluate` and `predict` on a cluster.
 
-Enters: a model and a source. Leaves: metrics over every row, counted once; or predictions in the
-order of the source, as arrays or as Parquet.
+Enters: a model, and a source or batches. Leaves: metrics over every row, counted once; or predictions in
+the order of the rows, as arrays or as Parquet.
 
 `evaluate` runs Keras' own `evaluate` on the workers, over their shards. `predict` is Ray Data's batch
 inference: rows are read where there is a free CPU and predicted by one model for each replica.
@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykeras.arguments import as_source, check_batch_size, check_positive
-from raykeras.batches import as_batches
+from raykeras.batches import Batches, as_batches
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect, reading
 from raykeras.columns import Layout
-from raykeras.data import for_workers, in_memory, open_data, validation_orders
+from raykeras.data import check_picklable, for_workers, in_memory, open_data, validation_orders
 from raykeras.errors import OptionError, RaykerasError, root_cause
 from raykeras.group import run_here, run_on_workers, runs_here
 from raykeras.keras_api import current_floatx
@@ -37,6 +37,8 @@ from raykeras.predictor import (
     RemotePredictor,
     column_array,
     pieces_of,
+    predicted_by_actors,
+    predicted_here,
     read_piece,
     split_name,
 )
@@ -87,7 +89,8 @@ def evaluate(
     quiet()
     floatx = current_floatx()
     given = open_data(x, y, sample_weight, floatx)
-    data = validation_orders(given, batch_size=batch_size, steps=steps, scale=scale, seed=seed, floatx=floatx)
+    common: dict[str, Any] = {"scale": scale, "seed": seed, "floatx": floatx}
+    data = validation_orders(given, batch_size=batch_size, steps=steps, steps_name="steps", **common)
     here = runs_here(scale)
     cpus_per_worker = 0.0 if here and in_memory([data]) else connect(scale, in_process=here)
     orders = EvaluationOrders(data, scale, seed, cpus_per_worker)
@@ -149,8 +152,8 @@ def predict(
 
     Args:
         model: As `evaluate` takes it; it need not be compiled.
-        x: A source, or arrays. y and weights of a source are not read.
-        batch_size: Rows that a replica is given at a time.
+        x: A source, arrays, or batches as `fit` takes them. y and weights are not used.
+        batch_size: Rows that a replica is given at a time; batches of x's own are taken as they are.
         scale: How many models predict at a time: one for each replica.
         output: Folder or fsspec URL to write Parquet files to; it must not hold anything yet, and
             is there whole or not at all.
@@ -169,27 +172,73 @@ def predict(
     if columns and output is None:
         raise OptionError(f"`columns` are written beside the predictions; got {list(columns)} without `output`.")
     quiet()
-    if as_batches(x, current_floatx()) is not None:
-        raise OptionError(
-            f"`predict` takes sources and arrays, whose rows it can put in order; got {type(x).__name__}. Give the "
-            "arrays or files that it is made of."
-        )
+    batches = as_batches(x, current_floatx())
+    if batches is not None:
+        _check_batches(batches, columns, scale)
+        target = _new_folder(output)
+        with contextlib.closing(_batch_predictions(model, batches.of_x(), scale)) as tables:
+            return _handed_out(tables, target)
     source, sequences = as_source(x, None, None)
     source = dataclasses.replace(source, y=None, sample_weight=None)
     opened = source.open()
     layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
     for name in columns:
         opened.field(name)
-    target = RunFolder.under(*output.rstrip("/").rsplit("/", 1)) if output and "/" in output else None
-    if output is not None:
-        target = target or RunFolder.under(".", output)
-        if target.exists() and target.fs.ls(target.path):
-            raise OptionError(f"`output` must be a new or empty folder; {target.path!r} is not. Remove it first.")
+    target = _new_folder(output)
     with contextlib.closing(_predictions(model, opened, layout, tuple(columns), batch_size, scale)) as tables:
-        if target is None:
-            return _as_returned(list(tables))
-        _write(target, tables)
-        return target.path
+        return _handed_out(tables, target)
+
+
+def _check_batches(batches: Batches, columns: Sequence[str], scale: Scale) -> None:
+    if columns:
+        raise OptionError(
+            f"`columns` are those of a source; got {list(columns)}, and a {batches.described}, which has none. Put the "
+            "predictions together with your own columns by their order."
+        )
+    if batches.is_infinite:
+        raise OptionError(
+            f"`predict` goes through the data once, so that it must have an end; got an infinite {batches.described}. "
+            "Take a part of it, as by `dataset.take(...)`."
+        )
+    if batches.kind == "sequence" and not (scale.num_replicas == 1 and runs_here(scale)):
+        check_picklable(batches.data)
+
+
+def _new_folder(output: str | None) -> RunFolder | None:
+    if output is None:
+        return None
+    target = RunFolder.under(*output.rstrip("/").rsplit("/", 1)) if "/" in output else RunFolder.under(".", output)
+    if target.exists() and target.fs.ls(target.path):
+        raise OptionError(f"`output` must be a new or empty folder; {target.path!r} is not. Remove it first.")
+    return target
+
+
+def _handed_out(tables: Iterator[pa.Table], target: RunFolder | None) -> Any:
+    """What `predict` returns."""
+    if target is None:
+        return _as_returned(list(tables))
+    _write(target, tables)
+    return target.path
+
+
+def _batch_predictions(model: Any, batches: Batches, scale: Scale) -> Generator[pa.Table]:
+    """Tables of predictions of the user's own batches, in their order."""
+    from ray import cloudpickle
+
+    if scale.num_replicas == 1 and runs_here(scale):
+        import_tensorflow()
+        _, build = pack_model(model, lazily=True)
+        yield from predicted_here(batches, cloudpickle.loads(build) if build else lambda: model)
+        return
+    _, build = pack_model(model)
+    cpus_per_worker = connect(scale, in_process=runs_here(scale))
+    yield from predicted_by_actors(
+        batches,
+        build,
+        num_models=scale.num_replicas,
+        num_cpus=cpus_per_worker / scale.replicas,
+        num_gpus=1 if scale.gpus_per_worker else 0,
+    )
 
 
 def _predictions(

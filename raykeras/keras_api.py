@@ -86,7 +86,11 @@ class KerasAPI:
     def build_optimizer(self, model: Any) -> None:
         """Makes the optimizer's variables, which are otherwise made in the first step."""
         optimizer = getattr(model, "optimizer", None)
-        if optimizer is not None and model.built and not getattr(optimizer, "built", True):
+        if optimizer is None or not model.built:
+            return
+        if hasattr(optimizer, "_create_all_weights"):  # tf_keras.optimizers.legacy
+            optimizer._create_all_weights(model.trainable_variables)
+        elif not getattr(optimizer, "built", getattr(optimizer, "_built", False)):
             optimizer.build(model.trainable_variables)
 
 

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+from dataclasses import dataclass
 from typing import Any
 
-from raykeras.callbacks import hand_back, into_artifacts
+from raykeras.artifacts import Artifacts
 from raykeras.data import for_workers
+from raykeras.desk import Desk
 from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
 from raykeras.group import run_here, run_on_workers
+from raykeras.keras_api import KerasAPI
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.orders import Orders, Outcome
+from raykeras.placement import hand_back, pack, placed, states_of, unwrapped
+from raykeras.saving import save_locally, save_through_ray_train
+from raykeras.stopping import Agreement
 from raykeras.transfer import is_model, load_model, pack_model, put_back, save_model
 
 
@@ -45,16 +52,14 @@ def fit_here(orders: Orders, model: Any, callbacks: list[Any], gathered: Gatheri
     sender = EventSender(gathered.queue.put)
 
     def work() -> Outcome:
-        return worker.run(
-            orders,
+        links = worker.Links(
             rank=0,
-            api=api,
-            build=build_and_keep,
-            callbacks=callbacks,
+            callbacks=contextlib.nullcontext(unwrapped(callbacks)),
             send=sender.send,
-            save=worker.save_locally(orders),
+            save=save_locally(orders),
             return_variables=rebuild,
         )
+        return worker.run(orders, links, api=api, build=build_and_keep)
 
     try:
         outcome = run_here(work)
@@ -66,60 +71,87 @@ def fit_here(orders: Orders, model: Any, callbacks: list[Any], gathered: Gatheri
     return outcome, kept[-1]
 
 
-def fit_on_workers(orders: Orders, model: Any, callbacks: list[Any], gathered: Gathering) -> tuple[Outcome, Any]:
-    """Workers in processes of their own."""
-    from ray import cloudpickle
-    from ray.util.queue import Queue
+@dataclass(frozen=True)
+class Packed:
+    """A model and callbacks, pickled for workers.
 
-    api, build = pack_model(model)
-    into_artifacts(callbacks, orders.folder / "artifacts")
-    pipe = Queue(actor_options={"num_cpus": 0})
-    scale = orders.scale
+    Attributes:
+        api: The model's Keras.
+        build: Pickled function that makes the model.
+        callbacks: Pickled.
+        in_place: Whether the trained variables go back into a model of this process.
+    """
+
+    api: KerasAPI
+    build: bytes
+    callbacks: bytes
+    in_place: bool
+
+
+def pack_for_workers(model: Any, callbacks: list[Any]) -> Packed:
+    """Raises ValidationError if either cannot go to workers."""
+    from ray import cloudpickle
+
+    return Packed(*pack_model(model), pack(callbacks, cloudpickle.dumps), is_model(model))
+
+
+def fit_on_workers(
+    orders: Orders, model: Any, callbacks: list[Any], packed: Packed, gathered: Gathering
+) -> tuple[Outcome, Any]:
+    """Workers in processes of their own."""
+    import ray
+    from ray import cloudpickle
+
+    scale, desk = orders.scale, Desk(orders.scale.workers)
     with contextlib.ExitStack() as stack:
         train, validation = (stack.enter_context(for_workers(o, scale)) for o in (orders.train, orders.validation))
         shared = dataclasses.replace(orders, train=train, validation=validation)
-        task = cloudpickle.dumps((shared, api, build, is_model(model), cloudpickle.dumps(callbacks)))
-        stack.enter_context(forwarding(pipe, gathered))
+        stack.enter_context(forwarding(desk, gathered))
         outcome = run_on_workers(
             _work,
-            {"task": task, "pipe": pipe},
+            # through the store: references inside of a pickle of our own would never be let go
+            {"task": ray.put((shared, packed, "tensorflow" in sys.modules)), "desk": desk},
             scale=scale,
             cpus_per_worker=orders.cpus_per_worker,
             folder=orders.folder,
             keep=orders.run.keep,
         )
     hand_back(callbacks, outcome.callback_states, cloudpickle.loads)
-    if is_model(model):
-        put_back(model, api, outcome.variables)
-        return outcome, model
-    return outcome, None
+    if packed.in_place:
+        put_back(model, packed.api, outcome.variables)
+    return outcome, model if packed.in_place else None
 
 
 def _work(config: dict[str, Any]) -> Outcome | None:
     """What runs on each worker: the first line that imports TensorFlow."""
     quiet()
     import_tensorflow()
+    import ray
     import ray.train
     from ray import cloudpickle
+    from ray.train.collective import broadcast_from_rank_zero
 
     from raykeras import worker
 
     rank = ray.train.get_context().get_world_rank()
-    orders, api, build, return_variables, callbacks = cloudpickle.loads(config["task"])
-    sender = EventSender(config["pipe"].put) if rank == 0 else None
+    orders, packed, keras_there = ray.get(config["task"])
+    desk = config["desk"]
+    sender = EventSender(desk.put) if rank == 0 else None
+    artifacts = Artifacts(orders.folder)
+    links = worker.Links(
+        rank=rank,
+        callbacks=placed(cloudpickle.loads(packed.callbacks), rank, artifacts.path, broadcast_from_rank_zero),
+        send=sender.send if sender else None,
+        save=save_through_ray_train(orders, rank),
+        artifacts=artifacts if rank == 0 else None,
+        agreement=Agreement(desk, rank) if orders.scale.workers > 1 else None,
+        states=lambda mine: states_of(mine, keras_there),
+        return_variables=packed.in_place,
+    )
     try:
-        outcome = worker.run(
-            orders,
-            rank=rank,
-            api=api,
-            build=lambda: cloudpickle.loads(build)(),
-            callbacks=cloudpickle.loads(callbacks),
-            send=sender.send if sender else print,
-            save=worker.save_through_ray_train(orders, rank),
-            dumps=cloudpickle.dumps,
-            return_variables=return_variables,
-        )
+        outcome = worker.run(orders, links, api=packed.api, build=lambda: cloudpickle.loads(packed.build)())
     finally:
+        artifacts.close()
         if sender:
             sender.close()
     return outcome if rank == 0 else None

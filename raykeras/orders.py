@@ -72,29 +72,27 @@ class BatchOrders:
     """Batches that the user makes.
 
     Attributes:
-        batches: Where this process makes them itself; else None.
-        layout: Of a batch.
+        batches: What is known of them, and where this process makes them, what makes them.
+        layout: Of a batch as the model takes it; it may hold weights that the batches do not.
         num_steps: Batches in a pass; None where it is not known.
-        shuffle, seed: Of a Sequence's order.
-        class_weight: For each output that has one, class to weight.
-        restart: Whether every pass begins anew, after `num_steps` batches.
-        pipes: For each rank the queue in which its parts come, where the driver makes them.
+        shuffle, seed, steps, restart: As `raykeras.epochs.Epochs` takes them.
+        pipes: For each rank the way by which its parts come, where the driver makes them.
     """
 
-    batches: Batches | None
+    batches: Batches
     layout: Layout
     num_steps: int | None
     shuffle: bool
     seed: int
-    class_weight: tuple[tuple[str | None, tuple[tuple[int, float], ...]], ...] = ()
+    steps: int | None
     restart: bool = False
     pipes: tuple[Any, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
     position: Mapping[str, Any] = field(default_factory=dict)
 
     def laid_out(self, layout: Layout) -> BatchOrders:
-        """The same, checked against a model."""
-        return self
+        """The same batches as other tensors."""
+        return dataclasses.replace(self, layout=layout)
 
 
 @dataclass(frozen=True)

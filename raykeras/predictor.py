@@ -1,21 +1,27 @@
-"""A model that turns tables of rows into tables of predictions.
+"""A model that turns tables of rows, or the user's own batches, into tables of predictions.
 
-Enters: pieces of a source in source order. Leaves: for each an Arrow table with the model's outputs and
-the columns that are carried along. The reading may run anywhere, the model where a `Predictor` is.
+Enters: pieces of a source in source order, or batches. Leaves: for each an Arrow table with the model's outputs
+and the columns that are carried along. The reading may run anywhere, the model where a `Predictor` is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
+from raykeras.batches import Batches, Flat
 from raykeras.blocks import TASK_NBYTES
 from raykeras.columns import Layout
+from raykeras.epochs import Epochs
+from raykeras.errors import RaykerasError, root_cause
 from raykeras.noise import import_tensorflow, quiet
+from raykeras.pump import Chunk, alike, as_ours, batches_per_task, chunk_of, chunks_made
 from raykeras.sources import OpenSource, Reader, UnitRef
 
 OUTPUT = "prediction"
@@ -23,6 +29,9 @@ OUTPUT = "prediction"
 
 Kind = Literal["one", "list", "dict", "carried"]
 """How `Model.predict` returns a column's output; or that it is none of its."""
+
+_GROUP_NBYTES, _GROUP_BATCHES = 16 << 20, 256  # of batches that go through one call of `Model.predict`
+_GROUPS_AHEAD = 2  # for each model
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,19 @@ class Predictor:
         columns |= {name: table.column(name) for name in table.column_names if name.startswith("carried:")}
         return pa.table(columns)
 
+    def of_batches(self, chunk: Chunk) -> pa.Table:
+        """Predictions of batches, which go through the model as they are."""
+        import tensorflow as tf
+
+        ends = tf.constant(np.append(0, np.cumsum(chunk.rows)))
+        tensors = [tf.constant(array) for array in chunk.arrays]
+
+        def batch(i: tf.Tensor) -> Any:
+            return (self._layout.structure([tensor[ends[i] : ends[i + 1]] for tensor in tensors])[0],)
+
+        data = tf.data.Dataset.range(len(chunk.rows)).map(batch)
+        return pa.table(_named(self._model, self._model.predict(data, verbose=0)))
+
 
 class RemotePredictor:
     """A `Predictor` in a process of Ray Data's.
@@ -101,6 +123,97 @@ class RemotePredictor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return self._predictor(table)
+
+
+class _BatchPredictor:
+    """A `Predictor` in an actor. It makes the model in its first call, from which an exception comes back whole."""
+
+    def __init__(self, build: bytes, layout: Layout) -> None:
+        self._build, self._layout = build, layout
+        self._predictor: Predictor | None = None
+
+    def predict(self, chunks: Sequence[Chunk]) -> pa.Table:
+        try:
+            if self._predictor is None:
+                from ray import cloudpickle
+
+                quiet()
+                import_tensorflow()
+                self._predictor = Predictor(cloudpickle.loads(self._build), self._layout, 1)
+            return pa.concat_tables(self._predictor.of_batches(chunk) for chunk in chunks)
+        except Exception as error:
+            raise as_ours(error) from None
+
+
+def predicted_here(batches: Batches, build: Callable[[], Any]) -> Iterator[pa.Table]:
+    """Predictions of the user's own batches, in their order, by a model of this process."""
+    predictor = Predictor(build, batches.layout, 1)
+    for chunk in _groups(batches):
+        yield predictor.of_batches(chunk)
+
+
+def predicted_by_actors(
+    batches: Batches, build: bytes, *, num_models: int, num_cpus: float, num_gpus: float
+) -> Generator[pa.Table]:
+    """The same by models in processes of their own. What a Sequence makes is made by tasks."""
+    import ray
+
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    actors = [ray.remote(**options)(_BatchPredictor).remote(build, batches.layout) for _ in range(num_models)]
+    waiting: deque[Any] = deque()
+    groups = _made_by_tasks(batches) if batches.kind == "sequence" else (ray.put([g]) for g in _groups(batches))
+    try:
+        for actor, group in zip(itertools.cycle(actors), groups, strict=False):
+            waiting.append(actor.predict.remote(group))
+            if len(waiting) >= _GROUPS_AHEAD * num_models:
+                yield ray.get(waiting.popleft())
+        while waiting:
+            yield ray.get(waiting.popleft())
+    except Exception as error:
+        cause = root_cause(error)
+        if cause is error or not isinstance(cause, RaykerasError):
+            raise
+        raise cause from None
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+
+
+def _groups(batches: Batches) -> Iterator[Chunk]:
+    """Consecutive batches of one shape."""
+    group: list[Flat] = []
+    nbytes = 0
+    for batch in _one_pass(batches):
+        if group and (nbytes >= _GROUP_NBYTES or len(group) == _GROUP_BATCHES or not alike(group[0], batch)):
+            yield chunk_of(group, [len(b[0]) for b in group])
+            group, nbytes = [], 0
+        group.append(batch)
+        nbytes += sum(array.nbytes for array in batch)
+    if group:
+        yield chunk_of(group, [len(b[0]) for b in group])
+
+
+def _one_pass(batches: Batches) -> Iterator[Flat]:
+    epochs = iter(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False))
+    try:
+        yield from next(epochs, iter(()))
+    except Exception as error:
+        raise as_ours(error) from error
+    finally:
+        epochs.close()
+
+
+def _made_by_tasks(batches: Batches) -> Iterator[Any]:
+    """References to chunks of a Sequence."""
+    import ray
+
+    make = ray.remote(num_cpus=1)(chunks_made)
+    known, shared = ray.put(batches.without_data()), ray.put(batches.data)
+    epochs = Epochs(batches, shuffle=False, seed=0, steps=None, restart=False).indexes()
+    indexes = next(epochs)
+    while some := list(itertools.islice(indexes, batches_per_task(batches))):
+        yield make.remote(known, shared, some, (0, 0), 1)
+    epochs.close()
 
 
 def _named(model: Any, predicted: Any) -> dict[str, Any]:

@@ -94,14 +94,3 @@ def weight_factor(weights: Any, mask: Any, reduction: str, dtype: Any) -> Any:
         count = tf.reduce_sum(tf.cast(mask, dtype))
     total = sum_over_replicas(tf.reduce_sum(weights))
     return total if reduction == "sum" else tf.math.divide_no_nan(total, sum_over_replicas(count))
-
-
-class Altered:
-    """A module, or an object, with some of its names replaced."""
-
-    def __init__(self, module: Any, **names: Any) -> None:
-        self._module = module
-        self.__dict__.update(names)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)

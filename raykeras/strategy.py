@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from raykeras.errors import OptionError, ResourceError
 from raykeras.options import Scale
+from raykeras.patching import replaced
 
 # Two strategies of one process must not use the same collective keys: TensorFlow remembers the dtype of each key for
 # the life of the process. Its own tests leave this much room too.
@@ -92,14 +93,3 @@ def _cpu_replicas(count: int) -> Iterator[None]:
         return
     with replaced(module.CollectiveAllReduceExtended, "_initialize_local_devices", devices):
         yield
-
-
-@contextlib.contextmanager
-def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
-    """Within it, `target.name` is `value`."""
-    original = getattr(target, name)
-    setattr(target, name, value)
-    try:
-        yield
-    finally:
-        setattr(target, name, original)

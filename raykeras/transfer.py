@@ -12,14 +12,15 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import fsspec
 import numpy as np
 
 from raykeras.checkpoint import MODEL_FILE, STATE_FILE, Checkpoint
-from raykeras.errors import CheckpointError, OptionError
+from raykeras.custom_objects import recorded, restored
+from raykeras.errors import CheckpointError, ModelError, OptionError
 from raykeras.keras_api import KerasAPI, api_of, likely_api
 
 
@@ -108,48 +109,48 @@ def _model_file(path: str) -> tuple[KerasAPI, str]:
 
 
 def save_model(model: Any, api: KerasAPI) -> tuple[bytes, dict[str, Any]]:
-    """A compiled model as the bytes of its `.keras` file, and the user's own objects in it."""
+    """A compiled model as the bytes of its `.keras` file, and the user's own objects in it.
+
+    Raises:
+        ModelError: If Keras cannot write it.
+    """
     api.build_optimizer(model)
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.keras")
-        model.save(path)
+        path = os.path.join(folder, MODEL_FILE)
+        with recorded(api) as table:
+            try:
+                model.save(path)
+            except Exception as error:
+                raise _not_portable(model.name, error) from error
         with open(path, "rb") as file:
-            return file.read(), _custom_objects(model, api)
+            return file.read(), table
 
 
 def load_model(saved: tuple[bytes, dict[str, Any]], api: KerasAPI) -> Any:
-    """The reverse of `save_model`."""
-    data, custom_objects = saved
+    """The reverse of `save_model`.
+
+    Raises:
+        ModelError: If Keras cannot read what it wrote.
+    """
+    data, table = saved
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model.keras")
+        path = os.path.join(folder, MODEL_FILE)
         with open(path, "wb") as file:
             file.write(data)
-        return api.module.models.load_model(path, custom_objects=custom_objects)
+        with restored(api, table):
+            try:
+                return api.module.models.load_model(path, custom_objects=table, safe_mode=False)
+            except Exception as error:
+                raise _not_portable("it", error) from error
 
 
-def _custom_objects(model: Any, api: KerasAPI) -> dict[str, Any]:
-    """The user's own classes and functions that a model is made of, by name."""
-    found: dict[str, Any] = {}
-
-    def add(value: Any) -> None:
-        if isinstance(value, Mapping):
-            for part in value.values():
-                add(part)
-        elif isinstance(value, list | tuple):
-            for part in value:
-                add(part)
-        elif value is not None and not isinstance(value, str | int | float | bool):
-            kind = value if isinstance(value, type) or hasattr(value, "__code__") else type(value)
-            if kind.__module__.split(".")[0] not in ("keras", "tf_keras", "builtins", "tensorflow", "numpy"):
-                found[kind.__name__] = kind
-
-    add(model)
-    add(list(model._flatten_layers()))
-    for name in ("loss", "optimizer", "metrics"):
-        add(getattr(model, name, None))
-    config = getattr(model, "_compile_config", None)
-    add(getattr(config, "config", None))
-    return found
+def _not_portable(name: str, error: Exception) -> ModelError:
+    summary = str(error).strip().split("\n")[0]
+    return ModelError(
+        f"A compiled model goes to the workers as the configs of its layers, and its weights; {name!r} cannot: "
+        f"{type(error).__name__}: {summary} Give its classes `get_config`, or pass a function that builds and compiles "
+        "the model."
+    )
 
 
 def put_back(model: Any, api: KerasAPI, values: Sequence[np.ndarray] | None) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-import raykeras
 from raykeras import callbacks as callbacks_
-from raykeras import checkpoint, events
+from raykeras import events
+from raykeras.artifacts import Artifacts
 from raykeras.batch_stream import BatchStream
 from raykeras.checks import check_model
 from raykeras.cluster import reading
@@ -26,54 +26,51 @@ from raykeras.exactness import exact
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
+from raykeras.saving import Save, Saver
+from raykeras.stopping import Agreement, stop_callback
 from raykeras.strategy import distribute, make_strategy, scope
 from raykeras.stream import Feed, Stream
 
-Save = Callable[[str, Callable[[str], None], dict[str, float]], str]
-"""Takes a checkpoint's name, what writes it into a folder, and the epoch's logs; gives its path."""
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """What ties one worker to the rest of the run.
+
+    Attributes:
+        rank: This worker's.
+        callbacks: Gives the user's callbacks that run here.
+        send: Takes events; None where nobody listens, which is on all ranks but the first.
+        save: Stores a checkpoint; called on all ranks alike.
+        artifacts: The files that callbacks write here; None where they stay where they are.
+        agreement: With the other workers, on where to stop; None where there are none.
+        states: Pickles callbacks' attributes for the way back; None where they need no way back.
+        return_variables: Whether the variables go back, too.
+    """
+
+    rank: int
+    callbacks: contextlib.AbstractContextManager[Sequence[Any]]
+    send: Callable[[Event], None] | None
+    save: Save
+    artifacts: Artifacts | None = None
+    agreement: Agreement | None = None
+    states: Callable[[Sequence[Any]], list[dict[str, bytes]]] | None = None
+    return_variables: bool = False
 
 
-def run(
-    orders: Orders,
-    *,
-    rank: int,
-    api: KerasAPI,
-    build: Callable[[], Any],
-    callbacks: Sequence[Any],
-    send: Callable[[Event], None],
-    save: Save,
-    dumps: Callable[[Any], bytes] | None = None,
-    return_variables: bool = False,
-) -> Outcome:
+def run(orders: Orders, links: Links, *, api: KerasAPI, build: Callable[[], Any]) -> Outcome:
     """Trains.
 
     Args:
         orders: The same for all ranks.
-        rank: This worker's.
+        links: This worker's.
         api: The Keras that `build` is going to use.
         build: Gives the compiled model.
-        callbacks: The user's.
-        send: Takes events; called on the chief only.
-        save: Stores a checkpoint; called on all ranks alike.
-        dumps: Pickles callbacks' attributes for the way back; None where they need no way back.
-        return_variables: Whether the variables go back too.
 
     Raises:
         RaykerasError: What the user can mend, or `UserCodeError` around an exception of their code.
     """
-    with _translated(rank) as streams:
-        return _run(
-            orders,
-            rank,
-            api,
-            build,
-            callbacks,
-            send if rank == 0 else _discard,
-            save,
-            dumps,
-            return_variables,
-            streams,
-        )
+    with _translated(links.rank) as streams, links.callbacks as callbacks:
+        return _run(orders, links, api, build, callbacks, streams)
 
 
 def evaluate(
@@ -128,17 +125,13 @@ def _translated(rank: int) -> Iterator[list[Stream | BatchStream]]:
 
 def _run(
     orders: Orders,
-    rank: int,
+    links: Links,
     api: KerasAPI,
     build: Callable[[], Any],
-    user_callbacks: Sequence[Any],
-    send: Callable[[Event], None],
-    save: Save,
-    dumps: Callable[[Any], bytes] | None,
-    return_variables: bool,
+    callbacks: Sequence[Any],
     streams: list[Stream | BatchStream],
 ) -> Outcome:
-    scale = orders.scale
+    scale, rank, send = orders.scale, links.rank, links.send or _discard
     strategy = make_strategy(scale)
     api.seed(orders.run.seed)
     with scope(strategy):
@@ -150,7 +143,6 @@ def _run(
             validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
     steps_per_execution = _steps_per_execution(model)
 
-    epochs = range(orders.initial_epoch, orders.epochs)
     open_stream = functools.partial(
         _open_stream,
         scale=scale,
@@ -159,7 +151,10 @@ def _run(
         num_streams=1 if orders.validation is None else 2,
     )
     num_steps = orders.num_steps
-    train = open_stream(train_data, num_steps=None if num_steps is None else len(epochs) * num_steps)
+    first_step = orders.initial_epoch * (num_steps or 0)  # an epoch's order is its own, wherever a run begins
+    train = open_stream(
+        train_data, num_steps=None if num_steps is None else orders.epochs * num_steps, first_step=first_step
+    )
     streams.append(train)
     if num_steps is None or (orders.steps_per_epoch is None and num_steps % steps_per_execution):
         # several steps in one execution may not run on into the next epoch
@@ -177,18 +172,10 @@ def _run(
             "validation_freq": orders.validation_freq,
         }
 
-    mine = callbacks_.for_rank(user_callbacks, rank)
-    tell = callbacks_.event_callback(
-        api,
-        send,
-        rank=rank,
-        batch_rows=_batch_rows(train_data),
-        waited_s=train.waited_s,
-    )
-    saver = _Saver(orders, model, api, send, save)
-    ours = [tell]
-    if orders.run.checkpoint_every == "epoch":
-        ours.append(callbacks_.epoch_end_callback(api, saver.save))
+    saver = Saver(orders, model, api, send, links.save)
+    ours = _our_callbacks(orders, links, api, saver, _batch_rows(train_data), train.waited_s, first_step)
+    if isinstance(train, BatchStream):
+        ours.insert(0, train.ending_callback(api))
     params = {"epochs": orders.epochs, "steps": orders.num_steps, "verbose": 0}
     send(
         events.RunStarted(
@@ -207,73 +194,55 @@ def _run(
             epochs=orders.epochs,
             initial_epoch=orders.initial_epoch,
             steps_per_epoch=steps,
-            callbacks=[*mine, *ours],
+            callbacks=[*callbacks, *ours],
             verbose=0,
             shuffle=False,
             **validation,
         )
     logs = {name: float(values[-1]) for name, values in history.history.items() if values}
-    saver.save_last(history.epoch[-1] if history.epoch else orders.epochs - 1, logs)
+    last_epoch = history.epoch[-1] if history.epoch else orders.epochs - 1
+    saver.save_last(last_epoch, logs)
+    _tell_artifacts(links, last_epoch)
     return Outcome(
         history={name: [float(value) for value in values] for name, values in history.history.items()},
         epoch=list(history.epoch),
         params=params,
-        callback_states=callbacks_.states_of(mine, dumps) if dumps is not None and rank == 0 else [],
-        variables=[np.asarray(v) for v in api.variables(model)] if return_variables and rank == 0 else None,
+        callback_states=links.states(callbacks) if links.states is not None and rank == 0 else [],
+        variables=[np.asarray(v) for v in api.variables(model)] if links.return_variables and rank == 0 else None,
     )
 
 
-class _Saver:
-    """Saves checkpoints, each epoch once."""
-
-    def __init__(self, orders: Orders, model: Any, api: KerasAPI, send: Callable[[Event], None], save: Save) -> None:
-        self._orders, self._model, self._api, self._send, self._save = orders, model, api, send, save
-        self._saved: int | None = None
-
-    def save(self, epoch: int, logs: dict[str, float]) -> None:
-        orders = self._orders
-        state = {
-            "epoch": epoch + 1,
-            "step": 0,
-            "seed": orders.run.seed,
-            **orders.train.position,
-            "logs": logs,
-            "keras": {"package": self._api.name, "version": self._api.version},
-            "raykeras": raykeras.__version__,
-        }
-        name = checkpoint.checkpoint_name(epoch + 1)
-        path = self._save(name, lambda folder: checkpoint.write(folder, self._model, state), logs)
-        self._saved = epoch
-        self._send(events.CheckpointSaved(rank=0, epoch=epoch, step=0, path=path))
-
-    def save_last(self, epoch: int, logs: dict[str, float]) -> None:
-        if self._saved != epoch:
-            self.save(epoch, logs)
-
-
-def save_locally(orders: Orders) -> Save:
-    """Stores checkpoints from this process: for a single worker."""
-
-    def save(name: str, write: Callable[[str], None], logs: dict[str, float]) -> str:
-        with tempfile.TemporaryDirectory(prefix="raykeras-checkpoint-") as folder:
-            write(folder)
-            return checkpoint.store(orders.folder, name, folder, orders.run.keep).path
-
-    return save
+def _our_callbacks(
+    orders: Orders,
+    links: Links,
+    api: KerasAPI,
+    saver: Saver,
+    batch_rows: Callable[[int], int],
+    waited_s: Callable[[int, float], float],
+    first_step: int,
+) -> list[Any]:
+    """Those that follow the user's."""
+    tell = callbacks_.event_callback(
+        api,
+        links.send or _discard,
+        rank=links.rank,
+        batch_rows=batch_rows,
+        waited_s=waited_s,
+        first_step=first_step,
+    )
+    ours = [tell]
+    if orders.run.checkpoint_every == "epoch":
+        ours.append(callbacks_.epoch_end_callback(api, saver.save))
+    if links.artifacts is not None:
+        ours.append(callbacks_.epoch_end_callback(api, lambda epoch, logs: _tell_artifacts(links, epoch)))
+    if links.agreement is not None:
+        ours.append(stop_callback(api, links.agreement))
+    return ours
 
 
-def save_through_ray_train(orders: Orders, rank: int) -> Save:
-    """Stores checkpoints through `ray.train.report`: all ranks write, the chief's is kept."""
-    import ray.train
-
-    def save(name: str, write: Callable[[str], None], logs: dict[str, float]) -> str:
-        with tempfile.TemporaryDirectory(prefix="raykeras-checkpoint-") as folder:
-            write(folder)
-            kept = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
-            ray.train.report(dict(logs), checkpoint=kept, checkpoint_dir_name=name)
-        return f"{orders.folder / checkpoint.FOLDER}/{name}"
-
-    return save
+def _tell_artifacts(links: Links, epoch: int) -> None:
+    for path in links.artifacts.collect() if links.artifacts is not None else ():
+        (links.send or _discard)(events.ArtifactSaved(rank=links.rank, epoch=epoch, path=path))
 
 
 def _open_stream(
@@ -282,10 +251,12 @@ def _open_stream(
     cpus_per_worker: float,
     rank: int,
     num_steps: int | None,
+    first_step: int = 0,
     num_streams: int = 1,
 ) -> Stream | BatchStream:
     if isinstance(data, BatchOrders):
-        return BatchStream(data, rank, scale.workers, scale.replicas)
+        num_steps = None if num_steps is None else num_steps - first_step
+        return BatchStream(data, rank, scale.workers, scale.replicas, num_steps)
     in_memory = data.opened.reader.in_memory
     feed = Feed(
         opened=data.opened,
@@ -295,6 +266,7 @@ def _open_stream(
         num_ranks=scale.workers,
         num_replicas=scale.replicas,
         num_steps=num_steps,
+        first_step=first_step,
         reading=None if in_memory else reading(scale, cpus_per_worker, num_streams),
     )
     return Stream(feed)

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+from raykeras import inference, launch
+from raykeras.cluster import connect
 from raykeras.noise import import_tensorflow, quiet
+from tests.kept import TWO, KeptWorkers
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -26,6 +29,22 @@ def two_logical_cpus() -> None:
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
+
+
+@pytest.fixture(scope="session")
+def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_ends: None) -> Iterator[KeptWorkers]:
+    """Two worker processes for all examples; see `tests.kept`."""
+    connect(TWO, in_process=False)
+    workers = KeptWorkers(tmp_path_factory.mktemp("kept"))
+    yield workers
+    workers.close()
+
+
+@pytest.fixture
+def two_workers(kept_workers: KeptWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets what two workers do in this test be done by those that are kept."""
+    for module in (launch, inference):
+        monkeypatch.setattr(module, "run_on_workers", kept_workers.run_on_workers)
 
 
 @pytest.fixture(scope="session", autouse=True)

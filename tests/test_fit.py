@@ -366,3 +366,24 @@ def test_a_weight_that_is_not_finite_stops_a_run_before_it_starts(fit: Fit, tmp_
     with pytest.raises(rk.ColumnError, match=r"'w' holds (nan|inf) at row 10 of file .*1\.parquet, row group 1"):
         fit(build(), source)
     assert {path.suffix for path in tmp_path.iterdir()} == {".parquet"}
+
+
+def test_an_epoch_has_its_order_wherever_a_run_begins(tmp_path: Path) -> None:
+    """Two epochs at once, and one after the other, are the same training."""
+    x, y = np.random.default_rng(1).normal(size=(50, 4)).astype(np.float32), np.arange(50) % 2
+
+    def build() -> Any:
+        import keras
+
+        model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(2, activation="softmax")])
+        model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy")
+        return model
+
+    run = rk.Run(storage=str(tmp_path))  # several runs of one second get names of their own
+    whole = rk.fit(build, x, y, epochs=2, verbose=0, run=run)
+    first = rk.fit(build, x, y, epochs=1, verbose=0, run=run)
+    second = rk.fit(first.model(), x, y, epochs=2, initial_epoch=1, verbose=0, run=run)
+    assert first.history["loss"] + second.history["loss"] == whole.history["loss"]
+    assert second.epoch == [1]
+    for ours, theirs in zip(second.model().get_weights(), whole.model().get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
