@@ -11,6 +11,7 @@ from typing import Any
 from raykeras.columns import Layout, Tensor
 from raykeras.errors import ModelError
 from raykeras.keras_api import KerasAPI
+from raykeras.options import Scale
 from raykeras.sources import nearest
 
 
@@ -25,6 +26,19 @@ def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
     return _conformed(model, api, layout)
+
+
+def check_execution(model: Any, scale: Scale) -> None:
+    """That the model can be executed on so many replicas.
+
+    Raises:
+        ModelError: If XLA is asked for where it has no collectives.
+    """
+    if getattr(model, "jit_compile", None) is True and scale.num_replicas > 1 and not scale.gpus_per_worker:
+        raise ModelError(
+            "XLA compiles the collectives of several replicas on GPUs only; got `jit_compile=True` and "
+            f"{scale.num_replicas} replicas on CPUs. Compile without `jit_compile`, or train on one replica."
+        )
 
 
 def _conformed(model: Any, api: KerasAPI, layout: Layout) -> Layout:

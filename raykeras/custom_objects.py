@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from raykeras.keras_api import KerasAPI
 from raykeras.patching import replaced
 
@@ -109,8 +111,17 @@ def restored(api: KerasAPI, table: Table) -> Iterator[None]:
         name = code[0] if isinstance(code, list | tuple) else code
         return table[name] if name in table else original(code, *args, **kwargs)
 
-    with replaced(functions, "func_load", load):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(functions, "func_load", load))
+        if api.is_legacy:
+            layer = api.module.layers.Layer
+            stack.enter_context(replaced(layer, "load_own_variables", _from_arrays(layer.load_own_variables)))
         yield
+
+
+def _from_arrays(load_own_variables: Any) -> Any:
+    """Under a strategy the variables of a layer's metrics can be assigned arrays, and not HDF5 datasets."""
+    return lambda layer, store: load_own_variables(layer, {name: np.asarray(store[name]) for name in store})
 
 
 def _functions(api: KerasAPI) -> Any:

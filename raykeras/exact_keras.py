@@ -87,7 +87,7 @@ def patch_keras(
         record, value = current_record(), tf.reduce_sum(loss)
         if record is not None:
             record.added.append(value)
-        if current.share is None:
+        if record is not None or current.share is None:
             return original_add(loss)
         kinds = scalar_losses.added(len(model.losses))
         kind = kinds[current.num_added % len(kinds)]

@@ -12,10 +12,22 @@ from raykeras.scalars import current_record
 from raykeras.shares import ScalarLosses, current, scaled, unscaled, weight_factor
 
 
+def losses_in_layers() -> contextlib.AbstractContextManager[None]:
+    """Lets layers call losses of Keras under a strategy, which tf_keras refuses; `add_loss` weighs them."""
+    from tf_keras.src.losses import Loss
+    from tf_keras.src.utils.losses_utils import ReductionV2
+
+    def get_reduction(loss: Any) -> Any:
+        return ReductionV2.SUM_OVER_BATCH_SIZE if loss.reduction == ReductionV2.AUTO else loss.reduction
+
+    return replaced(Loss, "_get_reduction", get_reduction)
+
+
 def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses) -> None:
     from tf_keras.src.engine import compile_utils, training
     from tf_keras.src.utils import losses_utils
 
+    stack.enter_context(losses_in_layers())
     original_scale = losses_utils.scale_loss_for_distribution
     original_weighted = losses_utils.compute_weighted_loss
     original_call = compile_utils.LossesContainer.__call__
@@ -40,10 +52,10 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         record, values = current_record(), list(regularization_losses or ())
         if record is not None:
             record.added.extend(values)
-        if current.share is None:
+        if record is not None or current.share is None:
             return original_call(self, y_true, y_pred, sample_weight, values)
         kinds = losses.added(len(values))
-        added = [unscaled(v) if kind == "sum" else v for v, kind in zip(values, kinds, strict=True)]
+        added = [v if kind == "mean" else unscaled(v) for v, kind in zip(values, kinds, strict=True)]
         if any(part is not None for part in tf.nest.flatten(y_true)):
             return original_call(self, y_true, y_pred, sample_weight, added)
         mean, replicas = self._total_loss_mean, tf.distribute.get_strategy().num_replicas_in_sync

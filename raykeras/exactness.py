@@ -34,7 +34,7 @@ import tensorflow as tf
 from raykeras.columns import Layout
 from raykeras.errors import ModelError
 from raykeras.exact_keras import patch_keras
-from raykeras.exact_tf_keras import patch_tf_keras
+from raykeras.exact_tf_keras import losses_in_layers, patch_tf_keras
 from raykeras.keras_api import KerasAPI
 from raykeras.scalars import ask
 from raykeras.shares import ScalarLosses, current
@@ -79,12 +79,21 @@ def exact(
         else:
             patch_keras(stack, model, layout, strategy, losses)
         with strategy.scope():
-            losses.scalars = ask(model, sample, layout.structure, strategy)
+            losses.scalars = ask(model, sample, layout.structure, strategy, _set_share)
         for name in ("train_step", "test_step"):
             step = getattr(model, name)
             stack.callback(model.__dict__.pop, name, None)
             model.__dict__[name] = _sharing(step, name)
         yield
+
+
+def _set_share(share: float | None) -> None:
+    current.share = None if share is None else tf.constant(share)
+
+
+def building(api: KerasAPI, strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
+    """What the making of a model needs under a strategy; does nothing without one."""
+    return losses_in_layers() if api.is_legacy and strategy is not None else contextlib.nullcontext()
 
 
 def _sharing(step: Any, name: str) -> Any:

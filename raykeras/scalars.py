@@ -4,7 +4,9 @@ Enters: a compiled model under its strategy, and some rows. Leaves: `Scalars`, t
 that user code hands over as one number, in the order in which a step computes them.
 
 Such a number does not say what it is, but it can be asked: over the same rows twice, a mean stays
-and a sum doubles. On several replicas a mean counts by the replica's share of the rows, a sum by one.
+and a sum doubles. On several replicas a mean counts by the replica's share of the rows, a sum by one. A
+loss of Keras' own that a layer calls has been weighed by the share already, which shows where the same
+rows are said to be half of a batch.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import tensorflow as tf
 
 from raykeras.errors import ModelError
 
-Kind = Literal["mean", "sum"]
+Kind = Literal["mean", "sum", "part"]
+"""A mean or a sum over a replica's rows; or a mean that Keras has weighed by the replica's share already."""
 
 _TOLERANCE = 1e-3  # relative; float32 over a few rows
+_NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -54,33 +58,54 @@ def current_record() -> Record | None:
     return getattr(_current, "record", None)
 
 
-def ask(model: Any, sample: Sequence[Any], structure: Callable[[Sequence[Any]], Any], strategy: Any) -> Scalars:
-    """Computes the losses of a few rows, and of the same rows twice.
+def ask(
+    model: Any,
+    sample: Sequence[Any],
+    structure: Callable[[Sequence[Any]], Any],
+    strategy: Any,
+    set_share: Callable[[float | None], None],
+) -> Scalars:
+    """Computes the losses of a few rows, of the same rows twice, and of them as half of a batch.
 
     Args:
         model: A built and compiled model.
         sample: Tensors of a few rows, in the order of the layout.
         structure: Makes Keras' (x, y, sample_weight) of them.
         strategy: Whose scope the model was built in.
+        set_share: Says, for the replica that calls it, which share of a batch its rows are.
 
     Raises:
         ModelError: If a scalar is neither a mean nor a sum.
     """
-    once = _compute(model, structure(sample), strategy)
-    twice = _compute(model, structure([tf.concat([t, t], 0) for t in sample]), strategy)
+    doubled = [tf.concat([t, t], 0) for t in sample]
+    once = _compute(model, structure(sample), strategy, 1.0, set_share)
+    twice = _compute(model, structure(doubled), strategy, 1.0, set_share)
+    half = _compute(model, structure(sample), strategy, 0.5, set_share)
     return Scalars(
-        tuple(_kind(a, b, "compiled loss", i) for i, (a, b) in enumerate(zip(once.losses, twice.losses, strict=True))),
-        tuple(_kind(a, b, "`add_loss`", i) for i, (a, b) in enumerate(zip(once.added, twice.added, strict=True))),
+        tuple(
+            _kind(*values, "compiled loss", i)
+            for i, values in enumerate(zip(once.losses, twice.losses, half.losses, strict=True))
+        ),
+        tuple(
+            _kind(*values, "`add_loss`", i)
+            for i, values in enumerate(zip(once.added, twice.added, half.added, strict=True))
+        ),
     )
 
 
-def _compute(model: Any, batch: tuple[Any, ...], strategy: Any) -> Record:
+def _compute(
+    model: Any, batch: tuple[Any, ...], strategy: Any, share: float, set_share: Callable[[float | None], None]
+) -> Record:
     """The scalars of a batch, on one replica; the others of this worker compute the same."""
     x, y = batch[0], batch[1] if len(batch) > 1 else None
 
     def step() -> tuple[list[Any], list[Any]]:
-        with _recording() as record:
-            model.compute_loss(x, y, model(x, training=False), None)
+        set_share(share)
+        try:
+            with _recording() as record:
+                model.compute_loss(x, y, model(x, training=False), None)
+        finally:
+            set_share(None)
         return record.losses, record.added
 
     losses, added = strategy.experimental_local_results(strategy.run(step))[0]
@@ -96,10 +121,12 @@ def _recording() -> Iterator[Record]:
         _current.record = None
 
 
-def _kind(once: float, twice: float, what: str, index: int) -> Kind:
-    if np.isclose(once, twice, rtol=_TOLERANCE, atol=1e-12):
+def _kind(once: float, twice: float, half: float, what: str, index: int) -> Kind:
+    if abs(once) > _NOTHING and np.isclose(once, 2 * half, rtol=_TOLERANCE):
+        return "part"
+    if np.isclose(once, twice, rtol=_TOLERANCE, atol=_NOTHING):
         return "mean"
-    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=1e-12):
+    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=_NOTHING):
         return "sum"
     raise ModelError(
         "On several replicas a loss that is a scalar must be a mean or a sum over the rows of a batch, so that the "

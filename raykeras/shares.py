@@ -60,7 +60,7 @@ class ScalarLosses:
         record = current_record()
         if record is not None:
             record.losses.append(value)
-        if current.share is None:
+        if record is not None or current.share is None:
             return None
         kinds = self.scalars.losses
         current.num_losses += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,11 @@ from raykeras import callbacks as callbacks_
 from raykeras import events
 from raykeras.artifacts import Artifacts
 from raykeras.batch_stream import BatchStream
-from raykeras.checks import check_model
+from raykeras.checks import check_execution, check_model
 from raykeras.cluster import reading
 from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.events import Event
-from raykeras.exactness import exact
+from raykeras.exactness import building, exact
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
@@ -89,9 +90,11 @@ def evaluate(
     with _translated(rank) as streams:
         strategy = make_strategy(scale)
         api.seed(orders.seed)
-        with scope(strategy):
+        with scope(strategy), building(api, strategy):
             model = build()
             api = api_of(model)
+            check_execution(model, scale)
+            _lower_steps_per_execution(model, api, strategy, [data.num_steps])
             data = data.laid_out(check_model(model, api, data.layout))
         stream = _open_stream(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps)
         streams.append(stream)
@@ -134,13 +137,16 @@ def _run(
     scale, rank, send = orders.scale, links.rank, links.send or _discard
     strategy = make_strategy(scale)
     api.seed(orders.run.seed)
-    with scope(strategy):
+    with scope(strategy), building(api, strategy):
         model = build()
         api = api_of(model)
+        check_execution(model, scale)
         train_data = orders.train.laid_out(check_model(model, api, orders.train.layout))
         validation_data = orders.validation
         if validation_data is not None:
             validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
+    every_num_steps = [orders.num_steps, validation_data.num_steps if validation_data is not None else None]
+    _lower_steps_per_execution(model, api, strategy, every_num_steps)
     steps_per_execution = _steps_per_execution(model)
 
     open_stream = functools.partial(
@@ -203,12 +209,14 @@ def _run(
     last_epoch = history.epoch[-1] if history.epoch else orders.epochs - 1
     saver.save_last(last_epoch, logs)
     _tell_artifacts(links, last_epoch)
+    # all ranks read them: some are variables that are put together when read
+    variables = [np.asarray(v) for v in api.variables(model)] if links.return_variables else None
     return Outcome(
         history={name: [float(value) for value in values] for name, values in history.history.items()},
         epoch=list(history.epoch),
         params=params,
         callback_states=links.states(callbacks) if links.states is not None and rank == 0 else [],
-        variables=[np.asarray(v) for v in api.variables(model)] if links.return_variables and rank == 0 else None,
+        variables=variables if rank == 0 else None,
     )
 
 
@@ -283,6 +291,12 @@ def _batch_rows(data: DataOrders | BatchOrders) -> Callable[[int], int]:
 def _steps_per_execution(model: Any) -> int:
     steps = getattr(model, "steps_per_execution", None) or getattr(model, "_steps_per_execution", None) or 1
     return int(steps if isinstance(steps, int) else steps.numpy())
+
+
+def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any, every_num_steps: Sequence[int | None]) -> None:
+    """To what divides all numbers of steps: under a strategy Keras 3 cannot execute a part of so many."""
+    if strategy is not None and not api.is_legacy and (steps := _steps_per_execution(model)) > 1:
+        model.steps_per_execution = math.gcd(steps, *(n for n in every_num_steps if n is not None))
 
 
 def _discard(event: Event) -> None:

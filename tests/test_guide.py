@@ -1,59 +1,76 @@
 """The Keras guide "Training & evaluation with the built-in methods", section by section.
 
-Each example trains plainly and through `raykeras`, over the same batches, and the numbers agree.
+Each example trains plainly and through `raykeras`, on one worker and on two, over the same batches, and
+the numbers agree. What the guide defines is defined in functions here, and nothing is registered. The
+guide's callbacks are in `test_placement.py`.
 https://keras.io/guides/training_with_built_in_methods
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
 import raykeras as rk
+from tests.kept import TWO
 
-ROWS, BATCH = 75, 16
+ROWS, BATCH = 75, 16  # the last batch leaves one worker less than the other
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(ROWS, 8)).astype(np.float32)
 Y = RNG.integers(0, 3, ROWS)
+ONE_HOT = np.eye(3, dtype=np.float32)[Y]
+VALIDATION = (X[:29] + 0.1, Y[:29])
 IMAGES = RNG.normal(size=(ROWS, 8, 8, 3)).astype(np.float32)
 SERIES = RNG.normal(size=(ROWS, 6, 4)).astype(np.float32)
 SCORE = RNG.normal(size=(ROWS, 1)).astype(np.float32)
 CLASS = np.eye(5, dtype=np.float32)[RNG.integers(0, 5, ROWS)]
 WEIGHT = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
 
+pytestmark = pytest.mark.usefixtures("two_workers")
 PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
-SCALES = {"1x1": rk.Scale(), "1x2": rk.Scale(replicas_per_worker=2)}
-IN_PROCESS = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+KERAS_3 = pytest.mark.parametrize("package", ["keras"])
+TF_KERAS = pytest.mark.parametrize("package", ["tf_keras"])
+SCALES = pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["1 worker", "2 workers"])
+
+Make = Callable[[], Any]
 
 
-def dense(package: str, **compiled: Any) -> Callable[[], Any]:
-    """The guide's first model, made small."""
+def uncompiled(keras: Any, *, logits: bool = False, between: Any = None) -> Any:
+    """The guide's first model, made small; `between` is a layer between its two."""
+    inputs = keras.Input((8,), name="digits")
+    hidden = keras.layers.Dense(6, activation="relu", name="dense_1")(inputs)
+    hidden = hidden if between is None else between(hidden)
+    outputs = keras.layers.Dense(3, activation=None if logits else "softmax", name="predictions")(hidden)
+    return keras.Model(inputs, outputs)
 
-    def build() -> Any:
-        keras = importlib.import_module(package)
-        inputs = keras.Input((8,), name="digits")
-        hidden = keras.layers.Dense(6, activation="relu")(inputs)
-        model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="predictions")(hidden))
-        options = {"optimizer": "rmsprop", "loss": "sparse_categorical_crossentropy"}
-        model.compile(**{**options, "metrics": ["sparse_categorical_accuracy"], **compiled})
+
+def compiled(keras: Any, **options: Any) -> Make:
+    def make() -> Any:
+        model = uncompiled(keras)
+        given = {name: value(keras) if callable(value) else value for name, value in options.items()}
+        metrics = ["sparse_categorical_accuracy"]
+        model.compile(
+            **{"optimizer": "rmsprop", "loss": "sparse_categorical_crossentropy", "metrics": metrics, **given}
+        )
         return model
 
-    build.uses = package  # type: ignore[attr-defined]  # so that its pickle names the package
-    return build
+    return make
 
 
-def two_inputs(package: str, **compiled: Any) -> Callable[[], Any]:
+def two_inputs(keras: Any, **options: Any) -> Make:
     """The guide's model of an image and a time series, with a score and a class."""
 
-    def build() -> Any:
-        keras = importlib.import_module(package)
+    def make() -> Any:
         layers = keras.layers
         image, series = keras.Input((8, 8, 3), name="img_input"), keras.Input((None, 4), name="ts_input")
         a = layers.GlobalMaxPooling2D()(layers.Conv2D(3, 3)(image))
@@ -62,95 +79,626 @@ def two_inputs(package: str, **compiled: Any) -> Callable[[], Any]:
         outputs = [layers.Dense(1, name="score_output")(both), layers.Dense(5, name="class_output")(both)]
         model = keras.Model([image, series], outputs)
         losses = [keras.losses.MeanSquaredError(), keras.losses.CategoricalCrossentropy(from_logits=True)]
-        model.compile(**{"optimizer": "rmsprop", "loss": losses, **{k: v(keras) for k, v in compiled.items()}})
+        model.compile(**{"optimizer": "rmsprop", "loss": losses, **{k: v(keras) for k, v in options.items()}})
         return model
 
-    build.uses = package  # type: ignore[attr-defined]
-    return build
+    return make
 
 
-def assert_as_plain(
-    build: Callable[[], Any], package: str, scale: rk.Scale, folder: Path, *data: Any, **options: Any
-) -> None:
-    """`rk.fit` gives what plain `fit` of the same data, in its order, gives."""
-    keras = importlib.import_module(package)
-    options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0, **options}
+def seeded(keras: Any, make: Make) -> Any:
+    keras.backend.clear_session()  # or names would count up
     keras.utils.set_random_seed(0)
-    model = build()
-    expected = model.fit(*data, **options).history
-    result = rk.fit(build, *data, **options, scale=scale, run=rk.Run(storage=str(folder)))
-    assert set(result.history) == set(expected)
-    for name, values in expected.items():
-        np.testing.assert_allclose(result.history[name], values, rtol=1e-5, atol=1e-7, err_msg=name)
-    for ours, theirs in zip(result.model().get_weights(), model.get_weights(), strict=True):
+    return make()
+
+
+def assert_alike(history: Any, expected: Any, model: Any, oracle: Any, but: tuple[str, ...] = ()) -> None:
+    assert set(history) == set(expected)
+    for name in set(expected) - set(but):
+        np.testing.assert_allclose(history[name], expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
+    for ours, theirs in zip(model.get_weights(), oracle.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@PACKAGES
-@IN_PROCESS
-def test_data_frames_and_tensors(package: str, scale: rk.Scale, tmp_path: Path) -> None:
-    frame, labels = pd.DataFrame(X, columns=[f"f{i}" for i in range(8)]), pd.Series(Y)
-    assert_as_plain(dense(package), package, scale, tmp_path, frame, labels, validation_split=0.2)
-    if package == "keras":
-        assert_as_plain(dense(package), package, scale, tmp_path, tf.constant(X), tf.constant(Y))
+class Example:
+    """Runs an example of the guide on a number of workers, and plainly."""
+
+    def __init__(self, package: str, scale: rk.Scale, folder: Path) -> None:
+        self.keras = importlib.import_module(package)
+        self.package, self.scale, self.folder = package, scale, folder
+
+    def models(self, make: Make) -> tuple[Any, Any]:
+        return seeded(self.keras, make), seeded(self.keras, make)
+
+    def fit(self, model: Any, oracle: Any, *data: Any, plain: Any = None, **options: Any) -> rk.Result:
+        """`rk.fit(model, ...)` beside `oracle.fit(...)`; `plain` is the oracle's data if it differs."""
+        but = options.pop("but", ())
+        options = {"epochs": 2, "shuffle": False, "verbose": 0, **options}
+        if not hasattr(data[0], "element_spec") and "batch_size" not in options and plain is None:
+            options["batch_size"] = BATCH
+        expected = oracle.fit(*(plain or data), **options).history
+        result = rk.fit(model, *data, **options, scale=self.scale, run=rk.Run(storage=str(self.folder)))
+        assert_alike(result.history, expected, model, oracle, but)
+        return result
+
+    def trains(self, make: Make, *data: Any, **options: Any) -> tuple[Any, Any]:
+        model, oracle = self.models(make)
+        self.fit(model, oracle, *data, **options)
+        return model, oracle
+
+
+@pytest.fixture
+def example(package: str, scale: rk.Scale, tmp_path: Path) -> Example:
+    return Example(package, scale, tmp_path)
+
+
+# API overview: a first end-to-end example
 
 
 @PACKAGES
-@IN_PROCESS
-def test_several_inputs_and_outputs_as_lists(package: str, scale: rk.Scale, tmp_path: Path) -> None:
-    compiled = {
-        "metrics": lambda keras: [
+@SCALES
+def test_first_end_to_end_example(example: Example) -> None:
+    def options(keras: Any) -> Make:
+        return compiled(
+            keras,
+            optimizer=lambda k: k.optimizers.RMSprop(),
+            loss=lambda k: k.losses.SparseCategoricalCrossentropy(),
+            metrics=lambda k: [k.metrics.SparseCategoricalAccuracy()],
+        )
+
+    model, oracle = example.trains(options(example.keras), X, Y, validation_data=VALIDATION)
+    scale = example.scale
+    expected = oracle.evaluate(*VALIDATION, batch_size=8, verbose=0)
+    values = rk.evaluate(model, *VALIDATION, batch_size=8, scale=scale, return_dict=False)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    predictions = rk.predict(model, X[:3], scale=scale)
+    assert predictions.shape == (3, 3)
+    np.testing.assert_allclose(predictions, oracle.predict(X[:3], verbose=0), atol=1e-5)
+
+
+# The compile() method: specifying a loss, metrics, and an optimizer
+
+
+@PACKAGES
+@SCALES
+def test_built_in_optimizers_losses_and_metrics(example: Example) -> None:
+    make = compiled(
+        example.keras,
+        optimizer=lambda k: k.optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+        loss=lambda k: k.losses.KLDivergence(),
+        metrics=lambda k: [k.metrics.AUC(name="auc"), k.metrics.Precision(name="p"), k.metrics.Recall(name="r"), "mae"],
+        weighted_metrics=lambda k: [k.metrics.AUC(name="weighted_auc")],
+    )
+    model, oracle = example.trains(make, X, ONE_HOT, sample_weight=WEIGHT)
+    logs = rk.evaluate(model, X, ONE_HOT, sample_weight=WEIGHT, batch_size=BATCH, scale=example.scale)
+    expected = oracle.evaluate(X, ONE_HOT, sample_weight=WEIGHT, batch_size=BATCH, verbose=0, return_dict=True)
+    assert logs == pytest.approx(expected, rel=1e-5)
+
+
+@PACKAGES
+@SCALES
+@pytest.mark.parametrize("returns", ["rows", "a scalar"])  # as Keras 3's guide has it, and as TensorFlow's
+def test_custom_loss_function(example: Example, returns: str) -> None:
+    def custom_mean_squared_error(y_true: Any, y_pred: Any) -> Any:
+        return tf.reduce_mean(tf.square(y_true - y_pred), axis=-1 if returns == "rows" else None)
+
+    def make() -> Any:
+        model = uncompiled(example.keras)
+        model.compile(optimizer=example.keras.optimizers.Adam(), loss=custom_mean_squared_error)
+        return model
+
+    example.trains(make, X, ONE_HOT)
+
+
+@PACKAGES
+@SCALES
+@pytest.mark.parametrize("returns", ["rows", "a scalar"])
+def test_custom_loss_class_with_parameters(example: Example, returns: str) -> None:
+    axis = -1 if returns == "rows" else None
+
+    class CustomMSE(example.keras.losses.Loss):  # type: ignore[name-defined, misc]
+        def __init__(self, regularization_factor: float = 0.1, name: str = "custom_mse") -> None:
+            super().__init__(name=name)
+            self.regularization_factor = regularization_factor
+
+        def call(self, y_true: Any, y_pred: Any) -> Any:
+            mse = tf.reduce_mean(tf.square(y_true - y_pred), axis=axis)
+            return mse + tf.reduce_mean(tf.square(0.5 - y_pred), axis=axis) * self.regularization_factor
+
+    def make() -> Any:
+        model = uncompiled(example.keras)
+        model.compile(optimizer=example.keras.optimizers.Adam(), loss=CustomMSE(0.3))
+        return model
+
+    example.trains(make, X, ONE_HOT)
+
+
+@PACKAGES
+@SCALES
+def test_custom_metric_with_state(example: Example) -> None:
+    class CategoricalTruePositives(example.keras.metrics.Metric):  # type: ignore[name-defined, misc]
+        def __init__(self, name: str = "categorical_true_positives", **kwargs: Any) -> None:
+            super().__init__(name=name, **kwargs)
+            self.true_positives = self.add_weight(name="ctp", shape=(), initializer="zeros")
+
+        def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+            labels = tf.cast(tf.reshape(tf.argmax(y_pred, axis=1), (-1, 1)), tf.int32)
+            values = tf.cast(tf.cast(tf.reshape(y_true, (-1, 1)), tf.int32) == labels, tf.float32)
+            self.true_positives.assign_add(tf.reduce_sum(values))
+
+        def result(self) -> Any:
+            return self.true_positives if example.package == "keras" else tf.identity(self.true_positives)
+
+        def reset_state(self) -> None:
+            self.true_positives.assign(0.0)
+
+    make = compiled(example.keras, metrics=lambda k: [CategoricalTruePositives()])
+    example.trains(make, X, Y, epochs=3, validation_data=VALIDATION)
+
+
+@PACKAGES
+@SCALES
+def test_add_loss_in_a_layer(example: Example) -> None:
+    class ActivityRegularizationLayer(example.keras.layers.Layer):  # type: ignore[name-defined, misc]
+        def call(self, inputs: Any) -> Any:
+            self.add_loss(tf.reduce_sum(inputs) * 0.1)
+            return inputs
+
+    def make() -> Any:
+        model = uncompiled(example.keras, logits=True, between=ActivityRegularizationLayer())
+        loss = example.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer=example.keras.optimizers.RMSprop(1e-3), loss=loss)
+        return model
+
+    example.trains(make, X, Y)
+
+
+@TF_KERAS
+@SCALES
+def test_add_metric_in_a_layer(example: Example) -> None:
+    keras = example.keras
+
+    class MetricLoggingLayer(keras.layers.Layer):  # type: ignore[name-defined, misc]
+        def call(self, inputs: Any) -> Any:
+            self.add_metric(keras.backend.std(inputs), name="std_of_activation", aggregation="mean")
+            self.add_metric(inputs, name="mean_activation", aggregation="mean")
+            return inputs
+
+    def make() -> Any:
+        model = uncompiled(keras, logits=True, between=MetricLoggingLayer())
+        model.compile("rmsprop", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    # a standard deviation of a batch is not that of its parts
+    example.trains(make, X, Y, but=() if example.scale.workers == 1 else ("std_of_activation",))
+
+
+@TF_KERAS
+@SCALES
+def test_add_loss_and_add_metric_on_a_functional_model(example: Example) -> None:
+    keras = example.keras
+
+    def make() -> Any:
+        inputs = keras.Input((8,), name="digits")
+        hidden = keras.layers.Dense(6, activation="relu", name="dense_1")(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(3, name="predictions")(hidden))
+        model.add_loss(tf.reduce_sum(hidden) * 0.1)
+        model.add_metric(hidden, name="mean_activation", aggregation="mean")
+        model.compile(keras.optimizers.RMSprop(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    example.trains(make, X, Y)
+
+
+@KERAS_3
+@SCALES
+def test_a_metric_that_is_an_attribute_of_a_layer(example: Example) -> None:
+    keras = example.keras
+
+    class Watches(keras.layers.Layer):  # type: ignore[name-defined, misc]
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.watched = keras.metrics.Mean(name="mean_activation")
+
+        def call(self, inputs: Any) -> Any:
+            self.watched.update_state(inputs)
+            return inputs
+
+    def make() -> Any:
+        model = uncompiled(keras, logits=True, between=Watches())
+        model.compile("rmsprop", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    example.trains(make, X, Y)
+
+
+@PACKAGES
+@SCALES
+def test_an_endpoint_layer_and_no_loss(example: Example) -> None:
+    keras = example.keras
+
+    class LogisticEndpoint(keras.layers.Layer):  # type: ignore[name-defined, misc]
+        def __init__(self, name: str | None = None) -> None:
+            super().__init__(name=name)
+            self.loss_fn = keras.losses.BinaryCrossentropy(from_logits=True)
+
+        def call(self, targets: Any, logits: Any) -> Any:
+            self.add_loss(self.loss_fn(targets, logits))
+            return tf.nn.softmax(logits)
+
+    def make() -> Any:
+        inputs, targets = keras.Input((8,), name="inputs"), keras.Input((3,), name="targets")
+        predictions = LogisticEndpoint(name="predictions")(targets, keras.layers.Dense(3)(inputs))
+        model = keras.Model([inputs, targets], predictions)
+        model.compile(optimizer="adam")
+        return model
+
+    example.trains(make, {"inputs": X, "targets": ONE_HOT})
+
+
+@PACKAGES
+@SCALES
+def test_validation_split(example: Example) -> None:
+    example.trains(compiled(example.keras), X, Y, validation_split=0.2, validation_batch_size=7, validation_freq=2)
+
+
+# Training & evaluation using tf.data Datasets
+
+
+def batched(*data: Any, rows: int = ROWS) -> Any:
+    dataset = tf.data.Dataset.from_tensor_slices(data)
+    return dataset.take(rows).batch(BATCH)
+
+
+@PACKAGES
+@SCALES
+def test_a_dataset_with_a_validation_dataset(example: Example) -> None:
+    make, validation = compiled(example.keras), batched(*VALIDATION)
+    model, oracle = example.trains(make, batched(X, Y), validation_data=validation, validation_steps=1)
+    logs = rk.evaluate(model, batched(X, Y), scale=example.scale)
+    assert logs == pytest.approx(oracle.evaluate(batched(X, Y), verbose=0, return_dict=True), rel=1e-5)
+    predictions = rk.predict(model, batched(X, Y), scale=example.scale)
+    np.testing.assert_allclose(predictions, oracle.predict(batched(X, Y), verbose=0), atol=1e-5)
+
+
+@PACKAGES
+@SCALES
+def test_steps_per_epoch_go_on_in_a_dataset(example: Example) -> None:
+    # five batches of which an epoch takes three; plain Keras needs it repeated to go on at its end
+    plain = (batched(X, Y).repeat(),)
+    example.trains(compiled(example.keras), batched(X, Y), plain=plain, epochs=3, steps_per_epoch=3)
+
+
+# Training & evaluation using PyDataset instances
+
+
+def example_sequence(keras: Any) -> Any:
+    class ExamplePyDataset(keras.utils.PyDataset if hasattr(keras.utils, "PyDataset") else keras.utils.Sequence):
+        def __init__(self, x: Any, y: Any, batch_size: int, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.x, self.y, self.batch_size = x, y, batch_size
+
+        def __len__(self) -> int:
+            return int(np.ceil(len(self.x) / float(self.batch_size)))
+
+        def __getitem__(self, index: int) -> Any:
+            rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+            return self.x[rows], self.y[rows]
+
+    return ExamplePyDataset
+
+
+@PACKAGES
+@SCALES
+def test_a_sequence_with_a_validation_sequence(example: Example) -> None:
+    sequence = example_sequence(example.keras)
+    data, validation = sequence(X, Y, BATCH), sequence(*VALIDATION, BATCH)
+    options = {"batch_size": 64} if example.package == "keras" else {}  # as the guide has it, to no effect
+    if example.package == "tf_keras":
+        options["batch_size"] = None
+    model, oracle = example.trains(compiled(example.keras), data, validation_data=validation, **options)
+    logs = rk.evaluate(model, validation, scale=example.scale)
+    assert logs == pytest.approx(oracle.evaluate(validation, verbose=0, return_dict=True), rel=1e-5)
+
+
+@PACKAGES
+@SCALES
+def test_a_generator(example: Example) -> None:
+    def generate() -> Iterator[Any]:
+        while True:
+            for start in range(0, ROWS, BATCH):
+                yield X[start : start + BATCH], Y[start : start + BATCH], WEIGHT[start : start + BATCH]
+
+    example.trains(compiled(example.keras), generate(), plain=(generate(),), steps_per_epoch=4)
+
+
+# Using sample weighting and class weighting
+
+
+@PACKAGES
+@SCALES
+def test_class_weight(example: Example) -> None:
+    example.trains(compiled(example.keras), X, Y, class_weight={0: 1.0, 1: 0.5, 2: 2.0})
+
+
+@PACKAGES
+@SCALES
+def test_sample_weight_in_arrays_and_as_a_mask(example: Example) -> None:
+    model, oracle = example.trains(compiled(example.keras), X, Y, sample_weight=WEIGHT)
+    mask = (np.arange(ROWS) % 3 != 0).astype(np.float32)
+    example.fit(model, oracle, X, Y, sample_weight=mask)
+
+
+@PACKAGES
+@SCALES
+def test_class_weight_times_sample_weight(example: Example) -> None:
+    weights = {0: 1.0, 1: 0.5, 2: 2.0}
+    model, oracle = example.models(compiled(example.keras))
+    options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0}
+    both = WEIGHT * np.vectorize(weights.get)(Y)  # Keras 3 itself refuses them together
+    expected = oracle.fit(X, Y, sample_weight=both, **options).history
+    run = rk.Run(storage=str(example.folder))
+    result = rk.fit(model, X, Y, sample_weight=WEIGHT, class_weight=weights, scale=example.scale, run=run, **options)
+    assert_alike(result.history, expected, model, oracle)
+
+
+@PACKAGES
+@SCALES
+def test_sample_weight_in_a_dataset(example: Example) -> None:
+    example.trains(compiled(example.keras), batched(X, Y, WEIGHT))
+
+
+@PACKAGES
+@SCALES
+def test_temporal_weights(example: Example) -> None:
+    keras = example.keras
+
+    def make() -> Any:
+        model = keras.Sequential([keras.layers.Input((6, 4)), keras.layers.Dense(2)])
+        model.compile("sgd", keras.losses.MeanSquaredError(), weighted_metrics=["mae"])
+        return model
+
+    weights = RNG.uniform(0, 2, (ROWS, 6)).astype(np.float32)
+    example.trains(make, SERIES, SERIES[..., :2], sample_weight=weights)
+
+
+# Passing data to multi-input, multi-output models
+
+
+def losses(keras: Any) -> dict[str, Any]:
+    return {
+        "score_output": keras.losses.MeanSquaredError(),
+        "class_output": keras.losses.CategoricalCrossentropy(from_logits=True),
+    }
+
+
+@PACKAGES
+@SCALES
+def test_losses_and_metrics_as_lists(example: Example) -> None:
+    make = two_inputs(
+        example.keras,
+        metrics=lambda keras: [
             [keras.metrics.MeanAbsolutePercentageError(), keras.metrics.MeanAbsoluteError()],
             [keras.metrics.CategoricalAccuracy()],
         ],
-        "loss_weights": lambda keras: [2.0, 1.0],
-    }
-    build = two_inputs(package, **compiled)
+        loss_weights=lambda keras: [2.0, 1.0],
+    )
     validation = ([IMAGES[:13], SERIES[:13]], [SCORE[:13], CLASS[:13]])
-    data = ([IMAGES, SERIES], [SCORE, CLASS])
-    assert_as_plain(build, package, scale, tmp_path, *data, validation_data=validation)
+    example.trains(make, [IMAGES, SERIES], [SCORE, CLASS], validation_data=validation)
 
 
 @PACKAGES
-@IN_PROCESS
-def test_several_inputs_and_outputs_as_dicts(package: str, scale: rk.Scale, tmp_path: Path) -> None:
-    compiled = {
-        "loss": lambda keras: {
-            "score_output": keras.losses.MeanSquaredError(),
-            "class_output": keras.losses.CategoricalCrossentropy(from_logits=True),
-        },
-        "metrics": lambda keras: {
-            "score_output": [keras.metrics.MeanAbsoluteError()],
+@SCALES
+def test_losses_and_metrics_as_dicts(example: Example) -> None:
+    make = two_inputs(
+        example.keras,
+        loss=losses,
+        metrics=lambda keras: {
+            "score_output": [keras.metrics.MeanAbsolutePercentageError(), keras.metrics.MeanAbsoluteError()],
             "class_output": [keras.metrics.CategoricalAccuracy()],
         },
-        "loss_weights": lambda keras: {"score_output": 2.0, "class_output": 1.0},
-    }
-    build = two_inputs(package, **compiled)
+        loss_weights=lambda keras: {"score_output": 2.0, "class_output": 1.0},
+    )
     x = {"img_input": IMAGES, "ts_input": SERIES}
     y = {"score_output": SCORE, "class_output": CLASS}
-    assert_as_plain(build, package, scale, tmp_path, x, y)
+    model, oracle = example.trains(make, x, y)
+    for ours, theirs in zip(rk.predict(model, x, scale=example.scale), oracle.predict(x, verbose=0), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @PACKAGES
-@IN_PROCESS
-def test_weights_by_output(package: str, scale: rk.Scale, tmp_path: Path) -> None:
-    build, other = two_inputs(package), WEIGHT[::-1].copy()
+@SCALES
+def test_a_dataset_of_dicts(example: Example) -> None:
+    x = {"img_input": IMAGES, "ts_input": SERIES}
+    y = {"score_output": SCORE, "class_output": CLASS}
+    example.trains(two_inputs(example.keras, loss=losses), batched(x, y))
+
+
+@PACKAGES
+@SCALES
+def test_an_output_without_a_loss(example: Example) -> None:
+    make = two_inputs(example.keras, loss=lambda keras: [None, keras.losses.CategoricalCrossentropy(from_logits=True)])
+    example.trains(make, [IMAGES, SERIES], [SCORE, CLASS])
+
+
+@PACKAGES
+@SCALES
+def test_weights_by_output(example: Example) -> None:
+    other = WEIGHT[::-1].copy()
     x, weights = {"img_input": IMAGES, "ts_input": SERIES}, {"class_output": other, "score_output": WEIGHT}
-    keras = importlib.import_module(package)
-    keras.utils.set_random_seed(0)
-    model = build()
+    model, oracle = example.models(two_inputs(example.keras))
     options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0}
     # Keras 3 itself takes weights of a list of outputs as a list only
-    expected = model.fit(x, [SCORE, CLASS], sample_weight=[WEIGHT, other], **options).history
-    y = {"score_output": SCORE, "class_output": CLASS}
-    result = rk.fit(build, x, y, sample_weight=weights, **options, scale=scale, run=rk.Run(storage=str(tmp_path)))
-    for name, values in expected.items():
-        np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
+    expected = oracle.fit(x, [SCORE, CLASS], sample_weight=[WEIGHT, other], **options).history
+    y, run = {"score_output": SCORE, "class_output": CLASS}, rk.Run(storage=str(example.folder))
+    result = rk.fit(model, x, y, sample_weight=weights, scale=example.scale, run=run, **options)
+    assert_alike(result.history, expected, model, oracle)
 
 
 @PACKAGES
-@IN_PROCESS
-def test_an_output_without_a_loss(package: str, scale: rk.Scale, tmp_path: Path) -> None:
-    compiled = {"loss": lambda keras: [None, keras.losses.CategoricalCrossentropy(from_logits=True)]}
-    data = ([IMAGES, SERIES], [SCORE, CLASS])
-    assert_as_plain(two_inputs(package, **compiled), package, scale, tmp_path, *data)
+@SCALES
+def test_time_series_of_differing_lengths_from_parquet(example: Example) -> None:
+    keras, rng = example.keras, np.random.default_rng(3)
+    series = [rng.integers(1, 9, rng.integers(1, 7)).astype(np.int64) for _ in range(ROWS)]
+    pq.write_table(pa.table({"series": series, "y": Y}), example.folder / "t.parquet", row_group_size=20)
+    source = rk.parquet(example.folder / "t.parquet", x="series", y="y", pad={"series": 6})
+    padded = np.stack([np.pad(row, (0, 6 - len(row))) for row in series])
+
+    def make() -> Any:
+        layers = keras.layers
+        model = keras.Sequential(
+            [layers.Input((6,)), layers.Embedding(9, 4, mask_zero=True), layers.LSTM(3), layers.Dense(3)]
+        )
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    example.trains(make, source, plain=(padded, Y), batch_size=BATCH)
+
+
+# Data frames and tensors
+
+
+@PACKAGES
+@SCALES
+def test_data_frames_and_tensors(example: Example) -> None:
+    frame, labels = pd.DataFrame(X, columns=[f"f{i}" for i in range(8)]), pd.Series(Y)
+    make = compiled(example.keras)
+    example.trains(make, frame, labels, validation_split=0.2)
+    if example.package == "keras":
+        example.trains(make, tf.constant(X), tf.constant(Y))
+
+
+# Checkpointing models
+
+
+@KERAS_3
+def test_make_or_restore_model(package: str, tmp_path: Path) -> None:
+    """The guide's function as it stands, in this process."""
+    keras = importlib.import_module(package)
+    checkpoint_dir = str(tmp_path / "ckpt")
+    os.makedirs(checkpoint_dir)
+
+    def make_or_restore_model() -> Any:
+        checkpoints = [checkpoint_dir + "/" + name for name in os.listdir(checkpoint_dir)]
+        if checkpoints:
+            return keras.models.load_model(max(checkpoints, key=os.path.getctime))
+        return seeded(keras, compiled(keras))
+
+    for iterations in (5, 10):
+        saves = keras.callbacks.ModelCheckpoint(checkpoint_dir + "/model-loss={loss:.2f}.keras", save_freq=5)
+        model = make_or_restore_model()
+        rk.fit(model, X, Y, batch_size=BATCH, verbose=0, callbacks=[saves], run=rk.Run(storage=str(tmp_path)))
+        assert int(model.optimizer.iterations) == iterations
+
+
+# Using learning rate schedules
+
+
+@PACKAGES
+@SCALES
+def test_a_schedule_counts_a_global_batch_once(example: Example) -> None:
+    def optimizer(keras: Any) -> Any:
+        schedule = keras.optimizers.schedules.ExponentialDecay(0.1, decay_steps=3, decay_rate=0.5, staircase=True)
+        return keras.optimizers.RMSprop(learning_rate=schedule)
+
+    model, oracle = example.trains(compiled(example.keras, optimizer=optimizer), X, Y)
+    assert int(model.optimizer.iterations) == int(oracle.optimizer.iterations) == 10
+
+
+# All forms of a model
+
+
+@PACKAGES
+@SCALES
+def test_a_trained_model_goes_on_where_its_optimizer_was(example: Example) -> None:
+    model, oracle = example.models(compiled(example.keras, optimizer="adam"))
+    for each in (model, oracle):
+        each.fit(X, Y, epochs=2, verbose=0, shuffle=False)
+    example.fit(model, oracle, X, Y)
+    example.fit(model, oracle, X, Y)
+    assert int(model.optimizer.iterations) == int(oracle.optimizer.iterations)
+
+
+@PACKAGES
+@SCALES
+def test_a_subclassed_model_with_a_train_step_of_its_own(example: Example) -> None:
+    keras = example.keras
+
+    class Own(keras.Model):  # type: ignore[name-defined, misc]
+        def __init__(self, units: int = 5, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.units = units
+            self.hidden, self.out = keras.layers.Dense(units, activation="relu"), keras.layers.Dense(3)
+
+        def call(self, inputs: Any) -> Any:
+            return self.out(self.hidden(inputs))
+
+        def get_config(self) -> dict[str, Any]:
+            return {"units": self.units}
+
+        def train_step(self, data: Any) -> Any:
+            x, y = data
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                loss = self.compute_loss(x=x, y=y, y_pred=y_pred)
+            if example.package == "keras":
+                gradients = tape.gradient(loss, [v.value for v in self.trainable_variables])
+                self.optimizer.apply(gradients, self.trainable_variables)
+                for metric in self.metrics:
+                    metric.update_state(loss) if metric.name == "loss" else metric.update_state(y, y_pred)
+                return {metric.name: metric.result() for metric in self.metrics}
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return self.compute_metrics(x, y, y_pred, None)
+
+    def make() -> Any:
+        model = Own()
+        model(X[:1])
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    # `Mean` of the loss counts replicas in a step of one's own, as it counts batches
+    but = ("loss",) if example.package == "keras" and example.scale.workers > 1 else ()
+    example.trains(make, X, Y, but=but)
+
+
+@PACKAGES
+@SCALES
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 5}], ids=str)
+def test_ways_to_execute(example: Example, options: dict[str, Any]) -> None:
+    if "jit_compile" in options and example.scale == TWO:
+        with pytest.raises(rk.ModelError, match="XLA compiles the collectives of several replicas on GPUs only"):
+            example.trains(compiled(example.keras, **options), X, Y)
+        return
+    example.trains(compiled(example.keras, **options), X, Y, validation_data=VALIDATION, epochs=3)
+
+
+# What cannot work is said before anything starts
+
+
+@PACKAGES
+def test_a_generator_without_steps_is_refused_on_several_workers(package: str, tmp_path: Path) -> None:
+    make = compiled(importlib.import_module(package))
+    with pytest.raises(rk.OptionError, match="`steps_per_epoch`"):
+        rk.fit(make(), (batch for batch in [(X, Y)]), scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+@PACKAGES
+def test_a_model_that_keras_cannot_write_is_refused_with_the_way_out(package: str, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+
+    class Stubborn(keras.layers.Layer):  # type: ignore[name-defined, misc]
+        def __init__(self, table: Any) -> None:
+            super().__init__()
+            self.table = table
+
+        def call(self, inputs: Any) -> Any:
+            return inputs
+
+        def get_config(self) -> dict[str, Any]:
+            raise TypeError("no config")
+
+    model = uncompiled(keras, between=Stubborn(object()))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(rk.ModelError, match="pass a function that builds and compiles"):
+        rk.fit(model, X, Y, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
