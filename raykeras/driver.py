@@ -150,7 +150,8 @@ def fit(
         display.close()
         log.close()
     gathered.raise_failure()
-    return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model)
+    build = model if callable(model) and not is_model(model) else None
+    return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
 
 
 def _new_folder(run: Run) -> RunFolder:

@@ -97,10 +97,10 @@ def evaluate(
     if here:
         logs, values = _evaluate_here(orders, model)
     else:
-        from ray import cloudpickle
+        import ray
 
         with for_workers(data, scale) as shared:
-            task = cloudpickle.dumps((dataclasses.replace(orders, data=shared), *pack_model(model)))
+            task = ray.put((dataclasses.replace(orders, data=shared), *pack_model(model)))
             logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=cpus_per_worker)
     if return_dict:
         return logs
@@ -129,12 +129,13 @@ def _evaluate(config: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
     """What runs on each worker."""
     quiet()
     import_tensorflow()
+    import ray
     import ray.train
     from ray import cloudpickle
 
     from raykeras import worker
 
-    orders, api, build = cloudpickle.loads(config["task"])
+    orders, api, build = ray.get(config["task"])
     rank = ray.train.get_context().get_world_rank()
     return worker.evaluate(orders, rank=rank, api=api, build=lambda: cloudpickle.loads(build)())
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from raykeras.errors import OptionError
+from raykeras.noise import quiet
 from raykeras.sources import nearest
 
 _WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
@@ -54,6 +55,7 @@ def load_pipeline(path: str | os.PathLike[str], parameters: Mapping[str, str] | 
     Raises:
         OptionError: If there is no such file, function or parameter, or a text does not convert.
     """
+    quiet()  # a pipeline may import Keras
     module = _load(Path(path))
     function = getattr(module, "pipeline", None)
     if not callable(function):

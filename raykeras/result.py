@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from raykeras.callbacks import is_better
 from raykeras.checkpoint import Checkpoint, RunFolder
 from raykeras.errors import CheckpointError
+from raykeras.transfer import weights_into
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,24 @@ class Result:
     params: Mapping[str, Any]
     path: str
     live_model: Any = field(default=None, repr=False)
+    build: Callable[[], Any] | None = field(default=None, repr=False)
 
     def model(self, **options: Any) -> Any:
-        """The trained model, compiled: the one that was trained in this process, or the newest checkpoint's.
+        """The trained model, compiled, its optimizer included.
+
+        It is the one that was trained in this process; or what the function that built it builds, with
+        the newest checkpoint's weights, so that classes of one's own need no registration; or the
+        newest checkpoint's.
 
         Args:
             **options: For `keras.models.load_model`, such as `custom_objects`, if it has to be loaded.
         """
         if self.live_model is not None:
             return self.live_model
-        return self.checkpoints[-1].load_model(**options)
+        newest = self.checkpoints[-1]
+        if self.build is not None and not options:
+            return weights_into(self.build, newest.path)()
+        return newest.load_model(**options)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:

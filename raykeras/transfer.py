@@ -76,6 +76,10 @@ def weights_into(model: Any, checkpoint: str) -> Any:
             path = os.path.join(folder, MODEL_FILE)
             fs, source = fsspec.core.url_to_fs(file)
             fs.get(source, path)
+            if not made.built:
+                with zipfile.ZipFile(path) as archive:
+                    made.build_from_config(json.loads(archive.read("config.json"))["build_config"])
+            api_of(made).build_optimizer(made)  # or its state would be skipped
             made.load_weights(path)
         return made
 

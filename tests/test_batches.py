@@ -21,7 +21,7 @@ import raykeras as rk
 from raykeras.batches import as_batches
 from raykeras.cluster import connect
 from raykeras.pump import Chunk, Pump, received
-from tests.test_guide import CLASS, IMAGES, IN_PROCESS, PACKAGES, SCALES, SCORE, SERIES, WEIGHT, X, Y, dense, two_inputs
+from tests.models import CLASS, IMAGES, IN_PROCESS, PACKAGES, SCALES, SCORE, SERIES, WEIGHT, X, Y, dense, two_inputs
 
 BATCH, STEPS = 16, 5  # of 75 rows; the last batch has 11, which does not come out even
 TWO = rk.Scale(workers=2)

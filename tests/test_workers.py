@@ -160,3 +160,49 @@ def test_what_the_cluster_can_never_give_is_said_at_once(tmp_path: Path, scale: 
     with pytest.raises(rk.ResourceError, match=message):
         rk.fit(model_of, X, Y, batch_size=1000, scale=scale, run=rk.Run(storage=str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_script_defines_reaches_the_workers_and_comes_back(tmp_path: Path) -> None:
+    """A class, a closure and a lambda of `__main__`, in a function that builds and in a callback."""
+    script = f"""
+    import keras, numpy as np, raykeras as rk
+
+    class Doubles(keras.layers.Layer):
+        def call(self, inputs):
+            return 2 * inputs
+
+    def scaled_error(factor):
+        return lambda y, p: factor * keras.ops.mean(keras.ops.square(y - p), axis=-1)
+
+    class Counts(keras.callbacks.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.steps += 1
+
+    def build():
+        model = keras.Sequential([keras.layers.Input((4,)), Doubles(), keras.layers.Dense(1)])
+        model.compile("adam", scaled_error(3.0), metrics=[lambda y, p: keras.ops.abs(y - p)])
+        return model
+
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    counts = Counts()
+    run = rk.Run(storage="file://{tmp_path}", name="r")  # not taken for a local folder
+    callbacks = [counts, keras.callbacks.CSVLogger("log.csv")]
+    result = rk.fit(
+        build, x, x[:, :1], epochs=2, verbose=0, callbacks=callbacks, scale=rk.Scale(workers=2), run=run
+    )
+    model = result.model()
+    assert int(model.optimizer.iterations) == counts.steps == 4
+    assert rk.evaluate(model, x, x[:, :1]).keys() == {{"loss", "lambda"}}, rk.evaluate(model, x, x[:, :1])
+    print("DONE", result.history["loss"][-1])
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("DONE")
+    assert (tmp_path / "r" / "artifacts" / "log.csv").read_text().startswith("epoch,lambda,loss")
+    told = (tmp_path / "r" / "events.jsonl").read_text()
+    assert told.count('"ArtifactSaved"') >= 2
