@@ -122,6 +122,7 @@ def patch_keras(
     patch(trainer, "reduce_per_replica", reduce_per_replica)
     patch_instance(model, "_aggregate_additional_loss", add)
     _patch_optimizer(patch_instance, model)
+    _patch_means_of_the_loss(patch_instance, model)
 
 
 def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None:
@@ -146,6 +147,31 @@ def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None
         return [None if g is None else g / replicas for g in original(whole)]  # they are added once more
 
     patch(optimizer, "_clip_gradients", clip)
+
+
+def _patch_means_of_the_loss(patch: Callable[[Any, str, Any], None], model: Any) -> None:
+    """Lets a `Mean` to which a step of the user's own gives its loss count the replicas' parts as one batch."""
+    import keras
+
+    compute_loss = model.compute_loss
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        current.loss = compute_loss(*args, **kwargs)
+        return current.loss
+
+    def counting(update_state: Any) -> Any:
+        def update(values: Any, sample_weight: Any = None) -> Any:
+            if current.share is None or values is not current.loss or sample_weight is not None:
+                return update_state(values, sample_weight=sample_weight)
+            replicas = tf.distribute.get_strategy().num_replicas_in_sync
+            return update_state(values * replicas, sample_weight=1 / replicas)
+
+        return update
+
+    patch(model, "compute_loss", remembered)
+    for metric in model.metrics:
+        if type(metric) is keras.metrics.Mean:
+            patch(metric, "update_state", counting(metric.update_state))
 
 
 def _zeros(layout: Layout) -> Any:

@@ -103,7 +103,7 @@ def _sharing(step: Any, name: str) -> Any:
         batch, global_rows = data
         rows = tf.shape(tf.nest.flatten(batch[0])[0])[0]
         current.share = tf.cast(rows, tf.float32) / tf.cast(global_rows, tf.float32)
-        current.num_losses, current.num_added, current.weighed = 0, 0, False
+        current.num_losses, current.num_added, current.weighed, current.loss = 0, 0, False, None
         try:
             result = step(batch if len(batch) > 1 else batch[0])
         finally:

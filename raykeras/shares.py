@@ -23,12 +23,14 @@ class Step(threading.local):
         share: This replica's rows over those of the global batch, float32 (); None outside of a step.
         num_losses, num_added: Scalars of user code met so far.
         weighed: Whether any loss was weighed.
+        loss: What `compute_loss` returned: this replica's part of the batch's loss.
     """
 
     share: tf.Tensor | None = None
     num_losses = 0
     num_added = 0
     weighed = False
+    loss: tf.Tensor | None = None
 
 
 current = Step()

@@ -31,9 +31,9 @@ def two_logical_cpus() -> None:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # they hold a part of a CPU, which others' data tasks may need
 def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_ends: None) -> Iterator[KeptWorkers]:
-    """Two worker processes for all examples; see `tests.kept`."""
+    """Two worker processes for all examples of a module; see `tests.kept`."""
     connect(TWO, in_process=False)
     workers = KeptWorkers(tmp_path_factory.mktemp("kept"))
     yield workers

@@ -554,6 +554,24 @@ def test_time_series_of_differing_lengths_from_parquet(example: Example) -> None
     example.trains(make, source, plain=(padded, Y), batch_size=BATCH)
 
 
+@TF_KERAS
+@SCALES
+def test_ragged_time_series_from_parquet(example: Example) -> None:
+    keras, rng = example.keras, np.random.default_rng(3)
+    series = [rng.normal(size=rng.integers(1, 7)).astype(np.float32) for _ in range(ROWS)]
+    pq.write_table(pa.table({"series": series, "y": Y}), example.folder / "t.parquet", row_group_size=20)
+    source = rk.parquet(example.folder / "t.parquet", x="series", y="y", ragged=["series"])
+
+    def make() -> Any:
+        inputs = keras.Input((None,), ragged=True)
+        sums = keras.layers.Lambda(lambda rows: tf.stack([tf.reduce_sum(rows, 1), tf.reduce_max(rows, 1)], 1))(inputs)
+        model = keras.Model(inputs, keras.layers.Dense(3)(sums))
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        return model
+
+    example.trains(make, source, plain=(tf.ragged.constant(series), Y), batch_size=BATCH)
+
+
 # Data frames and tensors
 
 
@@ -655,9 +673,7 @@ def test_a_subclassed_model_with_a_train_step_of_its_own(example: Example) -> No
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         return model
 
-    # `Mean` of the loss counts replicas in a step of one's own, as it counts batches
-    but = ("loss",) if example.package == "keras" and example.scale.workers > 1 else ()
-    example.trains(make, X, Y, but=but)
+    example.trains(make, X, Y)
 
 
 @PACKAGES

@@ -28,7 +28,7 @@ from raykeras.sources import (
     UnitRef,
     fingerprint,
 )
-from raykeras.sources.parquet import _field as stored_field
+from raykeras.sources.parquet import stored_field
 from raykeras.sources.units import Unit, common_schema, make_unit, read_part
 
 _UNIT_NBYTES = 4 << 20

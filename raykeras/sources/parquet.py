@@ -45,7 +45,7 @@ class ParquetSource(Source):
         partitions = tuple(_partition(path, root) for path, root in zip(files, roots, strict=True))
         partitions = _typed(partitions)
         schema = metadata[0].schema.to_arrow_schema()
-        fields = {f.name: _field(f) for f in schema}
+        fields = {f.name: stored_field(f) for f in schema}
         for name, value in partitions[0]:
             kind = Field(name, "dense", "int64") if isinstance(value, int) else Field(name, "string", "string")
             fields[name] = kind
@@ -229,7 +229,7 @@ def _typed(partitions: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[tuple[t
     return tuple(tuple((n, int(v) if integral[n] else v) for n, v in file) for file in partitions)
 
 
-def _field(field: pa.Field) -> Field:
+def stored_field(field: pa.Field) -> Field:
     kind = field.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
