@@ -31,7 +31,7 @@ Placement = Literal["every", "chief", "saves", "refused"]
 
 PLACEMENTS: Mapping[str, Placement] = {
     "BackupAndRestore": "saves",
-    "BaseLogger": "every",
+    "BaseLogger": "refused",
     "CSVLogger": "chief",
     "Callback": "every",
     "CallbackList": "every",
@@ -44,12 +44,24 @@ PLACEMENTS: Mapping[str, Placement] = {
     "ProgbarLogger": "chief",
     "ReduceLROnPlateau": "every",
     "RemoteMonitor": "chief",
-    "SidecarEvaluatorModelExport": "saves",
+    "SidecarEvaluatorModelExport": "refused",
     "SwapEMAWeights": "every",
     "TensorBoard": "saves",
     "TerminateOnNaN": "every",
 }
 """The callbacks of Keras 3 and tf_keras, by name."""
+
+_REFUSED: Mapping[str, str] = {
+    "BaseLogger": "reads what `fit` no longer gives, in tf_keras itself too. Leave it out: logs are means already",
+    "OrbaxCheckpoint": (
+        "saves by means of JAX, which several TensorFlow workers do not have. Use ModelCheckpoint, or the run's own "
+        "checkpoints"
+    ),
+    "SidecarEvaluatorModelExport": (
+        "is for `keras.utils.SidecarEvaluator`, in a process beside training. Use ModelCheckpoint(save_best_only=True)"
+    ),
+}
+"""Why, and what to do."""
 
 _PATHS = (
     "filepath",
@@ -108,10 +120,8 @@ def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
     for callback in callbacks:
         inner = unwrapped([callback])[0]
         if placement_of(callback) == "refused":
-            raise OptionError(
-                f"{type(inner).__name__} saves by means of JAX, which several TensorFlow workers do not have. Use "
-                "ModelCheckpoint, or the run's own checkpoints."
-            )
+            reason = next(_REFUSED[name] for name in _keras_classes(inner) if name in _REFUSED)
+            raise OptionError(f"{type(inner).__name__} cannot run on several workers: it {reason}.")
         made = copy.copy(inner)
         for name in _OF_A_FIT:
             vars(made).pop(name, None)

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray import cloudpickle
 
 import raykeras as rk
-from raykeras.placement import PLACEMENTS, pack, placement_of
+from raykeras.placement import PLACEMENTS, placement_of
 from tests.kept import TWO
 
 ROWS, BATCH = 70, 16  # five steps, the last one short
@@ -406,9 +405,25 @@ def test_a_callback_that_cannot_be_pickled_is_refused_by_the_name_of_its_attribu
     assert not list(tmp_path.iterdir())
 
 
-def test_orbax_is_refused(tmp_path: Path) -> None:
-    import keras
+@pytest.mark.parametrize(
+    ("package", "name", "reason"),
+    [
+        ("keras", "OrbaxCheckpoint", "it saves by means of JAX"),
+        ("tf_keras", "BaseLogger", "it reads what `fit` no longer gives"),
+        ("tf_keras", "SidecarEvaluatorModelExport", "it is for `keras.utils.SidecarEvaluator`"),
+    ],
+)
+def test_what_cannot_run_on_several_workers_is_refused(package: str, name: str, reason: str, tmp_path: Path) -> None:
+    built_in = getattr(importlib.import_module(package).callbacks, name)
+    for kind in (built_in, type("Own", (built_in,), {})):
+        callback = object.__new__(kind)  # making one may need a package that is not there
+        with pytest.raises(rk.OptionError, match=f"{kind.__name__} cannot run on several workers: {reason}"):
+            rk.fit(model_of(package), X, Y, callbacks=callback, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
-    callback = object.__new__(keras.callbacks.OrbaxCheckpoint)  # making one needs a package that is not there
-    with pytest.raises(rk.OptionError, match="OrbaxCheckpoint saves by means of JAX"):
-        pack([callback], cloudpickle.dumps)
+
+def test_base_logger_is_of_no_use_in_one_process_either() -> None:
+    import tf_keras
+
+    with pytest.raises(KeyError, match="metrics"):
+        model_of("tf_keras").fit(X, Y, callbacks=[tf_keras.callbacks.BaseLogger()], verbose=0)
