@@ -28,9 +28,6 @@ def patch_keras(
     from keras.src.losses import loss as losses
     from keras.src.trainers import compile_utils
 
-    def patch(target: Any, name: str, value: Any) -> None:
-        stack.enter_context(replaced(target, name, value))
-
     def patch_instance(target: Any, name: str, value: Any) -> None:
         stack.callback(target.__dict__.pop, name, None)
         target.__dict__[name] = value
@@ -38,12 +35,21 @@ def patch_keras(
     with strategy.scope():
         model._symbolic_build(data_batch=_zeros(layout))
     patch_instance(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None)
+    unscale_output = _unscale_output(losses)
+    for functions in (_scales(losses), _reductions(losses, scalar_losses)):
+        for name, value in functions.items():
+            stack.enter_context(replaced(losses, name, value))
+    proxy = Altered(losses, unscale_loss_for_distribution=unscale_output)
+    stack.enter_context(replaced(compile_utils, "loss_module", proxy))
+    stack.enter_context(replaced(trainer, "reduce_per_replica", _reduce_logs(trainer.reduce_per_replica, model)))
+    patch_instance(model, "_aggregate_additional_loss", _weigh_added(model, scalar_losses))
+    _patch_optimizer(patch_instance, model)
+    _patch_means_of_the_loss(patch_instance, model)
 
-    original_reduce, original_mask = losses.reduce_values, losses.apply_mask
-    original_weighted = losses.reduce_weighted_values
-    original_scale = losses.scale_loss_for_distribution
-    original_unscale = losses.unscale_loss_for_distribution
-    original_add = model._aggregate_additional_loss
+
+def _scales(losses: Any) -> dict[str, Callable[..., Any]]:
+    """A mean over a replica's rows counts by its share of the global batch, not by 1 / replicas."""
+    original_scale, original_unscale = losses.scale_loss_for_distribution, losses.unscale_loss_for_distribution
 
     def scale(value: Any) -> Any:
         return original_scale(value) if current.share is None else scaled(value)
@@ -51,11 +57,25 @@ def patch_keras(
     def unscale(value: Any) -> Any:
         return original_unscale(value) if current.share is None else unscaled(value)
 
+    return {"scale_loss_for_distribution": scale, "unscale_loss_for_distribution": unscale}
+
+
+def _unscale_output(losses: Any) -> Callable[[Any], Any]:
+    original = losses.unscale_loss_for_distribution
+
     def unscale_output(value: Any) -> Any:
         # A traced batch has no static size, so this metric counts replicas, each as one batch.
         if current.share is None or tf.inside_function():
-            return original_unscale(value)
+            return original(value)
         return unscaled(value)
+
+    return unscale_output
+
+
+def _reductions(losses: Any, scalar_losses: ScalarLosses) -> dict[str, Callable[..., Any]]:
+    """Weights and masks count by what they are over all replicas, and scalars as the probe found."""
+    original_reduce, original_mask = losses.reduce_values, losses.apply_mask
+    original_weighted = losses.reduce_weighted_values
 
     def reduce_values(values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
         if reduction == "sum":
@@ -83,18 +103,6 @@ def patch_keras(
         value = values * weight_factor(sample_weight, mask, reduction, values.dtype)
         return scaled(value) if kind == "mean" else value
 
-    def add(loss: Any) -> Any:
-        record, value = current_record(), tf.reduce_sum(loss)
-        if record is not None:
-            record.added.append(value)
-        if record is not None or current.share is None:
-            return original_add(loss)
-        kinds = scalar_losses.added(len(model.losses))
-        kind = kinds[current.num_added % len(kinds)]
-        current.num_added += 1
-        current.weighed = True
-        return scaled(value) if kind == "mean" else value
-
     def apply_mask(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
         share = current.share
         if mask is None or share is None or reduction not in ("mean", "sum_over_batch_size"):
@@ -104,25 +112,44 @@ def patch_keras(
         everywhere = sum_over_replicas(here)
         return weight * tf.math.divide_no_nan(here, everywhere * tf.cast(share, weight.dtype))
 
+    return {
+        "reduce_values": reduce_values,
+        "reduce_weighted_values": reduce_weighted_values,
+        "apply_mask": apply_mask,
+    }
+
+
+def _weigh_added(model: Any, scalar_losses: ScalarLosses) -> Callable[[Any], Any]:
+    """Each loss of `add_loss` counts as the mean or the sum that the probe found it to be."""
+    original = model._aggregate_additional_loss
+
+    def add(loss: Any) -> Any:
+        record, value = current_record(), tf.reduce_sum(loss)
+        if record is not None:
+            record.added.append(value)
+        if record is not None or current.share is None:
+            return original(loss)
+        kinds = scalar_losses.added(len(model.losses))
+        kind = kinds[current.num_added % len(kinds)]
+        current.num_added += 1
+        current.weighed = True
+        return scaled(value) if kind == "mean" else value
+
+    return add
+
+
+def _reduce_logs(original: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """Logs of metrics are the metrics' results, which count all replicas."""
+
     def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
         if reduction == "auto" and isinstance(values, dict):
             metrics = model.get_metrics_result()
             if set(metrics) == set(values):
                 return metrics
             return {name: strategy.reduce("MEAN", value, axis=None) for name, value in values.items()}
-        return original_per_replica(values, strategy, reduction)
+        return original(values, strategy, reduction)
 
-    original_per_replica = trainer.reduce_per_replica
-    patch(losses, "scale_loss_for_distribution", scale)
-    patch(losses, "unscale_loss_for_distribution", unscale)
-    patch(losses, "reduce_values", reduce_values)
-    patch(losses, "reduce_weighted_values", reduce_weighted_values)
-    patch(losses, "apply_mask", apply_mask)
-    patch(compile_utils, "loss_module", Altered(losses, unscale_loss_for_distribution=unscale_output))
-    patch(trainer, "reduce_per_replica", reduce_per_replica)
-    patch_instance(model, "_aggregate_additional_loss", add)
-    _patch_optimizer(patch_instance, model)
-    _patch_means_of_the_loss(patch_instance, model)
+    return reduce_per_replica
 
 
 def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None:

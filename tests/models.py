@@ -11,7 +11,7 @@ import pytest
 
 import raykeras as rk
 
-ROWS, BATCH = 75, 16
+ROWS, BATCH = 75, 16  # the last batch leaves one worker less than the other
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(ROWS, 8)).astype(np.float32)
 Y = RNG.integers(0, 3, ROWS)

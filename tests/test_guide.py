@@ -23,21 +23,12 @@ import tensorflow as tf
 
 import raykeras as rk
 from tests.kept import TWO
+from tests.models import BATCH, CLASS, IMAGES, PACKAGES, ROWS, SCORE, SERIES, WEIGHT, X, Y, two_inputs
 
-ROWS, BATCH = 75, 16  # the last batch leaves one worker less than the other
-RNG = np.random.default_rng(0)
-X = RNG.normal(size=(ROWS, 8)).astype(np.float32)
-Y = RNG.integers(0, 3, ROWS)
 ONE_HOT = np.eye(3, dtype=np.float32)[Y]
 VALIDATION = (X[:29] + 0.1, Y[:29])
-IMAGES = RNG.normal(size=(ROWS, 8, 8, 3)).astype(np.float32)
-SERIES = RNG.normal(size=(ROWS, 6, 4)).astype(np.float32)
-SCORE = RNG.normal(size=(ROWS, 1)).astype(np.float32)
-CLASS = np.eye(5, dtype=np.float32)[RNG.integers(0, 5, ROWS)]
-WEIGHT = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
 
 pytestmark = pytest.mark.usefixtures("two_workers")
-PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
 KERAS_3 = pytest.mark.parametrize("package", ["keras"])
 TF_KERAS = pytest.mark.parametrize("package", ["tf_keras"])
 SCALES = pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["1 worker", "2 workers"])
@@ -62,24 +53,6 @@ def compiled(keras: Any, **options: Any) -> Make:
         model.compile(
             **{"optimizer": "rmsprop", "loss": "sparse_categorical_crossentropy", "metrics": metrics, **given}
         )
-        return model
-
-    return make
-
-
-def two_inputs(keras: Any, **options: Any) -> Make:
-    """The guide's model of an image and a time series, with a score and a class."""
-
-    def make() -> Any:
-        layers = keras.layers
-        image, series = keras.Input((8, 8, 3), name="img_input"), keras.Input((None, 4), name="ts_input")
-        a = layers.GlobalMaxPooling2D()(layers.Conv2D(3, 3)(image))
-        b = layers.GlobalMaxPooling1D()(layers.Conv1D(3, 3)(series))
-        both = layers.concatenate([a, b])
-        outputs = [layers.Dense(1, name="score_output")(both), layers.Dense(5, name="class_output")(both)]
-        model = keras.Model([image, series], outputs)
-        losses = [keras.losses.MeanSquaredError(), keras.losses.CategoricalCrossentropy(from_logits=True)]
-        model.compile(**{"optimizer": "rmsprop", "loss": losses, **{k: v(keras) for k, v in options.items()}})
         return model
 
     return make
@@ -457,7 +430,7 @@ def test_temporal_weights(example: Example) -> None:
         model.compile("sgd", keras.losses.MeanSquaredError(), weighted_metrics=["mae"])
         return model
 
-    weights = RNG.uniform(0, 2, (ROWS, 6)).astype(np.float32)
+    weights = np.random.default_rng(0).uniform(0, 2, (ROWS, 6)).astype(np.float32)
     example.trains(make, SERIES, SERIES[..., :2], sample_weight=weights)
 
 
@@ -475,7 +448,7 @@ def losses(keras: Any) -> dict[str, Any]:
 @SCALES
 def test_losses_and_metrics_as_lists(example: Example) -> None:
     make = two_inputs(
-        example.keras,
+        example.package,
         metrics=lambda keras: [
             [keras.metrics.MeanAbsolutePercentageError(), keras.metrics.MeanAbsoluteError()],
             [keras.metrics.CategoricalAccuracy()],
@@ -490,7 +463,7 @@ def test_losses_and_metrics_as_lists(example: Example) -> None:
 @SCALES
 def test_losses_and_metrics_as_dicts(example: Example) -> None:
     make = two_inputs(
-        example.keras,
+        example.package,
         loss=losses,
         metrics=lambda keras: {
             "score_output": [keras.metrics.MeanAbsolutePercentageError(), keras.metrics.MeanAbsoluteError()],
@@ -510,13 +483,15 @@ def test_losses_and_metrics_as_dicts(example: Example) -> None:
 def test_a_dataset_of_dicts(example: Example) -> None:
     x = {"img_input": IMAGES, "ts_input": SERIES}
     y = {"score_output": SCORE, "class_output": CLASS}
-    example.trains(two_inputs(example.keras, loss=losses), batched(x, y))
+    example.trains(two_inputs(example.package, loss=losses), batched(x, y))
 
 
 @PACKAGES
 @SCALES
 def test_an_output_without_a_loss(example: Example) -> None:
-    make = two_inputs(example.keras, loss=lambda keras: [None, keras.losses.CategoricalCrossentropy(from_logits=True)])
+    make = two_inputs(
+        example.package, loss=lambda keras: [None, keras.losses.CategoricalCrossentropy(from_logits=True)]
+    )
     example.trains(make, [IMAGES, SERIES], [SCORE, CLASS])
 
 
@@ -525,7 +500,7 @@ def test_an_output_without_a_loss(example: Example) -> None:
 def test_weights_by_output(example: Example) -> None:
     other = WEIGHT[::-1].copy()
     x, weights = {"img_input": IMAGES, "ts_input": SERIES}, {"class_output": other, "score_output": WEIGHT}
-    model, oracle = example.models(two_inputs(example.keras))
+    model, oracle = example.models(two_inputs(example.package))
     options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0}
     # Keras 3 itself takes weights of a list of outputs as a list only
     expected = oracle.fit(x, [SCORE, CLASS], sample_weight=[WEIGHT, other], **options).history
