@@ -29,6 +29,8 @@ class Artifacts:
         self._staging = None if run.is_local else tempfile.TemporaryDirectory(prefix="raykeras-artifacts-")
         self.path = self._staging.name if self._staging else run / FOLDER
         self._seen: dict[str, tuple[int, int]] = {}
+        if self._staging and run.fs.exists(run / FOLDER):  # of an interrupted run, which goes on
+            run.fs.get(f"{run / FOLDER}/", f"{self.path}/", recursive=True)
 
     def collect(self) -> list[str]:
         """Stores files that are new, or have changed since; their paths on the run's storage."""

@@ -42,13 +42,19 @@ class BatchStream:
         self.failure: Exception | None = None
         self._orders, self._batches = orders, orders.batches
         self._num_ranks, self._num_replicas = num_ranks, num_replicas
-        self._num_handed, self._num_batches = 0, -1  # how many batches there are, once it is known
+        self._num_handed, self._num_batches = orders.passed[1], -1  # how many batches there are, once it is known
+        self._begun = orders.passed[1]  # batches of the first epoch that are passed over
         self._pipe = received(orders.pipes[rank]) if orders.pipes else None
         epochs = Epochs(
-            orders.batches, shuffle=orders.shuffle, seed=orders.seed, steps=orders.steps, restart=orders.restart
+            orders.batches,
+            shuffle=orders.shuffle,
+            seed=orders.seed,
+            steps=orders.steps,
+            restart=orders.restart,
+            passed=orders.passed,
         )
         steps = orders.steps or orders.num_steps
-        num_epochs = None if num_steps is None or steps is None else num_steps // steps
+        num_epochs = None if num_steps is None or steps is None else -(-num_steps // steps)
         self._epochs, self._iterator = epochs, iter(epochs)
         self._own = itertools.islice(self._iterator, num_epochs)
 
@@ -91,7 +97,7 @@ class BatchStream:
 
     def endless_dataset(self) -> tf.data.Dataset:
         """Every batch, epoch after epoch. It says that it is infinite, even if it comes to an end."""
-        if self._in_graph:
+        if self._in_graph and self._orders.passed == (0, 0):
             return self._prefetched(self._from_flat(self._flat(self._batches.data.repeat())))
         return self._prefetched(self._from_chunks(self._one_epoch).repeat())
 
@@ -101,7 +107,7 @@ class BatchStream:
         Args:
             num_steps: Batches of each; None for all.
         """
-        if self._in_graph:
+        if self._in_graph and self._orders.passed == (0, 0):
             flat = self._flat(self._batches.data)
             if num_steps is not None:
                 flat = flat.take(num_steps)
@@ -110,7 +116,7 @@ class BatchStream:
             dataset = self._from_flat(flat)
         else:
             dataset = self._from_chunks(lambda: self._one_epoch(num_steps))
-        if num_steps is not None:
+        if num_steps is not None and not self._orders.passed[1]:
             dataset = dataset.repeat().take(num_steps * self._num_replicas)  # which makes the number known
         return self._prefetched(dataset)
 
@@ -135,8 +141,9 @@ class BatchStream:
         return self._pipe is None and self._batches.kind == "dataset"
 
     def _one_epoch(self, num_steps: int | None = None) -> Iterator[Chunk]:
+        begun, self._begun = self._begun, 0
         if self._pipe is not None:
-            chunks = _up_to(self._pipe, num_steps)
+            chunks = _up_to(self._pipe, None if num_steps is None else num_steps - begun)
         else:
             chunks = (chunk_of([f], [len(f[0])], self._epochs.is_over) for f in next(self._own, iter(())))
         for chunk in chunks:

@@ -5,7 +5,6 @@ Enters: Keras' hooks on the chief. Leaves: events; and, in the driver, hooks aga
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,6 +65,7 @@ def event_callback(
     rank: int,
     batch_rows: Callable[[int], int],
     waited_s: Callable[[int, float], float],
+    position: tuple[int, int] = (0, 0),
     first_step: int = 0,
 ) -> Any:
     """The callback that turns Keras' hooks into events.
@@ -76,20 +76,26 @@ def event_callback(
         rank: Rank of this worker.
         batch_rows: Step, counted through all passes, to the rows of its global batch.
         waited_s: Step and the time its predecessor ended to the seconds it waited for data.
-        first_step: Step at which training begins.
+        position: Epoch, and step in it, at which training begins.
+        first_step: The same, counted through all passes.
     """
 
     class EventCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self._step = first_step  # counted through all passes
-            self._epoch = 0
-            self._sent = 0  # steps of the epoch that were told of
-            self._last: dict[str, float] | None = None
+            self._begin_epoch(*position)
+
+        def _begin_epoch(self, epoch: int, step: int) -> None:
+            self._epoch, self._in_epoch, self._sent = epoch, step, step  # told of up to here
+            self._rows, self._waited = 0, 0.0
+            self._begin = self._end = self._told = time.perf_counter()
+
+        def on_train_begin(self, logs: Any = None) -> None:
+            self._begin_epoch(*position)
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self._epoch, self._in_epoch, self._sent, self._rows, self._waited = epoch, 0, 0, 0, 0.0
-            self._begin = self._end = self._told = time.perf_counter()
+            self._begin_epoch(epoch, 0)
             send(events.EpochStarted(rank=rank, epoch=epoch, step=0))
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -169,11 +175,3 @@ def plain_logs(logs: Mapping[str, Any] | None) -> dict[str, float]:
         except (TypeError, ValueError):
             continue
     return plain
-
-
-def is_better(monitor: str, value: float, than: float) -> bool:
-    """Whether one value of a metric is better, in the direction that Keras' "auto" mode takes."""
-    if math.isnan(value):
-        return False
-    maximise = any(part in monitor for part in ("acc", "auc", "precision", "recall", "fmeasure", "f1"))
-    return math.isnan(than) or (value > than if maximise else value < than)

@@ -1,21 +1,24 @@
 """A run's folder and the checkpoints in it.
 
-Enters: a model and its position. Leaves: `checkpoints/{name}/{model.keras, train_state.json}`, on
-any fsspec storage, without a pickle; and the complete ones, oldest first, when asked.
+Enters: a folder with a model's files, and its position. Leaves: `checkpoints/{name}/{model.keras, state.npz,
+train_state.json}`, on any fsspec storage, without a pickle; and the whole ones, oldest first, when asked.
 
-`train_state.json` is written last: a folder without it is not a checkpoint.
+`train_state.json` is written last and holds the size and the digest of every file: a folder without it is
+not a checkpoint, and one that does not agree with it is damaged.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 
@@ -23,8 +26,22 @@ from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
 
 MODEL_FILE = "model.keras"
+ARRAYS_FILE = "state.npz"
 STATE_FILE = "train_state.json"
 FOLDER = "checkpoints"
+OWNER_FILE = "owner"
+RESTORED = "-restored"
+"""Ends the name of a checkpoint of weights that a callback restored: no training goes on from there."""
+
+_BUFFER_NBYTES = 4 << 20
+
+
+def is_better(monitor: str, value: float, than: float) -> bool:
+    """Whether one value of a metric is better, in the direction that Keras' "auto" mode takes."""
+    if math.isnan(value):
+        return False
+    maximise = any(part in monitor for part in ("acc", "auc", "precision", "recall", "fmeasure", "f1"))
+    return math.isnan(than) or (value > than if maximise else value < than)
 
 
 @dataclass(frozen=True)
@@ -56,6 +73,10 @@ class RunFolder:
     def exists(self) -> bool:
         return bool(self.fs.exists(self.path))
 
+    def is_run(self) -> bool:
+        """Whether it holds a run."""
+        return bool(self.fs.exists(self / OWNER_FILE))
+
     def make(self) -> None:
         """Makes the folder. Raises CheckpointError if it cannot be written to."""
         try:
@@ -63,14 +84,41 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"A run's storage must be writable; {self.path!r} is not: {error}") from None
 
+    def claim(self, token: str) -> None:
+        """Makes this driver the only one that writes checkpoints here."""
+        with self.fs.open(self / OWNER_FILE, "w") as file:
+            file.write(token)
+
+    def is_claimed_by(self, token: str) -> bool:
+        """Whether no other driver has claimed it since."""
+        with self.fs.open(self / OWNER_FILE, "r") as file:
+            return bool(file.read() == token)
+
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first."""
         fs, root = self.fs, self / FOLDER
         if not fs.exists(root):
             return []
         names = sorted(os.path.basename(str(p).rstrip("/")) for p in fs.ls(root, detail=False))
-        found = [Checkpoint(f"{root}/{name}") for name in names]
+        found = [Checkpoint(f"{root}/{name}") for name in names if not name.startswith(".")]
         return [checkpoint for checkpoint in found if fs.exists(f"{checkpoint.path}/{STATE_FILE}")]
+
+    def newest_whole(self, damaged: Callable[[Checkpoint, CheckpointError], None]) -> Checkpoint | None:
+        """The newest checkpoint from which training can go on; None if there is none.
+
+        Args:
+            damaged: Called with each one that is newer and not whole, and with what is wrong.
+        """
+        for checkpoint in reversed(self.checkpoints()):
+            if checkpoint.path.endswith(RESTORED):
+                continue
+            try:
+                checkpoint.verify()
+            except CheckpointError as error:
+                damaged(checkpoint, error)
+            else:
+                return checkpoint
+        return None
 
 
 @dataclass(frozen=True)
@@ -85,14 +133,32 @@ class Checkpoint:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Position, logs and versions, as written by `save_to`."""
-        with fsspec.open(f"{self.path}/{STATE_FILE}", "r") as file:
-            return dict(json.load(file))
+        """Position, logs and versions, as `raykeras.snapshot` describes them.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
+        with fsspec.open(f"{self.path}/{STATE_FILE}", "rb") as file:
+            return parse_state(file.read(), f"{self.path}/{STATE_FILE}")
 
     @property
     def epoch(self) -> int:
         """Epochs that were finished when it was taken."""
         return int(self.state["epoch"])
+
+    def verify(self) -> None:
+        """Raises CheckpointError if a file of it is missing or was changed."""
+        try:
+            for name, expected in self.state["files"].items():
+                with fsspec.open(f"{self.path}/{name}", "rb") as file:
+                    found = digest_of(file)
+                if found != expected:
+                    raise CheckpointError(
+                        f"{self.path}/{name} is damaged: it has {found['size']} bytes of digest {found['sha256']}; "
+                        f"{expected['size']} bytes of digest {expected['sha256']} were written."
+                    )
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
 
     def load_model(self, **options: Any) -> Any:
         """The model, compiled, its optimizer included.
@@ -116,33 +182,84 @@ class Checkpoint:
             yield f"{folder}/{name}"
 
 
-def checkpoint_name(epoch: int) -> str:
-    """Sorts as the epochs do."""
-    return f"epoch-{epoch:06d}"
+def checkpoint_name(epoch: int, step: int = 0) -> str:
+    """Sorts as training goes on.
+
+    Args:
+        epoch: Epochs that are finished.
+        step: Steps of the next that are, too.
+    """
+    return f"epoch-{epoch:06d}" + (f"-step-{step:09d}" if step else "")
 
 
-def write(folder: str, model: Any, state: dict[str, Any]) -> None:
-    """Writes a checkpoint into a local folder. With several workers, all must call it."""
-    model.save(os.path.join(folder, MODEL_FILE))
-    with open(os.path.join(folder, STATE_FILE), "w") as file:
-        json.dump(state, file, indent=1, sort_keys=True)
+def write_state(folder: str, state: Mapping[str, Any]) -> None:
+    """Writes the file that makes a local folder a checkpoint: the state, and what all other files hold."""
+    files = {}
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), "rb") as file:
+            files[name] = digest_of(file)
+    text = _dump({**state, "files": files})
+    with open(os.path.join(folder, STATE_FILE), "wb") as file:
+        file.write(_dump({**state, "files": files, "checksum": hashlib.sha256(text).hexdigest()}))
 
 
-def store(run: RunFolder, name: str, folder: str, keep: int) -> Checkpoint:
-    """Moves a written checkpoint into a run's folder, and removes the oldest beyond `keep`."""
+def parse_state(data: bytes, path: str) -> dict[str, Any]:
+    """What `write_state` wrote. Raises CheckpointError if it is not exactly that."""
+    try:
+        state = dict(json.loads(data))
+        checksum = state.pop("checksum")
+        if hashlib.sha256(_dump(state)).hexdigest() != checksum or _dump({**state, "checksum": checksum}) != data:
+            raise ValueError("its checksum is another")
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}.") from None
+    return state
+
+
+def _dump(state: Mapping[str, Any]) -> bytes:
+    return json.dumps(state, indent=1, sort_keys=True).encode()
+
+
+def digest_of(file: IO[bytes]) -> dict[str, Any]:
+    """Size and SHA-256 of an open file."""
+    digest, size = hashlib.sha256(), 0
+    while data := file.read(_BUFFER_NBYTES):
+        digest.update(data)
+        size += len(data)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def store(run: RunFolder, name: str, folder: str) -> Checkpoint:
+    """Moves a written checkpoint into a run's folder."""
     fs, target = run.fs, f"{run / FOLDER}/{name}"
     try:
         if run.is_local:
             _store_local(target, folder)
         else:
             fs.makedirs(target, exist_ok=True)
+            if fs.exists(f"{target}/{STATE_FILE}"):
+                fs.rm(f"{target}/{STATE_FILE}")
             for file in sorted(os.listdir(folder), key=lambda file: file == STATE_FILE):
                 fs.put_file(os.path.join(folder, file), f"{target}/{file}")
     except OSError as error:
         raise CheckpointError(f"A checkpoint could not be written to {target!r}: {error}") from error
-    for old in run.checkpoints()[:-keep]:
-        fs.rm(old.path, recursive=True)
     return Checkpoint(target)
+
+
+def prune(run: RunFolder, keep: int, monitor: str) -> None:
+    """Removes all checkpoints but the newest `keep`, and the best one by a metric."""
+    kept = run.checkpoints()
+    best: tuple[float, str] | None = None
+    for checkpoint in kept:
+        try:
+            value = checkpoint.state["logs"].get(monitor)
+        except CheckpointError:
+            continue
+        if value is not None and is_better(monitor, value, best[0] if best else math.nan):
+            best = (value, checkpoint.path)
+    for checkpoint in kept[:-keep]:
+        if best is None or checkpoint.path != best[1]:
+            run.fs.rm(f"{checkpoint.path}/{STATE_FILE}")  # first: half of a checkpoint is none
+            run.fs.rm(checkpoint.path, recursive=True)
 
 
 def _store_local(target: str, folder: str) -> None:
@@ -151,5 +268,8 @@ def _store_local(target: str, folder: str) -> None:
     beside = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(folder, beside)
+    for name in os.listdir(beside):
+        with open(os.path.join(beside, name), "rb") as file:
+            os.fsync(file.fileno())
     shutil.rmtree(target, ignore_errors=True)
     os.replace(beside, target)

@@ -6,10 +6,13 @@ Enters: a built model and the layout of its data. Leaves: the layout as the mode
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from raykeras.checkpoint import Checkpoint
 from raykeras.columns import Layout, Tensor
-from raykeras.errors import ModelError
+from raykeras.errors import CheckpointError, ModelError
 from raykeras.keras_api import KerasAPI
 from raykeras.options import Scale
 from raykeras.sources import nearest
@@ -26,6 +29,47 @@ def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
     return _conformed(model, api, layout)
+
+
+def variables_of(model: Any) -> list[str]:
+    """The variables that a model must have to go on in another one's place, by name and shape."""
+    return [f"{v.name.split('/')[-1].split(':')[0]} {list(v.shape)}" for v in model.variables]
+
+
+def signature_of(model: Any, api: KerasAPI) -> dict[str, Any]:
+    """The optimizer that a model must have, too, before it is trained."""
+    optimizer = getattr(model, "optimizer", None)
+    options = {} if optimizer is None else optimizer.get_config()
+    options.pop("name", None)  # counted up in a process
+    if optimizer is not None and int(optimizer.iterations.numpy()):
+        options.pop("learning_rate", None)  # callbacks may have changed it
+    return {
+        "optimizer": type(optimizer).__name__,
+        "options": json.loads(json.dumps(options, default=str, sort_keys=True)),
+        "keras": api.name,
+    }
+
+
+def check_signature(taken: Checkpoint, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """That a model can go on from a checkpoint; the signatures of both.
+
+    Raises:
+        CheckpointError: Both sides, and what to do.
+    """
+    for name in ("keras", "variables", "optimizer"):
+        _require_same(taken, "model" if name == "variables" else name, theirs[name], ours[name])
+    for name in {**theirs["options"], **ours["options"]}:
+        if name == "learning_rate" and not (name in theirs["options"] and name in ours["options"]):
+            continue
+        _require_same(taken, f"optimizer's {name}", theirs["options"].get(name), ours["options"].get(name))
+
+
+def _require_same(taken: Checkpoint, what: str, theirs: Any, ours: Any) -> None:
+    if theirs != ours:
+        raise CheckpointError(
+            f"A run goes on with the {what} that it began with; {taken.path} has {theirs}, this one has {ours}. Make "
+            'them the same, or take only its weights with `Run(resume="weights")`, or give the run another `name`.'
+        )
 
 
 def check_execution(model: Any, scale: Scale) -> None:

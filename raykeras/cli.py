@@ -29,8 +29,8 @@ class _Group(click.Group):
             _fail(error, 2)
         except rk.RaykerasError as error:
             _fail(error, 1)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
+        except KeyboardInterrupt as interrupt:
+            _fail(str(interrupt) or "interrupted", 130)
 
 
 def _fail(error: object, status: int) -> NoReturn:
@@ -85,8 +85,13 @@ _CHECKPOINT = click.option(
 @click.option("--storage", help='Folder or fsspec URL of all runs.  [default: "runs"]')
 @click.option("--name", help="Name of the run.  [default: the pipeline's and the time]")
 @click.option("--seed", type=int, help="Seeds the order of rows, the weights and random layers.")
-@click.option("--checkpoint-every", type=click.Choice(["epoch", "none"]), help="When to save, but for the end.")
-@click.option("--keep", type=int, help="Newest checkpoints to keep.")
+@click.option("--resume", metavar="RUN", help="Folder or URL of a run to go on with, instead of storage and name.")
+@click.option("--weights-only", is_flag=True, default=None, help="Of the run that is resumed take only the weights.")
+@click.option("--checkpoint-every", metavar="WHEN", help='"epoch", a number of steps, a time such as 10min, or "none".')
+@click.option("--keep", type=int, help="Newest checkpoints to keep, besides the best.")
+@click.option("--monitor", help="Metric by which a checkpoint is best.")
+@click.option("--max-failures", type=int, help="Failures without a new checkpoint between, after which the run fails.")
+@click.option("--hang-timeout-s", type=float, help="Seconds without a step after which a worker is taken to hang.")
 def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
     """Trains the model of PIPELINE, a Python file with a function `pipeline`."""
     from raykeras.pipeline import load_pipeline
@@ -97,13 +102,28 @@ def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
     if "verbose" in given:
         given["verbose"] = given["verbose"] if given["verbose"] == "auto" else int(given["verbose"])
     if "checkpoint_every" in given:
-        given["checkpoint_every"] = {"epoch": "epoch", "none": None}[given["checkpoint_every"]]
+        when = given["checkpoint_every"]
+        given["checkpoint_every"] = None if when == "none" else int(when) if when.isdigit() else when
+    given |= _resumed(given.pop("resume", None), given.pop("weights_only", False))
     arguments["scale"] = _replaced(arguments.get("scale") or rk.Scale(), given)
     arguments["run"] = _replaced(arguments.get("run") or rk.Run(), given)
     if arguments["run"].name is None:
         name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         arguments["run"] = dataclasses.replace(arguments["run"], name=name)
     rk.fit(loaded.model, loaded.train, **{**arguments, **given})
+
+
+def _resumed(path: str | None, weights_only: bool) -> dict[str, Any]:
+    """Fields of `Run` by which the run in a folder goes on."""
+    from raykeras.checkpoint import RunFolder
+
+    options = {"resume": "weights"} if weights_only else {}
+    if path is None:
+        return options
+    storage, _, name = path.rstrip("/").rpartition("/")
+    if not RunFolder.under(storage or ".", name).is_run():
+        raise rk.OptionError(f"`--resume` takes the folder of a run, which training printed first; {path!r} is none.")
+    return {**options, "storage": storage or ".", "name": name}
 
 
 @main.command()

@@ -106,10 +106,10 @@ def _require(scale: Scale, cpus_per_worker: float, num_cpus: float, num_gpus: fl
         ("CPUs", cpus_per_worker, num_cpus - 1),
         ("GPUs", scale.gpus_per_worker, num_gpus),
     ):
-        if scale.workers * each > there:
+        if scale.least * each > there:
             spare = " beside one that is left for reading data" if what == "CPUs" else ""
             fits = int(there // each) if each else 0
             raise ResourceError(
-                f"{scale.workers} workers with {each:g} {what} each need {scale.workers * each:g}; {where} has "
+                f"{scale.least} workers with {each:g} {what} each need {scale.least * each:g}; {where} has "
                 f"{max(there, 0):g}{spare}. Try `workers={max(1, fits)}`, or a larger cluster."
             )

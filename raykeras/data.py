@@ -135,6 +135,7 @@ def for_workers(orders: DataOrders | BatchOrders | None, scale: Scale) -> Iterat
             seed=orders.seed,
             steps=orders.steps,
             restart=orders.restart,
+            passed=orders.passed,
         )
         try:
             yield replace(orders, batches=orders.batches.without_data(), pipes=pump.pipes)

@@ -56,13 +56,13 @@ class LineDisplay(Display):
             self._line(header(event))
         elif isinstance(event, events.EpochEnded):
             self._line(epoch_line(event, self._params))
-        elif isinstance(event, events.WorkerFailed):
-            self._line(f"worker {event.rank} failed on {event.node}: {event.cause}")
         elif isinstance(event, events.RunEnded):
             if event.status == "completed":
                 self._line(f"completed; checkpoints in {self._path}/checkpoints")
             elif self._path:
-                self._line(f"{event.status}; events so far in {self._path}/events.jsonl")
+                self._line(f"{event.status}; to go on: --resume {self._path}, or Run(storage=…, name=…) as before")
+        elif (text := trouble(event)) is not None:
+            self._line(text)
 
     def _line(self, text: str) -> None:
         print(text, file=self._file, flush=True)
@@ -89,15 +89,21 @@ class BarDisplay(LineDisplay):
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, events.EpochStarted):
-            self._progress.start()
-            epoch = f"{(event.epoch or 0) + 1}/{self._params.get('epochs', '?')}"
-            self._task = self._progress.add_task("", total=self._params.get("steps"), epoch=epoch, logs="")
-        elif isinstance(event, events.BatchEnded) and self._task is not None:
+            self._begin(event)
+        elif isinstance(event, events.BatchEnded):
+            if self._task is None:  # an epoch that goes on
+                self._begin(event)
             logs = f"{metrics(event.logs)}  {event.rows_per_s:,.0f} rows/s  data wait {event.data_wait:.0%}"
             self._progress.update(self._task, completed=event.step, logs=logs, refresh=True)
-        elif isinstance(event, events.EpochEnded | events.RunEnded):
+        elif isinstance(event, events.EpochEnded | events.RunEnded | events.WorkerFailed):
             self.close()
         super().__call__(event)
+
+    def _begin(self, event: Event) -> None:
+        self.close()
+        self._progress.start()
+        epoch = f"{(event.epoch or 0) + 1}/{self._params.get('epochs', '?')}"
+        self._task = self._progress.add_task("", total=self._params.get("steps"), epoch=epoch, logs="")
 
     def close(self) -> None:
         if self._task is not None:
@@ -112,8 +118,31 @@ def header(event: events.RunStarted) -> str:
     rows, batch = event.params.get("num_rows"), event.params.get("batch_size")
     return (
         f"{_count(event.workers, 'worker')} × {_count(each, 'replica')}"
-        f"{'' if rows is None else f'  {rows:,} rows, batch {batch}'}  {event.path}"
+        f"{'' if rows is None else f'  {rows:,} rows, batch {batch}'}  {event.path}{_begins(event)}"
     )
+
+
+def _begins(event: events.RunStarted) -> str:
+    if not event.initial_epoch and not event.initial_step:
+        return ""
+    return f"  from epoch {event.initial_epoch + 1}" + (f", step {event.initial_step}" if event.initial_step else "")
+
+
+def trouble(event: Event) -> str | None:
+    """What is told of an event that has to do with a failure; None of others."""
+    if isinstance(event, events.WorkerFailed):
+        who = "a worker" if event.rank is None else f"the worker of rank {event.rank}"
+        return f"{who} failed{event.node and f' on {event.node}'}: {event.cause}; {event.next}"
+    if isinstance(event, events.RunRestarted):
+        where = f"epoch {(event.epoch or 0) + 1}, step {event.step}"
+        return f"{_count(event.workers, 'worker')} went on from {where}"
+    if isinstance(event, events.WorldResized):
+        return f"there is room for {_count(event.workers, 'worker')}, after {event.before}"
+    if isinstance(event, events.CheckpointDamaged):
+        return f"a checkpoint is not used: {event.cause}"
+    if isinstance(event, events.StorageFailed):
+        return f"a checkpoint could not be written, again in {event.retry_s:g} s: {event.cause}"
+    return None
 
 
 def epoch_line(event: events.EpochEnded, params: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from raykeras.arguments import (
     check_positive,
     split_callbacks,
 )
+from raykeras.attempts import resumed
+from raykeras.attempts import train as train_run
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect
 from raykeras.data import Rows, in_memory, open_data, open_validation, train_orders, validation_orders
@@ -24,11 +27,12 @@ from raykeras.errors import OptionError
 from raykeras.events import Event
 from raykeras.gathering import Gathering, RunLog
 from raykeras.group import runs_here
+from raykeras.interrupt import Interrupt
 from raykeras.keras_api import current_floatx
 from raykeras.launch import fit_here, fit_on_workers, pack_for_workers
 from raykeras.noise import quiet
 from raykeras.options import Run, Scale
-from raykeras.orders import Orders
+from raykeras.orders import Orders, Outcome
 from raykeras.result import Result
 from raykeras.transfer import is_model
 
@@ -81,7 +85,7 @@ def fit(
         validation_batch_size: Rows of a validation batch; `batch_size` by default.
         validation_freq: Validate every so many epochs, or in these epochs.
         scale: Workers, GPUs and replicas.
-        run: Storage, name, seed and checkpoints.
+        run: Storage, name, seed, checkpoints, and what happens when something fails.
         on_event: Called in this process with each event.
 
     Returns:
@@ -91,6 +95,9 @@ def fit(
         ValidationError: If what was asked for cannot be done; says why and what to do.
         ResourceError: If the cluster can never give what was asked for.
         UserCodeError: If the user's own code raised on a worker.
+        WorkerLostError: If workers went away more often than `run` allows.
+        CheckpointError: If a checkpoint is of another model, or cannot be written.
+        KeyboardInterrupt: After Ctrl-C, when the run is saved.
     """
     scale, run = scale or Scale(), run or Run()
     for name, size in (("batch_size", batch_size), ("validation_batch_size", validation_batch_size)):
@@ -129,33 +136,59 @@ def fit(
     if not in_process or not in_memory([train, validate]):
         cpus_per_worker = connect(scale, in_process=in_process)
     packed = None if in_process else pack_for_workers(model, worker_callbacks)
-    folder = _new_folder(run)
+    folder = _folder(run)
     orders = Orders(
-        train, validate, epochs, initial_epoch, steps_per_epoch, validation_freq, scale, run, folder, cpus_per_worker
+        train,
+        validate,
+        epochs,
+        initial_epoch,
+        steps_per_epoch,
+        validation_freq,
+        scale,
+        run,
+        folder,
+        cpus_per_worker,
+        token=uuid.uuid4().hex,
+        widest=scale,
     )
+    found: list[Event] = []
+    orders = resumed(orders, found.append)
     folder.make()
+    folder.claim(orders.token)
     log = RunLog(folder)
     handlers: list[Callable[[Event], None]] = [log, display]
     handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
-    gathered = Gathering(handlers)
+    gathered, interrupt = Gathering(handlers), Interrupt()
+    for event in found:
+        gathered.send(event)
+
+    def attempt(orders: Orders) -> tuple[Outcome, Any]:
+        if packed is None:
+            return fit_here(orders, model, worker_callbacks, gathered, interrupt)
+        return fit_on_workers(orders, model, worker_callbacks, packed, gathered, interrupt)
+
     status, logs = "failed", {}
     try:
-        if packed is None:
-            outcome, live_model = fit_here(orders, model, worker_callbacks, gathered)
-        else:
-            outcome, live_model = fit_on_workers(orders, model, worker_callbacks, packed, gathered)
-        status, logs = "completed", {name: values[-1] for name, values in outcome.history.items() if values}
+        with interrupt.handled():
+            outcome, live_model = train_run(orders, attempt, gathered.send, interrupt)
+        status = "interrupted" if outcome.left else "completed"
+        logs = {name: values[-1] for name, values in outcome.history.items() if values}
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
     finally:
         gathered.close(events.RunEnded(status=status, logs=logs))
         display.close()
         log.close()
     gathered.raise_failure()
+    if outcome.left:
+        raise KeyboardInterrupt(f"The run was interrupted; it can go on from {folder.path}.")
     build = model if callable(model) and not is_model(model) else None
     return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
 
 
-def _new_folder(run: Run) -> RunFolder:
-    """The run's folder, which must not hold anything yet; without a name, one named by the time."""
+def _folder(run: Run) -> RunFolder:
+    """The run's folder: one that holds nothing yet, or a run to go on with; without a name, one named by the time."""
     name = run.name or time.strftime("run-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = RunFolder.under(run.storage, name if number == 1 else f"{name}-{number}")
@@ -163,6 +196,10 @@ def _new_folder(run: Run) -> RunFolder:
             return folder
         if run.name is not None:
             break
+    if run.resume is not None and folder.is_run():
+        return folder
     raise OptionError(
-        f"A run needs a folder of its own; {folder.path!r} holds one already. Give another `name`, or remove it."
+        f"A run needs a folder of its own; {folder.path!r} holds "
+        + ("one already, and `resume` is None." if folder.is_run() else "something that is no run.")
+        + " Give another `name`, or remove it."
     )

@@ -6,6 +6,7 @@ of its batches, for whoever makes them.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 from collections import deque
@@ -27,13 +28,25 @@ class Epochs:
         shuffle, seed: Of a Sequence's order.
         steps: Batches of an epoch; None for a whole pass.
         restart: Whether an epoch of `steps` begins a pass anew; else it goes on where the last one stopped.
+        passed: Epochs, and batches of the next, that were used before and are passed over. Of what is the same in
+            every pass only their number counts; a generator has to make them again.
 
     Attributes:
         is_over: Whether the batch that was handed last is the last of all; known of a generator.
     """
 
-    def __init__(self, batches: Batches, *, shuffle: bool, seed: int, steps: int | None, restart: bool) -> None:
+    def __init__(
+        self,
+        batches: Batches,
+        *,
+        shuffle: bool,
+        seed: int,
+        steps: int | None,
+        restart: bool,
+        passed: tuple[int, int] = (0, 0),
+    ) -> None:
         self.is_over = False
+        self._passed = passed
         self._batches, self._shuffle, self._seed = batches, shuffle, seed
         self._steps, self._restart = steps, restart
 
@@ -42,7 +55,7 @@ class Epochs:
             with contextlib.closing(self.indexes()) as epochs:
                 yield from map(self._made, epochs)
             return
-        for batches in self._stretches(self._passes()):
+        for batches in self._going_on(self._stretches(self._passes())):
             first = next(batches, None)
             if first is None and not (self._restart and self._steps):
                 return
@@ -55,14 +68,34 @@ class Epochs:
         """
         data = self._batches.data
         wanted = self._steps or self._batches.num_batches
-        for stretch in self._stretches(self._order(number) for number in itertools.count()):
+        epochs, batches = self._passed
+        for number, stretch in enumerate(self._stretches(self._order(number) for number in itertools.count())):
             handed: list[int] = []
             _call(data, "on_epoch_begin")
             try:
-                yield _noted(stretch, handed)
+                indexes = _noted(stretch, handed)
+                if number < epochs:
+                    collections.deque(indexes, maxlen=0)
+                    continue
+                collections.deque(itertools.islice(indexes, batches if number == epochs else 0), maxlen=0)
+                yield indexes
             finally:
                 if len(handed) == wanted:
                     _call(data, "on_epoch_end")
+
+    def _going_on(self, epochs: Iterator[Iterator[Flat]]) -> Iterator[Iterator[Flat]]:
+        """The epochs after those that were passed; of the first of them the rest."""
+        number, batches = self._passed
+        every_pass = self._steps is None and self._batches.kind != "generator"
+        for epoch in itertools.islice(epochs, number):
+            if every_pass:  # begun, as an order that changes from pass to pass may depend on that
+                next(epoch, None)
+            else:
+                collections.deque(epoch, maxlen=0)
+        for epoch in epochs:
+            collections.deque(itertools.islice(epoch, batches), maxlen=0)
+            batches = 0
+            yield epoch
 
     def _stretches(self, passes: Iterator[Iterator[Any]]) -> Iterator[Iterator[Any]]:
         if self._steps is None:

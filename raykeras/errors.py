@@ -86,7 +86,17 @@ class UserCodeError(RaykerasError):
 
 
 class WorkerLostError(RaykerasError):
-    """A worker or its node went away more often than `Run.max_failures` allows."""
+    """A worker or its node went away more often than `Run.max_failures` allows.
+
+    Attributes:
+        rank: Rank of the worker; None where it is not known.
+        node: Where it ran; empty where it is not known.
+        reason: One line.
+    """
+
+    rank: int | None = None
+    node: str = ""
+    reason: str = ""
 
 
 class CheckpointError(RaykerasError):

@@ -54,6 +54,7 @@ class RunStarted(Event):
         params: As Keras gives to callbacks: epochs, steps, batch_size, num_rows.
         workers: Number of workers. replicas: number of replicas over all of them.
         initial_epoch: First epoch to train.
+        initial_step: Steps of that epoch that an earlier process trained.
         path: The run's folder.
     """
 
@@ -62,6 +63,7 @@ class RunStarted(Event):
     replicas: int
     initial_epoch: int
     path: str
+    initial_step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,22 @@ class CheckpointSaved(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointDamaged(Event):
+    """The checkpoint under `path` is not whole, as `cause` says; the one before it is used."""
+
+    path: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageFailed(Event):
+    """A checkpoint could not be written, as `cause` says; training goes on, and it is tried again in `retry_s`."""
+
+    cause: str
+    retry_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ArtifactSaved(Event):
     """A file that a callback wrote was put under `path` in the run's folder."""
 
@@ -126,10 +144,37 @@ class ArtifactSaved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerFailed(Event):
-    """A worker failed; `rank` is its rank, `cause` one line, `node` where it ran."""
+    """A worker failed; `rank` is its rank, `cause` one line, `node` where it ran, `next` what happens now."""
 
     cause: str
     node: str
+    next: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRestarted(Event):
+    """Workers train again, from the position of the newest checkpoint; what came after it is made anew.
+
+    Attributes:
+        epoch, step: Where they go on: epochs finished, and steps of the next.
+        workers: How many there are now.
+        attempt: How often workers were started before.
+    """
+
+    workers: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldResized(Event):
+    """Training goes on with another number of workers.
+
+    Attributes:
+        workers, before: How many there are, and were.
+    """
+
+    workers: int
+    before: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +182,7 @@ class RunEnded(Event):
     """Training ended.
 
     Attributes:
-        status: "completed" or "failed".
+        status: "completed", "failed", or "interrupted", which is to be resumed.
         logs: The last epoch's logs.
     """
 

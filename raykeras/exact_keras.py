@@ -8,13 +8,12 @@ from typing import Any
 
 import tensorflow as tf
 
+from raykeras.built import zeros
 from raykeras.columns import Layout
 from raykeras.errors import ModelError
 from raykeras.patching import Altered, replaced
 from raykeras.scalars import current_record
 from raykeras.shares import ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
-
-_UNKNOWN = 32  # of a dimension that differs from batch to batch; enough for a convolution
 
 
 def patch_keras(
@@ -33,7 +32,7 @@ def patch_keras(
         target.__dict__[name] = value
 
     with strategy.scope():
-        model._symbolic_build(data_batch=_zeros(layout))
+        model._symbolic_build(data_batch=zeros(layout))
     patch_instance(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None)
     unscale_output = _unscale_output(losses)
     for functions in (_scales(losses), _reductions(losses, scalar_losses)):
@@ -199,19 +198,3 @@ def _patch_means_of_the_loss(patch: Callable[[Any, str, Any], None], model: Any)
     for metric in model.metrics:
         if type(metric) is keras.metrics.Mean:
             patch(metric, "update_state", counting(metric.update_state))
-
-
-def _zeros(layout: Layout) -> Any:
-    """A batch of one row of zeros, of the shapes and dtypes that the data has."""
-    flat = []
-    for tensor in layout.tensors:
-        shape = [_UNKNOWN if size is None else size for size in tensor.shape]
-        dtype = tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
-        if tensor.kind == "ragged":
-            values = tf.zeros((1,), dtype)
-            flat.append(tf.RaggedTensor.from_row_splits(values, tf.constant([0, 1], tf.int64)))
-        elif dtype == tf.string:
-            flat.append(tf.fill((1, *shape), ""))
-        else:
-            flat.append(tf.zeros((1, *shape), dtype))
-    return layout.structure(flat)

@@ -21,22 +21,33 @@ from raykeras.checkpoint import RunFolder
 from raykeras.desk import Desk
 from raykeras.events import Event
 
+_EVENTS, _HISTORY = "events.jsonl", "history.csv"
 _QUEUE_WAIT_S = 0.2
 
 
 class RunLog:
-    """Writes `events.jsonl` and `history.csv` of a run. On storage that cannot append, at its end."""
+    """Writes `events.jsonl` and `history.csv` of a run; goes on in those that an earlier driver left.
+
+    On storage that cannot append, after each epoch and at the end.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._local = folder.path if folder.is_local else tempfile.mkdtemp(prefix="raykeras-log-")
-        self._events = open(os.path.join(self._local, "events.jsonl"), "a")  # noqa: SIM115
-        self._history: list[dict[str, Any]] = []
+        if not folder.is_local:
+            for name in (_EVENTS, _HISTORY):
+                if folder.fs.exists(folder / name):
+                    folder.fs.get_file(folder / name, os.path.join(self._local, name))
+        self._history = self._read_history()
+        self._events = open(os.path.join(self._local, _EVENTS), "a")  # noqa: SIM115
 
     def __call__(self, event: Event) -> None:
         self._events.write(json.dumps(event.as_dict(), default=str) + "\n")
         if not isinstance(event, events.BatchEnded):
             self._events.flush()
+        if isinstance(event, events.RunStarted | events.RunRestarted):  # later epochs are made anew
+            first = event.initial_epoch if isinstance(event, events.RunStarted) else event.epoch or 0
+            self._history = [row for row in self._history if int(row["epoch"]) < first]
         if isinstance(event, events.EpochEnded):
             self._history.append({"epoch": event.epoch, **event.logs})
             self._write_history()
@@ -46,9 +57,16 @@ class RunLog:
         self._events.close()
         self._upload()
 
+    def _read_history(self) -> list[dict[str, Any]]:
+        path = os.path.join(self._local, _HISTORY)
+        if not os.path.exists(path):
+            return []
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+
     def _write_history(self) -> None:
         names = list(dict.fromkeys(name for row in self._history for name in row))
-        with open(os.path.join(self._local, "history.csv"), "w", newline="") as file:
+        with open(os.path.join(self._local, _HISTORY), "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._history)
@@ -71,6 +89,10 @@ class Gathering:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._gather, name="raykeras-gather", daemon=True)
         self._thread.start()
+
+    def send(self, event: Event) -> None:
+        """Hands on an event of this process."""
+        self.queue.put([event])
 
     def close(self, last: Event) -> None:
         """Hands on what has come, and a last event."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from raykeras.checkpoint import FOLDER, RunFolder
+from raykeras.checkpoint import RunFolder
 from raykeras.cluster import num_gpus_here
 from raykeras.errors import RaykerasError, UserCodeError, WorkerLostError, root_cause
 from raykeras.options import Scale
@@ -22,9 +24,16 @@ _POLL_VARIABLE, _POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
 """How often the controller looks at its workers: a checkpoint waits for a look, by default up to 2 s."""
 
 
+_LOST_CONTACT = tuple(
+    f"tensorflow.python.framework.errors_impl.{name}Error"
+    for name in ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
+)
+"""What a collective raises when another worker is gone."""
+
+
 def runs_here(scale: Scale) -> bool:
     """Whether the only worker can be this process."""
-    return scale.workers == 1 and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
+    return bool(scale.workers == 1) and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
 
 
 def run_here(work: Callable[[], Any]) -> Any:
@@ -35,7 +44,7 @@ def run_here(work: Callable[[], Any]) -> Any:
     trainer = DataParallelTrainer(
         work,
         scaling_config=ScalingConfig(num_workers=0),
-        run_config=RunConfig(name=FOLDER, storage_path=tempfile.gettempdir()),
+        run_config=RunConfig(name="raykeras", storage_path=tempfile.gettempdir()),
     )
     return trainer.fit().return_value
 
@@ -47,7 +56,6 @@ def run_on_workers(
     scale: Scale,
     cpus_per_worker: float,
     folder: RunFolder | None = None,
-    keep: int | None = None,
 ) -> Any:
     """Runs `work(config)` on every worker.
 
@@ -56,18 +64,17 @@ def run_on_workers(
         config: Its argument; picklable.
         scale: How many workers.
         cpus_per_worker: Logical CPUs that each takes.
-        folder: Where Ray Train keeps checkpoints that are reported.
-        keep: How many of them.
+        folder: On storage that all workers reach, for Ray Train's own files.
 
     Raises:
         RaykerasError: What a worker raised, or that one went away.
     """
     import fsspec
     import pyarrow.fs
-    from ray.exceptions import RayTaskError
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.exceptions import RayError, RayTaskError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     from raykeras.backend import TensorFlowBackendConfig
 
@@ -85,22 +92,31 @@ def run_on_workers(
             resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
         ),
         run_config=RunConfig(
-            name=FOLDER,
+            name=f".ray_train_{uuid.uuid4().hex}",  # a new one each time, or it would look for what it did before
             storage_path=storage,
             storage_filesystem=filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=keep),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
         ),
     )
     try:
         with _polling():
-            return trainer.fit().return_value
+            return _in_thread(trainer.fit).return_value
     except WorkerGroupError as error:
         raise worst(error.worker_failures) from None
+    except PreemptionError as error:
+        raise _lost(f"A node of the run was taken away: {error}") from None
     except ControllerError as error:
-        raise RaykerasError(f"Ray Train's controller failed: {error.controller_failure}") from error
+        raise _lost(f"Ray Train's controller failed: {error.controller_failure}") from error
     except RayTaskError as error:
         raise RaykerasError(f"Ray Train failed: {error}") from error
+    except RayError as error:  # the controller's node is gone
+        raise _lost(f"Ray Train's controller went away: {error}") from error
+
+
+def _lost(message: str) -> WorkerLostError:
+    lost = WorkerLostError(message)
+    lost.reason = message.splitlines()[0]
+    return lost
 
 
 @contextlib.contextmanager
@@ -115,15 +131,42 @@ def _polling() -> Iterator[None]:
             del os.environ[_POLL_VARIABLE]
 
 
+def _in_thread(function: Callable[[], Any]) -> Any:
+    """Runs a function in a thread, so that the main one handles Ctrl-C: Ray Train would, in its own way."""
+    done: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            done["value"] = function()
+        except BaseException as error:
+            done["error"] = error
+
+    thread = threading.Thread(target=run, name="raykeras-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if "error" in done:
+        raise done["error"]
+    return done["value"]
+
+
 def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
     """Of the workers' exceptions the one that tells most: others fail because one did."""
     ranked: list[tuple[int, int, RaykerasError]] = []
     for rank, failure in sorted(failures.items()):
         error = root_cause(failure)
-        if not isinstance(error, RaykerasError):
-            lost = WorkerLostError(f"The worker of rank {rank} went away: {str(failure).strip().splitlines()[0]}")
-            ranked.append((2, rank, lost))
-        else:
-            follows = isinstance(error, UserCodeError) and error.cause.startswith("tensorflow.")
-            ranked.append((1 if follows else 0, rank, error))
+        follows = isinstance(error, UserCodeError) and error.cause.startswith(_LOST_CONTACT)
+        if isinstance(error, RaykerasError) and not follows:
+            ranked.append((0, rank, error))
+            continue
+        lost = WorkerLostError(f"The worker of rank {rank} went away: {_first_line(failure)}")
+        lost.rank, lost.reason = rank, _first_line(failure)
+        if follows:
+            lost = WorkerLostError(f"The worker of rank {rank} lost contact with another one: {_first_line(error)}")
+            lost.rank, lost.reason = None, _first_line(error)
+        ranked.append((2 if follows else 1, rank, lost))
     return min(ranked, key=lambda entry: entry[:2])[2]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -75,6 +75,11 @@ class KerasAPI:
         values = model._flatten_metrics_in_order(logs)
         return [float(value) for value in (values if isinstance(values, list) else [values])]
 
+    def steps_per_execution(self, model: Any) -> int:
+        """How many steps the model makes at once."""
+        steps = getattr(model, "steps_per_execution", None) or getattr(model, "_steps_per_execution", None) or 1
+        return int(steps if isinstance(steps, int) else steps.numpy())
+
     def variables(self, model: Any) -> list[Any]:
         """The model's and its optimizer's variables, in a fixed order."""
         optimizer = getattr(model, "optimizer", None)
@@ -82,6 +87,39 @@ class KerasAPI:
             return list(model.variables)
         rest = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
         return [*model.variables, *rest]
+
+    @property
+    def saving_lib(self) -> ModuleType:
+        """The module that writes `.keras` files."""
+        return importlib.import_module(f"{self.name}.src.saving.saving_lib")
+
+    def metric_variables(self, model: Any) -> list[Any]:
+        """The state of all metrics, in a fixed order; each variable once."""
+        found = [variable for metric in model.metrics for variable in metric.variables]
+        return list({id(variable): variable for variable in found}.values())
+
+    def seed_states(self, model: Any) -> list[Any]:
+        """The variables that say which random numbers come next, in a fixed order.
+
+        Of tf_keras those that layers draw from after `tf_keras.backend.experimental.enable_tf_random_generator()`;
+        else it draws from TensorFlow's operations, whose state nobody can read.
+        """
+        from tensorflow.python.ops import stateful_random_ops
+
+        found = []
+        if self.is_legacy:
+            holders = (getattr(layer, "_random_generator", None) for layer in model._flatten_layers())
+            generators = [getattr(holder, "_generator", None) for holder in holders]
+            found = [generator.state for generator in generators if generator is not None]
+        else:
+            from keras.src.backend.common import global_state
+
+            found = [v for v in model.variables if v.path.endswith("seed_generator_state")]
+            shared = global_state.get_global_attribute("global_seed_generator")
+            found += [] if shared is None else [shared.state]
+        if stateful_random_ops.global_generator is not None:
+            found.append(stateful_random_ops.global_generator.state)
+        return found
 
     def build_optimizer(self, model: Any) -> None:
         """Makes the optimizer's variables, which are otherwise made in the first step."""

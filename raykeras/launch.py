@@ -1,4 +1,4 @@
-"""Starts the training of a run and waits for it.
+"""Starts one attempt to train a run and waits for it.
 
 Enters: the orders, the model, the callbacks. Leaves: the chief's `Outcome`, and the model if it is in
 this process.
@@ -8,31 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from raykeras.agreement import Agreement, Alone
 from raykeras.artifacts import Artifacts
 from raykeras.data import for_workers
 from raykeras.desk import Desk
+from raykeras.errors import WorkerLostError
 from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
 from raykeras.group import run_here, run_on_workers
+from raykeras.interrupt import Interrupt
 from raykeras.keras_api import KerasAPI
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.orders import Orders, Outcome
-from raykeras.placement import hand_back, pack, placed, states_of, unwrapped
-from raykeras.saving import save_locally, save_through_ray_train
-from raykeras.stopping import Agreement
+from raykeras.placement import hand_back, named, pack, placed, states_of
+from raykeras.saving import Keeper
 from raykeras.transfer import is_model, load_model, pack_model, put_back, save_model
+from raykeras.watch import Watch, end_process
+from raykeras.world import watched_world
 
 
-def fit_here(orders: Orders, model: Any, callbacks: list[Any], gathered: Gathering) -> tuple[Outcome, Any]:
+def fit_here(
+    orders: Orders, model: Any, callbacks: list[Any], gathered: Gathering, interrupt: Interrupt
+) -> tuple[Outcome, Any]:
     """One worker in this process."""
     import_tensorflow()
     from ray import cloudpickle
 
     from raykeras import worker
+    from raykeras.training import Links
 
     api, build = pack_model(model, lazily=True)
     rebuild = is_model(model) and orders.scale.replicas > 1  # its variables must be made under the strategy
@@ -49,26 +58,63 @@ def fit_here(orders: Orders, model: Any, callbacks: list[Any], gathered: Gatheri
         kept.append(made)
         return made
 
-    sender = EventSender(gathered.queue.put)
-
     def work() -> Outcome:
-        links = worker.Links(
-            rank=0,
-            callbacks=contextlib.nullcontext(unwrapped(callbacks)),
-            send=sender.send,
-            save=save_locally(orders),
-            return_variables=rebuild,
-        )
-        return worker.run(orders, links, api=api, build=build_and_keep)
+        points = Alone()
+        with contextlib.ExitStack() as stack:
+            send = stack.enter_context(_sending(gathered.queue.put))
+            beat = stack.enter_context(_watched(orders, 0, lambda text: None, None))
+            keeper = stack.enter_context(_keeping(orders, send))
+            links = Links(
+                rank=0,
+                callbacks=contextlib.nullcontext(named(callbacks)),
+                send=send,
+                keeper=keeper,
+                points=points,
+                beat=beat,
+                return_variables=rebuild,
+            )
+            stack.enter_context(interrupt.reaching(points.call))
+            return worker.run(orders, links, api=api, build=build_and_keep)
 
-    try:
-        outcome = run_here(work)
-    finally:
-        sender.close()
+    outcome = run_here(work)
     if outcome.variables is not None:
         put_back(model, api, outcome.variables)
         return outcome, model
     return outcome, kept[-1]
+
+
+@contextlib.contextmanager
+def _sending(put: Any) -> Iterator[Any]:
+    """What takes events; all are sent when it is left."""
+    sender = EventSender(put)
+    try:
+        yield sender.send
+    finally:
+        sender.close()
+
+
+@contextlib.contextmanager
+def _keeping(orders: Orders, send: Any) -> Iterator[Keeper]:
+    """What writes checkpoints."""
+    keeper = Keeper(orders.folder, orders.token, orders.run, send)
+    try:
+        yield keeper
+    finally:
+        keeper.stop()
+
+
+@contextlib.contextmanager
+def _watched(orders: Orders, rank: int, tell: Any, leave: Any) -> Iterator[Any]:
+    """What is called at every step of a worker that is watched; None where it is not."""
+    if orders.run.hang_timeout_s is None:
+        yield None
+        return
+    name = f"attempt-{orders.attempt}-rank-{rank}"
+    watch = Watch(orders.run.hang_timeout_s, orders.folder, name, tell, leave)
+    try:
+        yield watch.beat
+    finally:
+        watch.close()
 
 
 @dataclass(frozen=True)
@@ -96,7 +142,7 @@ def pack_for_workers(model: Any, callbacks: list[Any]) -> Packed:
 
 
 def fit_on_workers(
-    orders: Orders, model: Any, callbacks: list[Any], packed: Packed, gathered: Gathering
+    orders: Orders, model: Any, callbacks: list[Any], packed: Packed, gathered: Gathering, interrupt: Interrupt
 ) -> tuple[Outcome, Any]:
     """Workers in processes of their own."""
     import ray
@@ -107,19 +153,38 @@ def fit_on_workers(
         train, validation = (stack.enter_context(for_workers(o, scale)) for o in (orders.train, orders.validation))
         shared = dataclasses.replace(orders, train=train, validation=validation)
         stack.enter_context(forwarding(desk, gathered))
-        outcome = run_on_workers(
-            _work,
-            # through the store: references inside of a pickle of our own would never be let go
-            {"task": ray.put((shared, packed, "tensorflow" in sys.modules)), "desk": desk},
-            scale=scale,
-            cpus_per_worker=orders.cpus_per_worker,
-            folder=orders.folder,
-            keep=orders.run.keep,
-        )
+        stack.enter_context(interrupt.reaching(desk.call))
+        stack.enter_context(watched_world(orders, desk))
+        try:
+            outcome = run_on_workers(
+                _work,
+                # through the store: references inside of a pickle of our own would never be let go
+                {"task": ray.put((shared, packed, "tensorflow" in sys.modules)), "desk": desk},
+                scale=scale,
+                cpus_per_worker=orders.cpus_per_worker,
+                folder=orders.folder,
+            )
+        except WorkerLostError as error:
+            raise _explained(error, desk) from None
     hand_back(callbacks, outcome.callback_states, cloudpickle.loads)
     if packed.in_place:
         put_back(model, packed.api, outcome.variables)
     return outcome, model if packed.in_place else None
+
+
+def _explained(error: WorkerLostError, desk: Desk) -> WorkerLostError:
+    """The error with what the workers themselves said: where they ran, and what was wrong."""
+    try:
+        notes = desk.notes()
+    except Exception:  # the desk's node is gone, too
+        return error
+    rank = next((rank for rank, facts in sorted(notes.items()) if "wrong" in facts), error.rank)
+    facts = notes.get(-1 if rank is None else rank, {})
+    made = error
+    if "wrong" in facts:
+        made = WorkerLostError(f"The worker of rank {rank} hung: {facts['wrong']}.")
+    made.rank, made.node, made.reason = rank, facts.get("node", ""), facts.get("wrong", error.reason)
+    return made
 
 
 def _work(config: dict[str, Any]) -> Outcome | None:
@@ -132,26 +197,27 @@ def _work(config: dict[str, Any]) -> Outcome | None:
     from ray.train.collective import broadcast_from_rank_zero
 
     from raykeras import worker
+    from raykeras.training import Links
 
     rank = ray.train.get_context().get_world_rank()
     orders, packed, keras_there = ray.get(config["task"])
     desk = config["desk"]
-    sender = EventSender(desk.put) if rank == 0 else None
+    desk.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
     artifacts = Artifacts(orders.folder)
-    links = worker.Links(
-        rank=rank,
-        callbacks=placed(cloudpickle.loads(packed.callbacks), rank, artifacts.path, broadcast_from_rank_zero),
-        send=sender.send if sender else None,
-        save=save_through_ray_train(orders, rank),
-        artifacts=artifacts if rank == 0 else None,
-        agreement=Agreement(desk, rank) if orders.scale.workers > 1 else None,
-        states=lambda mine: states_of(mine, keras_there),
-        return_variables=packed.in_place,
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(artifacts.close)
+        send = stack.enter_context(_sending(desk.put)) if rank == 0 else None
+        beat = stack.enter_context(_watched(orders, rank, lambda text: desk.note(rank, wrong=text), end_process))
+        links = Links(
+            rank=rank,
+            callbacks=placed(cloudpickle.loads(packed.callbacks), rank, artifacts.path, broadcast_from_rank_zero),
+            send=send,
+            keeper=stack.enter_context(_keeping(orders, send)) if send else None,
+            points=Agreement(desk, rank),
+            artifacts=artifacts if rank == 0 else None,
+            beat=beat,
+            states=lambda mine: states_of(mine, keras_there),
+            return_variables=packed.in_place,
+        )
         outcome = worker.run(orders, links, api=packed.api, build=lambda: cloudpickle.loads(packed.build)())
-    finally:
-        artifacts.close()
-        if sender:
-            sender.close()
     return outcome if rank == 0 else None

@@ -53,7 +53,21 @@ class DataOrders:
     @property
     def position(self) -> dict[str, Any]:
         """What a checkpoint must agree with to go on in this data."""
-        return {"num_shards": self.num_shards, "fingerprint": self.opened.fingerprint}
+        return {
+            "fingerprint": self.opened.fingerprint,
+            "num_rows": self.opened.num_rows,
+            "batch_size": self.batch_size,
+            "order": self.order,
+            "num_shards": self.num_shards,
+            "window_rows": self.window_rows,
+        }
+
+    def cut_as(self, position: Mapping[str, Any]) -> DataOrders:
+        """The same rows in the shards and windows of a checkpoint's position."""
+        num_shards, window_rows = position.get("num_shards"), position.get("window_rows")
+        if num_shards is None or window_rows is None:
+            return self
+        return dataclasses.replace(self, num_shards=num_shards, window_rows=window_rows)
 
     def plan(self, pass_index: int) -> PassPlan:
         return PassPlan(
@@ -77,6 +91,7 @@ class BatchOrders:
         num_steps: Batches in a pass; None where it is not known.
         shuffle, seed, steps, restart: As `raykeras.epochs.Epochs` takes them.
         pipes: For each rank the way by which its parts come, where the driver makes them.
+        passed: Epochs that were trained before, and steps of the next.
     """
 
     batches: Batches
@@ -87,12 +102,38 @@ class BatchOrders:
     steps: int | None
     restart: bool = False
     pipes: tuple[Any, ...] = ()
+    passed: tuple[int, int] = (0, 0)
     params: Mapping[str, Any] = field(default_factory=dict)
-    position: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to go on in this data."""
+        return {"batches": self.batches.kind, "num_batches": self.num_steps, "shuffle": self.shuffle}
+
+    def cut_as(self, position: Mapping[str, Any]) -> BatchOrders:
+        """Itself: the batches are the user's."""
+        return self
 
     def laid_out(self, layout: Layout) -> BatchOrders:
         """The same batches as other tensors."""
         return dataclasses.replace(self, layout=layout)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a training goes on.
+
+    Attributes:
+        checkpoint: Path of the checkpoint.
+        epoch: Epochs that are finished.
+        step: Steps of the next that are, too.
+        weights_only: Whether nothing but the model's weights is taken, for a training of its own.
+    """
+
+    checkpoint: str
+    epoch: int = 0
+    step: int = 0
+    weights_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,9 +143,15 @@ class Orders:
     Attributes:
         train, validation: What is trained on and validated with.
         epochs, initial_epoch, steps_per_epoch, validation_freq: As `Model.fit` takes them.
-        scale, run: As the user gave them.
+        scale: Of the workers that there are.
+        run: As the user gave it.
         folder: The run's folder.
         cpus_per_worker: Logical CPUs that each worker takes.
+        token: What this driver claimed the folder with.
+        resumption: Where to go on; None for a training that begins.
+        attempt: How often workers were started for it before.
+        widest: The scale that the user gave; `scale` is that of an attempt.
+        grow_after_s: Seconds for which there must have been room for more workers before they are started.
     """
 
     train: DataOrders | BatchOrders
@@ -117,6 +164,23 @@ class Orders:
     run: Run
     folder: RunFolder
     cpus_per_worker: float
+    token: str
+    widest: Scale
+    grow_after_s: float = 5.0
+    resumption: Resumption | None = None
+    attempt: int = 0
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to go on with these orders."""
+        return {"seed": self.run.seed, "steps_per_epoch": self.steps_per_epoch, **self.train.position}
+
+    @property
+    def begins_at(self) -> tuple[int, int]:
+        """Epoch, and step in it, at which training begins."""
+        if self.resumption is None or self.resumption.weights_only:
+            return self.initial_epoch, 0
+        return self.resumption.epoch, self.resumption.step
 
     @property
     def num_steps(self) -> int | None:
@@ -152,6 +216,7 @@ class Outcome:
         callback_states: Attributes of the user's callbacks; see `raykeras.callbacks.states_of`.
         variables: The model's and its optimizer's variables, where they go back into a model of the
             driver.
+        left: Whether the workers left before the end, because they were asked to.
     """
 
     history: dict[str, list[float]]
@@ -159,3 +224,4 @@ class Outcome:
     params: Mapping[str, Any]
     callback_states: list[dict[str, bytes]] = field(default_factory=list)
     variables: list[np.ndarray] | None = None
+    left: bool = False

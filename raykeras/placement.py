@@ -13,6 +13,7 @@ there; after training, the chief's attributes for the user's own objects.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import io
@@ -20,7 +21,7 @@ import os
 import pickle
 import tempfile
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,46 @@ def unwrapped(callbacks: Sequence[Any]) -> list[Any]:
     return [callback.callback if isinstance(callback, OnChief) else callback for callback in callbacks]
 
 
+def named(callbacks: Sequence[Any]) -> dict[str, Any]:
+    """The callbacks themselves, by a name for each: its class, and which of its kind it is."""
+    found: dict[str, Any] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for callback in unwrapped(callbacks):
+        kind = type(callback).__qualname__
+        found[f"{kind} {counts[kind]}"] = callback
+        counts[kind] += 1
+    return found
+
+
+def is_no_state(callback: Any, attribute: str) -> bool:
+    """Whether an attribute belongs to a `fit` or to a process, and not to the training."""
+    if attribute in _OF_A_FIT or attribute in _PATHS:
+        return True
+    return any(name in ("CSVLogger", "ProgbarLogger") for name in _keras_classes(callback))
+
+
+def go_on_writing(callbacks: Iterable[Any], epoch: int) -> None:
+    """Lets loggers go on in the files that they have written before an interruption.
+
+    Args:
+        callbacks: Not trained with yet.
+        epoch: Epochs that are not trained again.
+    """
+    for callback in callbacks:
+        if "CSVLogger" not in _keras_classes(callback) or not os.path.exists(callback.filename):
+            continue
+        with open(callback.filename, newline="") as file:
+            lines = file.readlines()
+        with open(callback.filename, "w", newline="") as file:
+            file.writelines(line for line in lines if not _is_of_epoch(line, callback.sep, epoch))
+        callback.append = True
+
+
+def _is_of_epoch(line: str, separator: str, least: int) -> bool:
+    first = line.split(separator)[0]
+    return first.isdigit() and int(first) >= least
+
+
 def placement_of(callback: Any) -> Placement:
     """By the nearest of its classes that is Keras' own."""
     if isinstance(callback, OnChief):
@@ -149,8 +190,8 @@ def _not_picklable(callback: Any, dumps: Callable[[Any], bytes], error: Exceptio
 @contextlib.contextmanager
 def placed(
     callbacks: Sequence[Any], rank: int, artifacts: str, from_chief: Callable[[Any], Any]
-) -> Iterator[list[Any]]:
-    """The callbacks that run on one of several workers, their files where they belong.
+) -> Iterator[dict[str, Any]]:
+    """The callbacks that run on one of several workers, by name, their files where they belong.
 
     Args:
         callbacks: The user's, unpickled here.
@@ -159,9 +200,9 @@ def placed(
         from_chief: Gives on every worker what the chief put in; all must call it.
     """
     with tempfile.TemporaryDirectory(prefix="raykeras-unkept-") as unkept:
-        chosen = []
-        for index, callback in enumerate(callbacks):
-            placement, inner = placement_of(callback), unwrapped([callback])[0]
+        chosen = {}
+        for index, (name, inner) in enumerate(named(callbacks).items()):
+            placement = placement_of(callbacks[index])
             if rank and placement == "chief":
                 continue
             if placement != "every":
@@ -170,7 +211,7 @@ def placed(
                 files = from_chief({} if rank else _files_of(inner.backup_dir))
                 if rank:
                     _write_files(inner.backup_dir, files)
-            chosen.append(inner)
+            chosen[name] = inner
         yield chosen
 
 

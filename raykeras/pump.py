@@ -79,14 +79,22 @@ class Pump:
     Args:
         batches: What the user passed.
         num_ranks: How many workers.
-        shuffle, seed, steps, restart: As `Epochs` takes them.
+        shuffle, seed, steps, restart, passed: As `Epochs` takes them.
     """
 
     def __init__(
-        self, batches: Batches, num_ranks: int, *, shuffle: bool, seed: int, steps: int | None, restart: bool
+        self,
+        batches: Batches,
+        num_ranks: int,
+        *,
+        shuffle: bool,
+        seed: int,
+        steps: int | None,
+        restart: bool,
+        passed: tuple[int, int] = (0, 0),
     ) -> None:
-        self._batches, self._num_ranks, self._seed = batches, num_ranks, seed
-        self._epochs = Epochs(batches, shuffle=shuffle, seed=seed, steps=steps, restart=restart)
+        self._batches, self._num_ranks, self._seed, self._first_epoch = batches, num_ranks, seed, passed[0]
+        self._epochs = Epochs(batches, shuffle=shuffle, seed=seed, steps=steps, restart=restart, passed=passed)
         self._stopped = threading.Event()
         self._sent: list[Any] = []
         self._number = 0
@@ -121,7 +129,7 @@ class Pump:
         size, known, shared = batches_per_task(batches), ray.put(batches.without_data()), None
         epochs = self._epochs.indexes()
         try:
-            for number, indexes in enumerate(epochs):
+            for number, indexes in enumerate(epochs, self._first_epoch):
                 if shared is None or may_change(batches.data):
                     shared = ray.put(batches.data)
                 while some := list(itertools.islice(indexes, size)):

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raykeras.callbacks import is_better
-from raykeras.checkpoint import Checkpoint, RunFolder
+from raykeras.checkpoint import Checkpoint, RunFolder, is_better
 from raykeras.errors import CheckpointError
 from raykeras.transfer import weights_into
 

@@ -136,19 +136,26 @@ class Stream:
     def pass_dataset(self, num_steps: int | None = None) -> tf.data.Dataset:
         """The batches of one pass; each iteration goes on to the next.
 
+        A stream that begins in the middle of a pass comes to its end first, and then the dataset does not say how
+        long it is.
+
         Args:
             num_steps: Batches in a pass; the plan's by default.
         """
         num_steps = num_steps or self.feed.plan(0).num_steps
+        begun = self.feed.first_step % num_steps
+        first = [num_steps - begun]
 
         def one_pass() -> Iterator[Chunk]:
-            missing = num_steps
+            missing = first.pop() if first else num_steps
             while missing:
                 chunk = next(self._chunks)
                 missing -= len(chunk.global_rows)
                 yield chunk
 
         dataset = self._dataset(one_pass)
+        if begun:
+            return dataset
         return dataset.apply(tf.data.experimental.assert_cardinality(num_steps * self.feed.num_replicas))
 
     def _guarded(self, chunks: Callable[[Feed], Iterator[Chunk]]) -> Generator[Chunk]:

@@ -9,53 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from raykeras import callbacks as callbacks_
-from raykeras import events
-from raykeras.artifacts import Artifacts
 from raykeras.batch_stream import BatchStream
+from raykeras.built import make_variables
 from raykeras.checks import check_execution, check_model
 from raykeras.cluster import reading
 from raykeras.errors import RaykerasError, root_cause, user_code_error
-from raykeras.events import Event
 from raykeras.exactness import building, exact
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
-from raykeras.saving import Save, Saver
-from raykeras.stopping import Agreement, stop_callback
+from raykeras.points import LeftError
 from raykeras.strategy import distribute, make_strategy, scope
 from raykeras.stream import Feed, Stream
-
-
-@dataclass(frozen=True, kw_only=True)
-class Links:
-    """What ties one worker to the rest of the run.
-
-    Attributes:
-        rank: This worker's.
-        callbacks: Gives the user's callbacks that run here.
-        send: Takes events; None where nobody listens, which is on all ranks but the first.
-        save: Stores a checkpoint; called on all ranks alike.
-        artifacts: The files that callbacks write here; None where they stay where they are.
-        agreement: With the other workers, on where to stop; None where there are none.
-        states: Pickles callbacks' attributes for the way back; None where they need no way back.
-        return_variables: Whether the variables go back, too.
-    """
-
-    rank: int
-    callbacks: contextlib.AbstractContextManager[Sequence[Any]]
-    send: Callable[[Event], None] | None
-    save: Save
-    artifacts: Artifacts | None = None
-    agreement: Agreement | None = None
-    states: Callable[[Sequence[Any]], list[dict[str, bytes]]] | None = None
-    return_variables: bool = False
+from raykeras.training import Links, Training
 
 
 def run(orders: Orders, links: Links, *, api: KerasAPI, build: Callable[[], Any]) -> Outcome:
@@ -131,10 +100,10 @@ def _run(
     links: Links,
     api: KerasAPI,
     build: Callable[[], Any],
-    callbacks: Sequence[Any],
+    callbacks: Mapping[str, Any],
     streams: list[Stream | BatchStream],
 ) -> Outcome:
-    scale, rank, send = orders.scale, links.rank, links.send or _discard
+    scale = orders.scale
     strategy = make_strategy(scale)
     api.seed(orders.run.seed)
     with scope(strategy), building(api, strategy):
@@ -147,110 +116,63 @@ def _run(
             validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
     every_num_steps = [orders.num_steps, validation_data.num_steps if validation_data is not None else None]
     _lower_steps_per_execution(model, api, strategy, every_num_steps)
-    steps_per_execution = _steps_per_execution(model)
 
     open_stream = functools.partial(
         _open_stream,
         scale=scale,
         cpus_per_worker=orders.cpus_per_worker,
-        rank=rank,
+        rank=links.rank,
         num_streams=1 if orders.validation is None else 2,
     )
-    num_steps = orders.num_steps
-    first_step = orders.initial_epoch * (num_steps or 0)  # an epoch's order is its own, wherever a run begins
-    train = open_stream(
-        train_data, num_steps=None if num_steps is None else orders.epochs * num_steps, first_step=first_step
-    )
+    epoch, step = orders.begins_at
+    first_step = epoch * (orders.num_steps or 0) + step  # an epoch's order is its own, wherever a run begins
+    last_step = None if orders.num_steps is None else max(orders.epochs, epoch + 1) * orders.num_steps
+    train = open_stream(train_data, num_steps=last_step, first_step=first_step)
     streams.append(train)
-    if num_steps is None or (orders.steps_per_epoch is None and num_steps % steps_per_execution):
-        # several steps in one execution may not run on into the next epoch
-        data, steps = train.pass_dataset(num_steps), None
-    else:
-        data, steps = train.endless_dataset(), num_steps
+    data, steps, counts = _train_dataset(orders, train, model, api)
     validation: dict[str, Any] = {}
     if validation_data is not None:
         stream = open_stream(validation_data, num_steps=None)
         streams.append(stream)
-        num_steps = validation_data.num_steps
         validation = {
-            "validation_data": distribute(strategy, stream.pass_dataset(num_steps)),
-            "validation_steps": num_steps,
+            "validation_data": distribute(strategy, stream.pass_dataset(validation_data.num_steps)),
+            "validation_steps": validation_data.num_steps,
             "validation_freq": orders.validation_freq,
         }
-
-    saver = Saver(orders, model, api, send, links.save)
-    ours = _our_callbacks(orders, links, api, saver, _batch_rows(train_data), train.waited_s, first_step)
-    if isinstance(train, BatchStream):
-        ours.insert(0, train.ending_callback(api))
-    params = {"epochs": orders.epochs, "steps": orders.num_steps, "verbose": 0}
-    send(
-        events.RunStarted(
-            rank=rank,
-            params={**params, **orders.train.params},
-            workers=scale.workers,
-            replicas=scale.num_replicas,
-            initial_epoch=orders.initial_epoch,
-            path=orders.folder.path,
-        )
-    )
+    if orders.resumption is not None:
+        make_variables(model, api, train_data.layout, strategy)  # or there is nothing to put them into
     rows = [] if strategy is None else train.sample()
     with exact(model, api, train_data.layout, strategy, rows):
-        history = model.fit(
-            distribute(strategy, data),
-            epochs=orders.epochs,
-            initial_epoch=orders.initial_epoch,
-            steps_per_epoch=steps,
-            callbacks=[*callbacks, *ours],
-            verbose=0,
-            shuffle=False,
-            **validation,
-        )
-    logs = {name: float(values[-1]) for name, values in history.history.items() if values}
-    last_epoch = history.epoch[-1] if history.epoch else orders.epochs - 1
-    saver.save_last(last_epoch, logs)
-    _tell_artifacts(links, last_epoch)
-    # all ranks read them: some are variables that are put together when read
-    variables = [np.asarray(v) for v in api.variables(model)] if links.return_variables else None
-    return Outcome(
-        history={name: [float(value) for value in values] for name, values in history.history.items()},
-        epoch=list(history.epoch),
-        params=params,
-        callback_states=links.states(callbacks) if links.states is not None and rank == 0 else [],
-        variables=variables if rank == 0 else None,
-    )
+        training = Training(orders, links, api, model, callbacks, train, train_data, first_step, counts)
+        try:
+            model.fit(
+                distribute(strategy, data),
+                epochs=orders.epochs,
+                initial_epoch=training.initial_epoch,
+                steps_per_epoch=steps,
+                callbacks=training.callback_list(),
+                verbose=0,
+                shuffle=False,
+                **validation,
+            )
+        except LeftError:
+            return training.left()
+    return training.ended()
 
 
-def _our_callbacks(
-    orders: Orders,
-    links: Links,
-    api: KerasAPI,
-    saver: Saver,
-    batch_rows: Callable[[int], int],
-    waited_s: Callable[[int, float], float],
-    first_step: int,
-) -> list[Any]:
-    """Those that follow the user's."""
-    tell = callbacks_.event_callback(
-        api,
-        links.send or _discard,
-        rank=links.rank,
-        batch_rows=batch_rows,
-        waited_s=waited_s,
-        first_step=first_step,
-    )
-    ours = [tell]
-    if orders.run.checkpoint_every == "epoch":
-        ours.append(callbacks_.epoch_end_callback(api, saver.save))
-    if links.artifacts is not None:
-        ours.append(callbacks_.epoch_end_callback(api, lambda epoch, logs: _tell_artifacts(links, epoch)))
-    if links.agreement is not None:
-        ours.append(stop_callback(api, links.agreement))
-    return ours
-
-
-def _tell_artifacts(links: Links, epoch: int) -> None:
-    for path in links.artifacts.collect() if links.artifacts is not None else ():
-        (links.send or _discard)(events.ArtifactSaved(rank=links.rank, epoch=epoch, path=path))
+def _train_dataset(
+    orders: Orders, train: Stream | BatchStream, model: Any, api: KerasAPI
+) -> tuple[Any, int | None, bool]:
+    """The dataset for `fit`, `steps_per_epoch`, and whether Keras does not know how many steps an epoch has."""
+    num_steps = orders.num_steps
+    if num_steps is None:
+        return train.pass_dataset(None), None, False
+    in_middle = orders.begins_at[1] > 0
+    # several steps in one execution may not run on into the next epoch
+    runs_on = orders.steps_per_epoch is None and num_steps % api.steps_per_execution(model)
+    if runs_on and not (in_middle and api.is_legacy):  # which wants to be told how many there are
+        return train.pass_dataset(num_steps), None, in_middle
+    return train.endless_dataset(), num_steps, in_middle and api.is_legacy
 
 
 def _open_stream(
@@ -280,24 +202,7 @@ def _open_stream(
     return Stream(feed)
 
 
-def _batch_rows(data: DataOrders | BatchOrders) -> Callable[[int], int]:
-    """Step to the rows of its global batch; 0 where only the user knows them."""
-    if isinstance(data, BatchOrders):
-        return lambda step: 0
-    plan = data.plan(0)
-    return lambda step: plan.batch_num_rows(step % plan.num_steps)
-
-
-def _steps_per_execution(model: Any) -> int:
-    steps = getattr(model, "steps_per_execution", None) or getattr(model, "_steps_per_execution", None) or 1
-    return int(steps if isinstance(steps, int) else steps.numpy())
-
-
 def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any, every_num_steps: Sequence[int | None]) -> None:
     """To what divides all numbers of steps: under a strategy Keras 3 cannot execute a part of so many."""
-    if strategy is not None and not api.is_legacy and (steps := _steps_per_execution(model)) > 1:
+    if strategy is not None and not api.is_legacy and (steps := api.steps_per_execution(model)) > 1:
         model.steps_per_execution = math.gcd(steps, *(n for n in every_num_steps if n is not None))
-
-
-def _discard(event: Event) -> None:
-    """Only the chief tells."""

@@ -8,13 +8,12 @@ starts its own.
 from __future__ import annotations
 
 import functools
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raykeras.checkpoint import FOLDER, RunFolder
+from raykeras.checkpoint import RunFolder
 from raykeras.group import run_on_workers, worst
 from raykeras.options import Scale
 
@@ -26,13 +25,12 @@ class KeptWorkers:
     """Stands in for `run_on_workers` while two processes are kept.
 
     Args:
-        folder: For the checkpoints of an example, until they are moved to its run.
+        folder: For Ray Train's own files.
     """
 
     def __init__(self, folder: Path) -> None:
         from ray.util.queue import Queue
 
-        self._folder = folder
         self._lost = False
         options = {"num_cpus": 0}
         self._jobs = [Queue(actor_options=options) for _ in range(TWO.workers)]
@@ -52,7 +50,6 @@ class KeptWorkers:
         scale: Scale,
         cpus_per_worker: float,
         folder: RunFolder | None = None,
-        keep: int | None = None,
     ) -> Any:
         """As `raykeras.group.run_on_workers`."""
         from ray import cloudpickle
@@ -74,10 +71,6 @@ class KeptWorkers:
         self._lost = False
         if failures:
             raise worst(failures)
-        saved = self._folder / FOLDER
-        for checkpoint in sorted(saved.iterdir()) if folder and saved.exists() else ():
-            if checkpoint.is_dir():
-                shutil.move(str(checkpoint), f"{folder / FOLDER}/{checkpoint.name}")
         return done[0]
 
     def close(self) -> None:

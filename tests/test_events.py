@@ -65,7 +65,7 @@ def test_closing_raises_what_shipping_raised() -> None:
 
 def test_every_event_pickles_and_is_json_ready() -> None:
     values = {"params": {}, "workers": 1, "replicas": 1, "initial_epoch": 0, "path": "p", "logs": {"loss": 1.0}}
-    values |= {"cause": "c", "node": "n", "status": "completed"}
+    values |= {"cause": "c", "node": "n", "status": "completed", "attempt": 1, "retry_s": 1.0, "before": 2}
     for _, cls in inspect.getmembers(events, inspect.isclass):
         if not issubclass(cls, Event) or cls is Event:
             continue

@@ -197,9 +197,11 @@ def test_events_reach_the_driver_in_order_and_the_runs_folder(fit: Fit) -> None:
             hooks.append("train_end")
 
     result = fit(build(), X, Y, epochs=2, validation_data=(X, Y), callbacks=[Mine()], on_event=seen.append)
-    kinds = [event.kind for event in seen if event.kind != "BatchEnded"]
-    epoch = ["EpochStarted", "ValidationEnded", "EpochEnded", "CheckpointSaved"]
+    kinds = [event.kind for event in seen if event.kind not in ("BatchEnded", "CheckpointSaved")]
+    epoch = ["EpochStarted", "ValidationEnded", "EpochEnded"]
     assert kinds == ["RunStarted", *epoch, *epoch, "RunEnded"]
+    saved = [event.epoch for event in seen if isinstance(event, rk.events.CheckpointSaved)]  # beside training
+    assert saved == [0, 1]
     batches = [event for event in seen if isinstance(event, rk.BatchEnded)]
     assert sum(batch.num_steps for batch in batches) == 14
     assert hooks == ["train_begin", "epoch_end 0 True", "epoch_end 1 True", "train_end"]
@@ -223,7 +225,11 @@ def test_checkpoints_open_with_plain_keras_and_hold_the_optimizer(fit: Fit, tmp_
     result = fit(build(), X, Y, epochs=4, run=run, validation_data=(X, Y))
     assert [checkpoint.epoch for checkpoint in result.checkpoints] == [3, 4]
     newest = result.checkpoints[-1]
-    assert sorted(path.name for path in Path(newest.path).iterdir()) == ["model.keras", "train_state.json"]
+    assert sorted(path.name for path in Path(newest.path).iterdir()) == [
+        "model.keras",
+        "state.npz",
+        "train_state.json",
+    ]
     model = keras.models.load_model(f"{newest.path}/model.keras")
     for loaded, trained in zip(model.get_weights(), result.model().get_weights(), strict=True):
         np.testing.assert_array_equal(loaded, trained)
@@ -289,8 +295,8 @@ def test_wrong_arguments_say_what_to_do(fit: Fit, tmp_path: Path, options: dict[
     assert not list(tmp_path.iterdir())
 
 
-def test_a_second_run_of_a_name_is_refused(fit: Fit, tmp_path: Path) -> None:
-    run = rk.Run(storage=str(tmp_path), name="once")
+def test_a_second_run_of_a_name_is_refused_where_it_may_not_go_on(fit: Fit, tmp_path: Path) -> None:
+    run = rk.Run(storage=str(tmp_path), name="once", resume=None)
     fit(build(), X, Y, run=run)
     with pytest.raises(rk.OptionError, match="a folder of its own"):
         fit(build(), X, Y, run=run)

@@ -1,0 +1,195 @@
+"""The state of a training, copied out of the model at a step and put back later.
+
+Enters: a model, and what else a training goes on from. Leaves: a `Snapshot`, which no longer needs the model, so
+that a thread can write it while training goes on: `model.keras` (weights, optimizer), `state.npz` (metrics and
+random seeds so far, arrays of callbacks) and `train_state.json` (everything else; see `raykeras.checkpoint`).
+
+`model.keras` is written by Keras itself: `Model.save` runs with a store that copies each array, and what it
+copied is put into the archive by Keras' own store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raykeras import checkpoint
+from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, Checkpoint
+from raykeras.errors import CheckpointError
+from raykeras.keras_api import KerasAPI
+from raykeras.patching import replaced
+from raykeras.plain import from_plain, to_plain
+
+_WEIGHTS_FILE = "model.weights.h5"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training at a step.
+
+    Attributes:
+        archive: The bytes of `model.keras`, without weights.
+        groups: Path, metadata and arrays of each group of the weights' file.
+        store: Keras' class that writes that file.
+        arrays: Arrays beside the model, by name.
+        state: Everything else, as JSON takes it.
+    """
+
+    archive: bytes
+    groups: list[_Group]
+    store: Any
+    arrays: dict[str, Any]
+    state: Mapping[str, Any]
+
+    def write(self, folder: str) -> None:
+        """Writes a checkpoint into an empty local folder."""
+        path = os.path.join(folder, MODEL_FILE)
+        with open(path, "wb") as file:
+            file.write(self.archive)
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            weights = os.path.join(beside, _WEIGHTS_FILE)
+            store = self.store(weights, mode="w")
+            for group in self.groups:
+                made = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
+                for name, value in group.items():
+                    made[name] = value
+            store.close()
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.write(weights, _WEIGHTS_FILE)
+        np.savez(os.path.join(folder, ARRAYS_FILE), allow_pickle=False, **self.arrays)
+        checkpoint.write_state(folder, self.state)
+
+
+class _Group(dict[str, np.ndarray]):
+    """Stands in for a group of the weights' file; copies what it is given."""
+
+    def __init__(self, path: str, metadata: Any) -> None:
+        self.path, self.metadata = path, metadata
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, np.array(value.numpy() if hasattr(value, "numpy") else value))
+
+
+def _collecting(groups: list[_Group]) -> type:
+    """A class that stands in for Keras' store of the weights' file."""
+
+    class Collecting:
+        archive: Any = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing is opened."""
+
+        def make(self, path: str, metadata: Any = None) -> _Group:
+            groups.append(_Group(path, metadata))
+            return groups[-1]
+
+        def close(self) -> None:
+            """Nothing is open."""
+
+    return Collecting
+
+
+def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Snapshot:
+    """Copies a training's state. With several workers, all must call it.
+
+    Args:
+        model: Being trained.
+        api: Its Keras.
+        state: Position and the like, as JSON takes it.
+        extra: Plain values by name, which may hold arrays; see `raykeras.plain`.
+    """
+    groups: list[_Group] = []
+    saving = api.saving_lib
+    original = saving.H5IOStore
+    with tempfile.TemporaryDirectory(prefix="raykeras-snapshot-") as folder:
+        path = os.path.join(folder, MODEL_FILE)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(saving, "H5IOStore", _collecting(groups)))
+            if hasattr(saving, "is_memory_sufficient"):  # or Keras 3 would write a file
+                stack.enter_context(replaced(saving, "is_memory_sufficient", lambda model: True))
+            model.save(path)
+        with open(path, "rb") as file:
+            archive = file.read()
+    arrays: dict[str, np.ndarray] = {}
+    beside = {"metrics": api.metric_variables(model), "seeds": api.seed_states(model)}
+    for kind, variables in beside.items():
+        arrays.update({f"{kind}/{i}": np.array(variable.numpy()) for i, variable in enumerate(variables)})
+    rng = {"python": random.getstate(), "numpy": np.random.get_state()}
+    values = {name: to_plain(value, arrays, name) for name, value in {**extra, "rng": rng}.items()}
+    return Snapshot(archive, groups, original, arrays, {**state, **values, "extra": list(values)})
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds beside the model.
+
+    Attributes:
+        state: As `take` was given it.
+        extra: As `take` was given it.
+        metrics: Values of the metrics' variables, in their order.
+    """
+
+    state: Mapping[str, Any]
+    extra: Mapping[str, Any]
+    metrics: list[np.ndarray]
+
+
+def restore(model: Any, api: KerasAPI, taken: Checkpoint) -> Restored:
+    """Puts a checkpoint's state into a built model; all but its metrics, which `fit` resets.
+
+    Args:
+        model: Built and compiled as the one that was saved.
+        api: Its Keras.
+        taken: The checkpoint.
+
+    Raises:
+        CheckpointError: If it is of another model.
+    """
+    state = taken.state
+    with taken.local_file(ARRAYS_FILE) as path, np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    restore_weights(model, api, taken)
+    for i, variable in enumerate(api.seed_states(model)):
+        if f"seeds/{i}" in arrays:
+            variable.assign(arrays[f"seeds/{i}"])
+    extra = {name: from_plain(state[name], arrays) for name in state["extra"]}
+    random.setstate(extra["rng"]["python"])
+    np.random.set_state(extra["rng"]["numpy"])
+    metrics = [arrays[f"metrics/{i}"] for i in range(sum(name.startswith("metrics/") for name in arrays))]
+    return Restored(state, extra, metrics)
+
+
+def restore_weights(model: Any, api: KerasAPI, taken: Checkpoint) -> None:
+    """Puts weights and optimizer of a checkpoint into a built model.
+
+    Raises:
+        CheckpointError: If it is of another model.
+    """
+    api.build_optimizer(model)  # or its state would be skipped
+    with taken.local_file(MODEL_FILE) as path:
+        try:
+            model.load_weights(path)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"The weights of {taken.path} are of another model: {error}") from error
+
+
+def restore_metrics(model: Any, api: KerasAPI, metrics: Sequence[np.ndarray], rank: int) -> None:
+    """Puts the metrics' values back; what replicas add up is put into the first one."""
+    import tensorflow as tf
+
+    for variable, value in zip(api.metric_variables(model), metrics, strict=True):
+        inner = getattr(variable, "_value", variable)  # of Keras 3's
+        if type(inner).__name__ != "SyncOnReadVariable":
+            variable.assign(value)
+            continue
+        for i, part in enumerate(inner.values):
+            mine = inner.aggregation != tf.VariableAggregation.SUM or (rank == 0 and i == 0)
+            part.assign(value if mine else np.zeros_like(value))
