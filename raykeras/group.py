@@ -56,6 +56,7 @@ def run_on_workers(
     scale: Scale,
     cpus_per_worker: float,
     folder: RunFolder | None = None,
+    waits: bool = True,
 ) -> Any:
     """Runs `work(config)` on every worker.
 
@@ -65,6 +66,7 @@ def run_on_workers(
         scale: How many workers.
         cpus_per_worker: Logical CPUs that each takes.
         folder: On storage that all workers reach, for Ray Train's own files.
+        waits: Whether to wait for ever for the cluster to have room for them.
 
     Raises:
         RaykerasError: What a worker raised, or that one went away.
@@ -95,7 +97,9 @@ def run_on_workers(
             name=f".ray_train_{uuid.uuid4().hex}",  # a new one each time, or it would look for what it did before
             storage_path=storage,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if waits else 0
+            ),
         ),
     )
     try:

@@ -163,6 +163,7 @@ def fit_on_workers(
                 scale=scale,
                 cpus_per_worker=orders.cpus_per_worker,
                 folder=orders.folder,
+                waits=orders.widest.least == orders.widest.workers,
             )
         except WorkerLostError as error:
             raise _explained(error, desk) from None

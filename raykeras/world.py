@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -84,18 +85,19 @@ def _room(orders: Orders) -> int:
     import ray
     from ray._private.state import available_resources_per_node
 
-    gpus_each = orders.scale.gpus_per_worker
+    gpus_each, cpus_each = orders.scale.gpus_per_worker, orders.cpus_per_worker
     usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - _draining()
-    found, is_spared = 0, False
+    found, fewest = 0, math.inf  # fewest workers less that leave a whole CPU on some node
     for node, resources in available_resources_per_node().items():
         if node not in usable:
             continue
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        if not is_spared and cpus >= 1:
-            is_spared, cpus = True, cpus - 1
-        fits = int((cpus + 1e-6) // orders.cpus_per_worker)
-        found += min(fits, int(gpus // gpus_each)) if gpus_each else fits
-    return found
+        fits = int((cpus + 1e-6) // cpus_each)
+        fits = min(fits, int(gpus // gpus_each)) if gpus_each else fits
+        found += fits
+        if cpus >= 1:
+            fewest = min(fewest, max(0, math.ceil((1 - (cpus - fits * cpus_each) - 1e-6) / cpus_each)))
+    return found - (0 if fewest is math.inf else int(fewest))
 
 
 def _draining() -> set[str]:

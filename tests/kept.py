@@ -50,6 +50,7 @@ class KeptWorkers:
         scale: Scale,
         cpus_per_worker: float,
         folder: RunFolder | None = None,
+        waits: bool = True,
     ) -> Any:
         """As `raykeras.group.run_on_workers`."""
         from ray import cloudpickle

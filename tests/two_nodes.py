@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import threading
 import time
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import raykeras as rk
 from tests.resuming import fit
 
-_STEP_S = 0.25  # so that a node can go in the middle of an epoch
+EPOCHS = 12
+_STEP_S = 0.3  # so that a node can go in the middle of an epoch
 
 
 def slow() -> Any:
@@ -37,12 +37,11 @@ class TwoNodes(rk.DriverCallback):
         from ray.cluster_utils import Cluster
 
         self._how = how
-        temp = tempfile.mkdtemp(prefix="rk-")  # of its own, or another Ray of this machine would be found there
-        head = {"num_cpus": 3, "include_dashboard": False, "temp_dir": temp}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
         self._second = self._cluster.add_node(num_cpus=2)
         self._cluster.wait_for_nodes()
         self._steps = -1
+        self._closed = threading.Event()
         self.address = self._cluster.address
 
     def on_event(self, event: rk.events.Event) -> None:
@@ -52,8 +51,16 @@ class TwoNodes(rk.DriverCallback):
                 threading.Thread(target=self._take_away).start()
             return
         if isinstance(event, rk.events.RunRestarted) and event.workers == 1:
-            threading.Thread(target=self._bring_back).start()
+            threading.Thread(target=self._bring_back, daemon=True).start()
         print(json.dumps(event.as_dict()), flush=True)
+
+    def close(self) -> None:
+        """Ends all its nodes, and lets other processes of this machine no longer find them."""
+        import ray._common.utils
+
+        self._closed.set()
+        self._cluster.shutdown()
+        ray._common.utils.reset_ray_address()
 
     def _take_away(self) -> None:
         if self._how == "lost":
@@ -77,6 +84,7 @@ class TwoNodes(rk.DriverCallback):
 
         ray._private.utils.set_sigterm_handler = lambda handler: None  # which only the main thread may set
         self._cluster.add_node(num_cpus=2)
+        self._closed.wait()  # a node ends with the thread that started it
 
 
 def main() -> None:
@@ -85,9 +93,12 @@ def main() -> None:
     nodes = TwoNodes(sys.argv[2])
     ray.init(address=nodes.address, log_to_driver=False)
     scale = rk.Scale(workers=(1, 2), cpus_per_worker=2)
-    result = fit(sys.argv[1], "run", [slow(), nodes], scale=scale, dropout=0, epochs=24)
-    print(json.dumps({"history": result.history}))
-    ray.shutdown()
+    try:
+        result = fit(sys.argv[1], "run", [slow(), nodes], scale=scale, dropout=0, epochs=EPOCHS)
+        print(json.dumps({"history": result.history}))
+    finally:
+        ray.shutdown()
+        nodes.close()
 
 
 if __name__ == "__main__":
