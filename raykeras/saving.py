@@ -10,7 +10,8 @@ the order in which files come; so it is not used.
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
+import os
 import threading
 import time
 import zlib
@@ -27,12 +28,13 @@ from raykeras.events import Event
 from raykeras.keras_api import KerasAPI
 from raykeras.options import Run
 from raykeras.orders import Orders
-from raykeras.snapshot import Snapshot, take
+from raykeras.snapshot import Buffers, Snapshot, take
 
 _BACKOFF_S = (0.5, 1, 2, 4, 8, 16, 30)
 """Pauses between the attempts to write a checkpoint; the last one again and again."""
 
 _STOP_S = 30.0
+_NICENESS = 10
 
 LAST_WAIT_S = 120.0
 """How long storage may fail when there is nothing left but to write."""
@@ -72,6 +74,8 @@ class Keeper:
             self._changed.wait_for(lambda: self._is_failing or self._failure or not (self._waiting or self._is_writing))
             if self._failure is not None:
                 raise self._failure
+            if self._waiting is not None and not self._is_writing:
+                self._waiting[1].release()
             self._waiting = (name, snapshot, saved)
             self._changed.notify_all()
 
@@ -103,6 +107,8 @@ class Keeper:
         self._thread.join(_STOP_S)
 
     def _work(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # of this thread alone: training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._ended)
@@ -134,10 +140,11 @@ class Keeper:
             except Exception as error:
                 return CheckpointError(f"A checkpoint could not be written: {type(error).__name__}: {error}")
             else:
+                snapshot.release()
+                self._send(saved)
                 with self._changed:
                     if self._waiting is waiting:
                         self._waiting = None
-                        self._send(saved)
                         return None
                 continue
             pause = _BACKOFF_S[min(attempt, len(_BACKOFF_S) - 1)]
@@ -150,14 +157,15 @@ class Keeper:
         return None
 
     def _store(self, name: str, snapshot: Snapshot) -> None:
-        with tempfile.TemporaryDirectory(prefix="raykeras-checkpoint-") as folder:
+        def write(folder: str) -> None:
             snapshot.write(folder)
             if not self._folder.is_claimed_by(self._token):
                 where = self._folder.path
                 raise CheckpointError(
                     f"Two drivers must not share a run; another one has taken over {where!r}. This one ends."
                 )
-            checkpoint.store(self._folder, name, folder)
+
+        checkpoint.store(self._folder, name, write)
         checkpoint.prune(self._folder, self._run.keep, self._run.monitor)
 
 
@@ -185,6 +193,7 @@ class Saver:
         self._orders, self._model, self._api, self._keeper = orders, model, api, keeper
         self._signature, self._extra = signature, extra
         self._every = orders.run.checkpoint_every
+        self._buffers = Buffers()
         self._saved: tuple[int, int] | None = None
         self._saved_at = time.monotonic()
         self._digest = 0
@@ -240,11 +249,12 @@ class Saver:
             "workers": orders.scale.workers,
             **more,
         }
-        snapshot = take(self._model, self._api, state, self._extra())
+        snapshot = take(self._model, self._api, state, self._extra(), self._buffers)
         self._saved, self._saved_at = (epoch, step), time.monotonic()
         if not step:
             self._digest = self._weights_digest()
         if self._keeper is None:
+            snapshot.release()
             return
         name = checkpoint.checkpoint_name(epoch, step) + suffix
         path = f"{orders.folder / checkpoint.FOLDER}/{name}"

@@ -5,7 +5,7 @@ that a thread can write it while training goes on: `model.keras` (weights, optim
 random seeds so far, arrays of callbacks) and `train_state.json` (everything else; see `raykeras.checkpoint`).
 
 `model.keras` is written by Keras itself: `Model.save` runs with a store that copies each array, and what it
-copied is put into the archive by Keras' own store.
+copied is put into the archive by Keras' own store, straight into its place (see `raykeras.archive`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import contextlib
 import os
 import random
 import tempfile
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from raykeras import checkpoint
+from raykeras.archive import crc_of_archive, stored_member
 from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, Checkpoint
 from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
@@ -29,6 +29,30 @@ from raykeras.patching import replaced
 from raykeras.plain import from_plain, to_plain
 
 _WEIGHTS_FILE = "model.weights.h5"
+
+
+class Buffers:
+    """Memory for copies, used again: getting pages anew from the system takes several times as long as to copy.
+
+    A snapshot of a model of M bytes, optimizer included, keeps M bytes; twice that where one is taken while the one
+    before is still being written.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[Any, ...], list[np.ndarray]] = {}
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        """A copy, to be given back."""
+        free = self._free.get((array.shape, array.dtype.str))
+        if not free:
+            return np.array(array)
+        made = free.pop()
+        np.copyto(made, array)
+        return made
+
+    def give_back(self, arrays: Iterable[np.ndarray]) -> None:
+        for array in arrays:
+            self._free.setdefault((array.shape, array.dtype.str), []).append(array)
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,7 @@ class Snapshot:
         store: Keras' class that writes that file.
         arrays: Arrays beside the model, by name.
         state: Everything else, as JSON takes it.
+        buffers: To which the groups' arrays go back.
     """
 
     archive: bytes
@@ -48,37 +73,42 @@ class Snapshot:
     store: Any
     arrays: dict[str, Any]
     state: Mapping[str, Any]
+    buffers: Buffers
+
+    def release(self) -> None:
+        """Gives its memory back; it cannot be written any more."""
+        for group in self.groups:
+            self.buffers.give_back(group.values())
+            group.clear()
 
     def write(self, folder: str) -> None:
         """Writes a checkpoint into an empty local folder."""
-        path = os.path.join(folder, MODEL_FILE)
-        with open(path, "wb") as file:
+        with open(os.path.join(folder, MODEL_FILE), "w+b") as file:
             file.write(self.archive)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            weights = os.path.join(beside, _WEIGHTS_FILE)
-            store = self.store(weights, mode="w")
-            for group in self.groups:
-                made = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
-                for name, value in group.items():
-                    made[name] = value
-            store.close()
-            with zipfile.ZipFile(path, "a") as archive:
-                archive.write(weights, _WEIGHTS_FILE)
+            with stored_member(file, _WEIGHTS_FILE) as member:
+                store = self.store(member, mode="w")
+                for group in self.groups:
+                    made = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
+                    for name, value in group.items():
+                        made[name] = value
+                store.close()
+            digest = {"size": file.seek(0, os.SEEK_END), "crc32": f"{crc_of_archive(file, member):08x}"}
         np.savez(os.path.join(folder, ARRAYS_FILE), allow_pickle=False, **self.arrays)
-        checkpoint.write_state(folder, self.state)
+        checkpoint.write_state(folder, self.state, {MODEL_FILE: digest})
 
 
 class _Group(dict[str, np.ndarray]):
     """Stands in for a group of the weights' file; copies what it is given."""
 
-    def __init__(self, path: str, metadata: Any) -> None:
-        self.path, self.metadata = path, metadata
+    def __init__(self, path: str, metadata: Any, buffers: Buffers) -> None:
+        self.path, self.metadata, self._buffers = path, metadata, buffers
 
     def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, np.array(value.numpy() if hasattr(value, "numpy") else value))
+        array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+        super().__setitem__(name, self._buffers.copy(array))
 
 
-def _collecting(groups: list[_Group]) -> type:
+def _collecting(groups: list[_Group], buffers: Buffers) -> type:
     """A class that stands in for Keras' store of the weights' file."""
 
     class Collecting:
@@ -88,7 +118,7 @@ def _collecting(groups: list[_Group]) -> type:
             """Nothing is opened."""
 
         def make(self, path: str, metadata: Any = None) -> _Group:
-            groups.append(_Group(path, metadata))
+            groups.append(_Group(path, metadata, buffers))
             return groups[-1]
 
         def close(self) -> None:
@@ -97,7 +127,7 @@ def _collecting(groups: list[_Group]) -> type:
     return Collecting
 
 
-def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Snapshot:
+def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str, Any], buffers: Buffers) -> Snapshot:
     """Copies a training's state. With several workers, all must call it.
 
     Args:
@@ -105,6 +135,7 @@ def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str
         api: Its Keras.
         state: Position and the like, as JSON takes it.
         extra: Plain values by name, which may hold arrays; see `raykeras.plain`.
+        buffers: Memory for the copies; given back by `Snapshot.release`.
     """
     groups: list[_Group] = []
     saving = api.saving_lib
@@ -112,7 +143,7 @@ def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str
     with tempfile.TemporaryDirectory(prefix="raykeras-snapshot-") as folder:
         path = os.path.join(folder, MODEL_FILE)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(replaced(saving, "H5IOStore", _collecting(groups)))
+            stack.enter_context(replaced(saving, "H5IOStore", _collecting(groups, buffers)))
             if hasattr(saving, "is_memory_sufficient"):  # or Keras 3 would write a file
                 stack.enter_context(replaced(saving, "is_memory_sufficient", lambda model: True))
             model.save(path)
@@ -124,7 +155,7 @@ def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str
         arrays.update({f"{kind}/{i}": np.array(variable.numpy()) for i, variable in enumerate(variables)})
     rng = {"python": random.getstate(), "numpy": np.random.get_state()}
     values = {name: to_plain(value, arrays, name) for name, value in {**extra, "rng": rng}.items()}
-    return Snapshot(archive, groups, original, arrays, {**state, **values, "extra": list(values)})
+    return Snapshot(archive, groups, original, arrays, {**state, **values, "extra": list(values)}, buffers)
 
 
 @dataclass(frozen=True)
