@@ -90,9 +90,12 @@ def _failed(error: WorkerLostError, orders: Orders, resumption: Resumption | Non
 
 
 def _gave_up(error: WorkerLostError, orders: Orders, failures: int) -> WorkerLostError:
+    why = f"It was failure {failures} without a new checkpoint; `max_failures` is {orders.run.max_failures}."
+    if not _can_begin_again(orders):
+        why = "Its batches cannot be made again in this process: they come from a generator, or its hooks change them."
     raised = WorkerLostError(
-        f"{error} It was failure {failures} without a new checkpoint; `max_failures` is {orders.run.max_failures}. The "
-        f"run can go on from {orders.folder.path!r}; its events are in {orders.folder.path}/events.jsonl."
+        f"{error} {why} Call `fit` again for the run to go on in {orders.folder.path!r}; its events are in "
+        f"{orders.folder.path}/events.jsonl."
     )
     raised.rank, raised.node, raised.reason = error.rank, error.node, error.reason
     return raised

@@ -30,7 +30,8 @@ class _Group(click.Group):
         except rk.RaykerasError as error:
             _fail(error, 1)
         except KeyboardInterrupt as interrupt:
-            _fail(str(interrupt) or "interrupted", 130)
+            click.echo(f"raykeras: {interrupt or 'interrupted'}", err=True)
+            sys.exit(130)
 
 
 def _fail(error: object, status: int) -> NoReturn:
@@ -54,6 +55,14 @@ def _parameters(ctx: click.Context, option: click.Parameter, values: Sequence[st
     return pairs
 
 
+def _workers(ctx: click.Context, option: click.Parameter, value: str | None) -> Any:
+    parts = [] if value is None else value.split("-")
+    if not all(part.isdigit() for part in parts) or len(parts) > 2:
+        raise click.BadParameter(f"must be a number, or two such as 1-8; got {value!r}.")
+    numbers = [int(part) for part in parts]
+    return None if value is None else numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several options as one decorator."""
 
@@ -68,7 +77,7 @@ _PIPELINE = _options(
     click.option("-s", "--set", "parameters", multiple=True, metavar="KEY=VALUE", callback=_parameters,
                  help="A parameter of the pipeline; may be repeated."),
     click.option("--batch-size", type=int, help="Rows of a global batch.  [default: the pipeline's]"),
-    click.option("--workers", type=int, help="Worker processes; one runs in this process."),
+    click.option("--workers", callback=_workers, metavar="N|LEAST-MOST", help="Worker processes; 1 runs in this one."),
     click.option("--gpus-per-worker", type=int, help="GPUs of each worker."),
     click.option("--replicas-per-worker", type=int, help="Logical CPU devices of each worker, without GPUs."),
     click.option("--cpus-per-worker", type=float, help="Logical CPUs that each worker holds in Ray."),
@@ -177,6 +186,8 @@ def _source_of(data: str) -> Any:
 
 def _replaced(options: Any, given: dict[str, Any]) -> Any:
     """A `Scale` or `Run` with what the command line gives of it, which is taken out of `given`."""
+    if "workers" in given and isinstance(options, rk.Scale):
+        options = dataclasses.replace(options, least_workers=None)  # of the pipeline's own pair
     names = {field.name for field in dataclasses.fields(options)} & set(given)
     return dataclasses.replace(options, **{name: given.pop(name) for name in sorted(names)})
 

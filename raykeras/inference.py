@@ -81,7 +81,7 @@ def evaluate(
     Raises:
         ValidationError, ResourceError, UserCodeError: As `fit`.
     """
-    scale = scale or Scale()
+    scale = _fixed(scale or Scale())
     check_batch_size("batch_size", batch_size, scale)
     if steps is not None:
         check_positive("steps", steps)
@@ -167,7 +167,7 @@ def predict(
     Raises:
         ValidationError, ResourceError, UserCodeError: As `fit`.
     """
-    scale = scale or Scale()
+    scale = _fixed(scale or Scale())
     check_positive("batch_size", batch_size)
     is_model(model)
     if columns and output is None:
@@ -332,3 +332,12 @@ def _write(target: RunFolder, tables: Iterator[pa.Table]) -> None:
         with contextlib.suppress(OSError):
             fs.rm(beside, recursive=True)
         raise
+
+
+def _fixed(scale: Scale) -> Scale:
+    """The scale, which says how many workers there are."""
+    if scale.least_workers is not None:
+        raise OptionError(
+            f"A pair of `workers` is for `fit`; got ({scale.least}, {scale.workers}) here. Give one number of workers."
+        )
+    return scale

@@ -99,8 +99,12 @@ def _keeping(orders: Orders, send: Any) -> Iterator[Keeper]:
     keeper = Keeper(orders.folder, orders.token, orders.run, send)
     try:
         yield keeper
-    finally:
+    except KeyboardInterrupt:  # the second one: nothing is waited for
+        raise
+    except BaseException:
         keeper.stop()
+        raise
+    keeper.stop()
 
 
 @contextlib.contextmanager

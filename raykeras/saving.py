@@ -74,8 +74,6 @@ class Keeper:
             self._changed.wait_for(lambda: self._is_failing or self._failure or not (self._waiting or self._is_writing))
             if self._failure is not None:
                 raise self._failure
-            if self._waiting is not None and not self._is_writing:
-                self._waiting[1].release()
             self._waiting = (name, snapshot, saved)
             self._changed.notify_all()
 
@@ -85,17 +83,15 @@ class Keeper:
         Raises:
             CheckpointError: If that is not so after a time.
         """
-        wait_s = LAST_WAIT_S
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._is_writing), wait_s)
+            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._is_writing), LAST_WAIT_S)
             unwritten = self._waiting or self._is_writing
             self._ended = True
             self._changed.notify_all()
         self._thread.join(_STOP_S)
         if self._failure is None and unwritten:
-            raise CheckpointError(
-                f"The last checkpoint could not be written to {self._folder.path!r} in {wait_s:.0f} s."
-            )
+            where = self._folder.path
+            raise CheckpointError(f"The last checkpoint could not be written to {where!r} in {LAST_WAIT_S:.0f} s.")
         if self._failure is not None:
             raise self._failure
 

@@ -149,7 +149,7 @@ def _kill_while_writing(kill: Any) -> None:
 
 def fit(storage: str, name: str, callbacks: Sequence[Any] = (), **options: Any) -> rk.Result:
     """The training itself; the same in every process."""
-    run = rk.Run(storage=storage, name=name, checkpoint_every=2, **options.pop("run", {}))
+    run = rk.Run(storage=storage, name=name, **{"checkpoint_every": 2, **options.pop("run", {})})
     dropout = options.pop("dropout", 0.3)
     given = {"epochs": EPOCHS, "validation_data": VALIDATION, "sample_weight": WEIGHT, "verbose": 0, **options}
     return rk.fit(lambda: build(dropout=dropout), X, Y, batch_size=BATCH, callbacks=list(callbacks), run=run, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import raykeras as rk
+from raykeras.checkpoint import RunFolder
 from raykeras.cli import main
 
 DIGITS = Path(__file__).parent.parent / "pipelines" / "digits.py"
@@ -36,6 +38,24 @@ def test_options_become_scale_and_run_and_override_the_pipelines(calls: list[dic
     assert call["scale"] == rk.Scale(workers=2, cpus_per_worker=0.5)
     assert call["run"] == rk.Run(storage="s", name="a", seed=7, keep=2, checkpoint_every=None)
     assert (call["epochs"], call["batch_size"], call["verbose"]) == (3, 16, 0)
+
+
+def test_options_of_resuming_and_failures(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+    RunFolder(str(tmp_path / "runs" / "a")).make()
+    RunFolder(str(tmp_path / "runs" / "a")).claim("a driver")
+    options = "--workers 1-8 --checkpoint-every 10min --max-failures 5 --hang-timeout-s 60 --monitor loss"
+    assert run("fit", DIGITS, *options.split(), "--resume", tmp_path / "runs" / "a").exit_code == 0
+    again = run("fit", DIGITS, "--checkpoint-every", "500", "--resume", tmp_path / "runs/a/", "--weights-only")
+    assert again.exit_code == 0
+    first, second = calls
+    assert first["scale"] == rk.Scale(workers=(1, 8)) and first["scale"].least == 1
+    named = {"storage": str(tmp_path / "runs"), "name": "a"}
+    assert first["run"] == rk.Run(
+        **named, checkpoint_every=timedelta(minutes=10), max_failures=5, hang_timeout_s=60, monitor="loss"
+    )
+    assert second["run"] == rk.Run(**named, checkpoint_every=500, resume="weights")
+    none = run("fit", DIGITS, "--resume", tmp_path / "none")
+    assert none.exit_code == 2 and "`--resume` takes the folder of a run" in none.output
 
 
 def test_a_run_is_named_after_its_pipeline_and_the_time(calls: list[dict[str, Any]]) -> None:
@@ -69,6 +89,7 @@ def test_failures_have_their_own_status(
 
 def test_wrong_options_are_errors_of_use() -> None:
     assert run("fit", DIGITS, "--workers", "0").exit_code == 2
+    assert "such as 1-8" in run("fit", DIGITS, "--workers", "two").output
     assert "must be key=value" in run("fit", DIGITS, "-s", "epochs").output
     assert run("fit", "no/such.py").exit_code == 2
 

@@ -145,3 +145,9 @@ def test_wrong_calls_say_what_to_do(source: rk.Source) -> None:
         rk.predict(build(), source, columns=["idd"], output="nowhere")
     with pytest.raises(rk.OptionError, match="`model` must be a compiled model"):
         rk.predict(3, source)
+
+
+@pytest.mark.parametrize("call", [rk.evaluate, rk.predict])
+def test_a_pair_of_workers_is_refused(call: Any) -> None:
+    with pytest.raises(rk.OptionError, match=r"A pair of `workers` is for `fit`; got \(1, 2\) here"):
+        call(build(), X, scale=rk.Scale(workers=(1, 2)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from raykeras import OptionError, Run, Scale
         ({"workers": 0}, "`workers` must be a whole number of at least 1; got 0"),
         ({"workers": True}, "`workers`"),
         ({"workers": 1.5}, "`workers`"),
+        ({"workers": (1, 2, 3)}, "a number, or a pair"),
+        ({"workers": (3, 2)}, "`workers` must be a whole number of at least 3; got 2"),
+        ({"workers": (0, 2)}, "`least_workers` must be a whole number of at least 1"),
         ({"gpus_per_worker": -1}, "`gpus_per_worker` must be a whole number of at least 0"),
         ({"replicas_per_worker": 0}, "`replicas_per_worker`"),
         ({"cpus_per_worker": 0}, "`cpus_per_worker` must be above 0"),
@@ -36,6 +40,11 @@ def test_scales_that_cannot_be(options: dict[str, Any], message: str) -> None:
         ({"seed": -1}, "`seed`"),
         ({"seed": 2**32}, "below 2"),
         ({"checkpoint_every": "day"}, "`checkpoint_every`"),
+        ({"checkpoint_every": 0}, "`checkpoint_every`"),
+        ({"checkpoint_every": "0s"}, "`checkpoint_every`"),
+        ({"resume": True}, "`resume` must be"),
+        ({"max_failures": -1}, "`max_failures`"),
+        ({"hang_timeout_s": 0}, "`hang_timeout_s` must be above 0"),
         ({"keep": 0}, "`keep`"),
     ],
 )
@@ -52,3 +61,15 @@ def test_every_gpu_is_a_replica() -> None:
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Scale().workers = 2  # type: ignore[misc]
+
+
+def test_times_between_checkpoints_may_be_text() -> None:
+    every = [Run(checkpoint_every=text).checkpoint_every for text in ("90s", "1.5 min", "2h")]
+    assert every == [timedelta(seconds=90), timedelta(seconds=90), timedelta(hours=2)]
+
+
+def test_a_pair_of_workers_is_the_least_and_the_most() -> None:
+    scale = Scale(workers=(2, 8), gpus_per_worker=4)
+    assert (scale.least, scale.workers, scale.num_replicas) == (2, 8, 32)
+    assert scale.of(3) == Scale(workers=3, gpus_per_worker=4)
+    assert Scale(workers=(2, 2)).least == 2

@@ -29,6 +29,7 @@ from tests.resuming import (
     recorder,
     steering,
 )
+from tests.two_nodes import slow
 
 PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
 
@@ -220,6 +221,16 @@ def test_batches_of_the_users_own(data: Any, steps: int | None, at: tuple[int, i
     )
     assert_same(result, expected)
     assert mine == theirs
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_checkpoints_by_time(workers: int, tmp_path: Path) -> None:
+    seen: list[rk.events.Event] = []
+    options = {"scale": rk.Scale(workers=workers), "dropout": 0, "on_event": seen.append}
+    result = fit(str(tmp_path), "timed", [slow()], run={"checkpoint_every": "0.6s", "keep": 100}, **options)
+    saved = [event.step for event in seen if isinstance(event, rk.events.CheckpointSaved)]
+    assert any(saved)  # some of them in the middle of an epoch
+    assert_same(result, fit(str(tmp_path), "undisturbed", dropout=0), rtol=1e-5)
 
 
 def test_csv_logger_goes_on_in_its_file(tmp_path: Path) -> None:
