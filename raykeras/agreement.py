@@ -29,6 +29,7 @@ class Agreement:
         self._point = 0  # the next one
         self._meeting = _Meeting(0)
         self._wish: Wish | None = None
+        self._has_stopped = False
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="raykeras-agreement", daemon=True).start()
 
@@ -38,6 +39,8 @@ class Agreement:
         Args:
             wish: What this worker wants.
         """
+        if self._has_stopped:  # whatever one worker's callbacks make of it at the end of the epoch
+            return {"stop"}
         done: set[Wish] = set()
         while True:
             with self._lock:
@@ -58,6 +61,7 @@ class Agreement:
                     self._point += 1
                     return done
                 done.add(chosen)
+                self._has_stopped |= chosen == "stop"
                 self._wish = None if stronger(self._wish, chosen) == chosen else self._wish
                 self._meeting = _Meeting(meeting.number + 1)
             threading.Thread(target=self._listen, name="raykeras-agreement", daemon=True).start()
