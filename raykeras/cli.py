@@ -30,7 +30,7 @@ class _Group(click.Group):
         except rk.RaykerasError as error:
             _fail(error, 1)
         except KeyboardInterrupt as interrupt:
-            click.echo(f"raykeras: {interrupt or 'interrupted'}", err=True)
+            click.echo(f"raykeras: {str(interrupt) or 'interrupted'}", err=True)
             sys.exit(130)
 
 

@@ -29,7 +29,7 @@ from raykeras.gathering import Gathering, RunLog
 from raykeras.group import runs_here
 from raykeras.interrupt import Interrupt
 from raykeras.keras_api import current_floatx
-from raykeras.launch import fit_here, fit_on_workers, pack_for_workers
+from raykeras.launch import Packed, fit_here, fit_on_workers, pack_for_workers
 from raykeras.noise import quiet
 from raykeras.options import Run, Scale
 from raykeras.orders import Orders, Outcome
@@ -158,14 +158,43 @@ def fit(
     log = RunLog(folder)
     handlers: list[Callable[[Event], None]] = [log, display]
     handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
+    try:
+        outcome, live_model = _trained(orders, model, worker_callbacks, packed, handlers, found)
+    finally:
+        display.close()
+        log.close()
+    if outcome.left:
+        raise KeyboardInterrupt(f"The run was interrupted; it can go on from {folder.path}.")
+    build = model if callable(model) and not is_model(model) else None
+    return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
+
+
+def _trained(
+    orders: Orders,
+    model: Any,
+    callbacks: list[Any],
+    packed: Packed | None,
+    handlers: Sequence[Callable[[Event], None]],
+    found: Sequence[Event],
+) -> tuple[Outcome, Any]:
+    """Trains by orders; the chief's outcome, and the model if it is in this process.
+
+    Args:
+        orders: Of the first attempt.
+        model: As the user gave it.
+        callbacks: Those that run on workers.
+        packed: Model and callbacks for workers in processes of their own; None where this process is the worker.
+        handlers: Take each event.
+        found: Events of before.
+    """
     gathered, interrupt = Gathering(handlers), Interrupt()
     for event in found:
         gathered.send(event)
 
     def attempt(orders: Orders) -> tuple[Outcome, Any]:
         if packed is None:
-            return fit_here(orders, model, worker_callbacks, gathered, interrupt)
-        return fit_on_workers(orders, model, worker_callbacks, packed, gathered, interrupt)
+            return fit_here(orders, model, callbacks, gathered, interrupt)
+        return fit_on_workers(orders, model, callbacks, packed, gathered, interrupt)
 
     status, logs = "failed", {}
     try:
@@ -178,13 +207,8 @@ def fit(
         raise
     finally:
         gathered.close(events.RunEnded(status=status, logs=logs))
-        display.close()
-        log.close()
     gathered.raise_failure()
-    if outcome.left:
-        raise KeyboardInterrupt(f"The run was interrupted; it can go on from {folder.path}.")
-    build = model if callable(model) and not is_model(model) else None
-    return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
+    return outcome, live_model
 
 
 def _folder(run: Run) -> RunFolder:
