@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from raykeras.batches import part_of
 from raykeras.columns import Tensor
-from raykeras.epochs import Epochs, too_few
+from raykeras.epochs import too_few
 from raykeras.keras_api import KerasAPI
 from raykeras.orders import BatchOrders
 from raykeras.plan import replica_cuts
@@ -45,14 +45,7 @@ class BatchStream:
         self._num_handed, self._num_batches = orders.passed[1], -1  # how many batches there are, once it is known
         self._begun = orders.passed[1]  # batches of the first epoch that are passed over
         self._pipe = received(orders.pipes[rank]) if orders.pipes else None
-        epochs = Epochs(
-            orders.batches,
-            shuffle=orders.shuffle,
-            seed=orders.seed,
-            steps=orders.steps,
-            restart=orders.restart,
-            passed=orders.passed,
-        )
+        epochs = orders.epochs()
         steps = orders.steps or orders.num_steps
         num_epochs = None if num_steps is None or steps is None else -(-num_steps // steps)
         self._epochs, self._iterator = epochs, iter(epochs)

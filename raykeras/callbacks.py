@@ -81,6 +81,8 @@ def event_callback(
     """
 
     class EventCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
+        _supports_tf_logs = True  # or tf_keras would wait for the logs of every step
+
         def __init__(self) -> None:
             super().__init__()
             self._step = first_step  # counted through all passes

@@ -128,15 +128,7 @@ def validation_orders(
 def for_workers(orders: DataOrders | BatchOrders | None, scale: Scale) -> Iterator[Any]:
     """The same orders, to be pickled for workers: arrays lie in the object store, batches come through a pump."""
     if isinstance(orders, BatchOrders):
-        pump = Pump(
-            orders.batches,
-            scale.workers,
-            shuffle=orders.shuffle,
-            seed=orders.seed,
-            steps=orders.steps,
-            restart=orders.restart,
-            passed=orders.passed,
-        )
+        pump = Pump(orders, scale.workers)
         try:
             yield replace(orders, batches=orders.batches.without_data(), pipes=pump.pipes)
         finally:

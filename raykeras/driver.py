@@ -21,7 +21,7 @@ from raykeras.attempts import resumed
 from raykeras.attempts import train as train_run
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect
-from raykeras.data import Rows, in_memory, open_data, open_validation, train_orders, validation_orders
+from raykeras.data import Given, Rows, in_memory, open_data, open_validation, train_orders, validation_orders
 from raykeras.display import make_display
 from raykeras.errors import OptionError
 from raykeras.events import Event
@@ -110,13 +110,7 @@ def fit(
 
     quiet()
     floatx = current_floatx()
-    given, held_out = open_data(x, y, sample_weight, floatx), None
-    if validation_data is not None:
-        held_out = open_validation(validation_data, floatx)
-    elif validation_split:
-        if not isinstance(given, Rows):
-            raise OptionError("`validation_split` is for arrays and sources; give `validation_data`.")
-        given, held_out = given.split(validation_split)
+    given, held_out = _opened(open_data(x, y, sample_weight, floatx), validation_data, validation_split, floatx)
     common: dict[str, Any] = {"scale": scale, "seed": run.seed, "floatx": floatx}
     train = train_orders(
         given,
@@ -167,6 +161,20 @@ def fit(
         raise KeyboardInterrupt(f"The run was interrupted; it can go on from {folder.path}.")
     build = model if callable(model) and not is_model(model) else None
     return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
+
+
+def _opened(given: Given, validation_data: Any, validation_split: float, floatx: str) -> tuple[Given, Given | None]:
+    """The data to train on, and that to validate with."""
+    if validation_data is not None:
+        return given, open_validation(validation_data, floatx)
+    if not validation_split:
+        return given, None
+    if not isinstance(given, Rows):
+        raise OptionError(
+            f"`validation_split` is for arrays and sources, whose rows are known; got {validation_split} with a "
+            f"{given.described}. Give `validation_data`."
+        )
+    return given.split(validation_split)
 
 
 def _trained(

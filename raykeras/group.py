@@ -173,4 +173,7 @@ def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What went wrong, in one line; of a worker's end what Ray says of its cause."""
+    text = str(getattr(error, "health_check_failure", error)).strip()
+    lines = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    return next((line for line in lines if "because" in line), lines[0])

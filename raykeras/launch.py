@@ -99,9 +99,7 @@ def _keeping(orders: Orders, send: Any) -> Iterator[Keeper]:
     keeper = Keeper(orders.folder, orders.token, orders.run, send)
     try:
         yield keeper
-    except KeyboardInterrupt:  # the second one: nothing is waited for
-        raise
-    except BaseException:
+    except Exception:  # after a second Ctrl-C, which is none, nothing is waited for
         keeper.stop()
         raise
     keeper.stop()

@@ -12,6 +12,7 @@ import numpy as np
 from raykeras.batches import Batches
 from raykeras.checkpoint import RunFolder
 from raykeras.columns import Layout
+from raykeras.epochs import Epochs
 from raykeras.options import Run, Scale
 from raykeras.plan import Order, PassPlan
 from raykeras.sources import OpenSource
@@ -113,6 +114,17 @@ class BatchOrders:
     def cut_as(self, position: Mapping[str, Any]) -> BatchOrders:
         """Itself: the batches are the user's."""
         return self
+
+    def epochs(self) -> Epochs:
+        """The batches, epoch after epoch, from where training goes on."""
+        return Epochs(
+            self.batches,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            steps=self.steps,
+            restart=self.restart,
+            passed=self.passed,
+        )
 
     def laid_out(self, layout: Layout) -> BatchOrders:
         """The same batches as other tensors."""

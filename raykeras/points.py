@@ -36,6 +36,8 @@ def point_callback(api: KerasAPI, points: Points, saver: Saver, first_step: int,
     """
 
     class PointCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
+        _supports_tf_logs = True  # or tf_keras would wait for the logs of every step
+
         def __init__(self) -> None:
             super().__init__()
             self._epoch, self._in_epoch = position
@@ -76,6 +78,8 @@ def beat_callback(api: KerasAPI, beat: Callable[[], None]) -> Any:
     """A callback that calls `beat` after every step, of validation too."""
 
     class BeatCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
+        _supports_tf_logs = True
+
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             beat()
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from raykeras.batches import Batches, Flat
-from raykeras.epochs import Epochs
 from raykeras.errors import RaykerasError, root_cause, user_code_error
+from raykeras.orders import BatchOrders
 from raykeras.plan import replica_cuts
 
 CHUNK_NBYTES = 4 << 20
@@ -77,24 +77,15 @@ class Pump:
     """Fills the pipes of all ranks from threads of the driver. It reads ahead, beyond the last epoch that is used.
 
     Args:
-        batches: What the user passed.
+        orders: What the user passed, and from where it is used.
         num_ranks: How many workers.
-        shuffle, seed, steps, restart, passed: As `Epochs` takes them.
     """
 
-    def __init__(
-        self,
-        batches: Batches,
-        num_ranks: int,
-        *,
-        shuffle: bool,
-        seed: int,
-        steps: int | None,
-        restart: bool,
-        passed: tuple[int, int] = (0, 0),
-    ) -> None:
-        self._batches, self._num_ranks, self._seed, self._first_epoch = batches, num_ranks, seed, passed[0]
-        self._epochs = Epochs(batches, shuffle=shuffle, seed=seed, steps=steps, restart=restart, passed=passed)
+    def __init__(self, orders: BatchOrders, num_ranks: int) -> None:
+        batches = orders.batches
+        self._batches, self._num_ranks, self._seed = batches, num_ranks, orders.seed
+        self._first_epoch = orders.passed[0]
+        self._epochs = orders.epochs()
         self._stopped = threading.Event()
         self._sent: list[Any] = []
         self._number = 0

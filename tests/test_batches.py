@@ -20,6 +20,7 @@ import tf_keras
 import raykeras as rk
 from raykeras.batches import as_batches
 from raykeras.cluster import connect
+from raykeras.orders import BatchOrders
 from raykeras.pump import Chunk, Pump, received
 from tests.models import CLASS, IMAGES, IN_PROCESS, PACKAGES, SCALES, SCORE, SERIES, WEIGHT, X, Y, dense, two_inputs
 
@@ -413,7 +414,7 @@ def test_the_pump_gives_each_rank_its_part_in_order(form: str) -> None:
     connect(TWO, in_process=False)
     batches = as_batches(made(form, "keras", (X, Y, WEIGHT), 40), "float32")
     assert batches is not None
-    pump = Pump(batches, 2, shuffle=False, seed=0, steps=None, restart=False)
+    pump = Pump(BatchOrders(batches, batches.layout, batches.num_batches, False, 0, None), 2)
     try:
         taken = [batches_of(received(pipe), 12) for pipe in pump.pipes]
     finally:
@@ -446,7 +447,7 @@ def test_no_batch_waits_in_the_pump_for_others_to_fill_a_chunk() -> None:
 
     batches = as_batches(slow(), "float32")
     assert batches is not None
-    pump = Pump(batches, 1, shuffle=False, seed=0, steps=None, restart=False)
+    pump = Pump(BatchOrders(batches, batches.layout, batches.num_batches, False, 0, None), 1)
     try:
         chunks = received(pump.pipes[0])
         assert len(batches_of(chunks, 2)) == 2

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import raykeras as rk
+from raykeras.checkpoint import RunFolder
 from tests.resuming import (
     BATCH,
     EPOCHS,
@@ -86,6 +87,7 @@ def test_killed_at_any_point_on_two_workers(tmp_path: Path) -> None:
     failed = [event for event in seen if isinstance(event, rk.events.WorkerFailed)]
     assert len(failed) == len(POINTS)
     assert {event.rank for event in failed} <= {0, 1} and all(event.node and event.next for event in failed)
+    assert all("because" in event.cause or "Error" in event.cause for event in failed), [e.cause for e in failed]
     restarted = [event for event in seen if isinstance(event, rk.events.RunRestarted)]
     assert [event.attempt for event in restarted] == list(range(1, len(POINTS) + 1))
 
@@ -317,15 +319,20 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         fit(str(tmp_path), "run")
 
 
-def test_ctrl_c_saves_at_the_step_and_can_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_saves_at_the_step_and_can_be_resumed(workers: int, tmp_path: Path) -> None:
+    options = {"scale": rk.Scale(workers=workers), "epochs": 12}
+
     class Interrupts(rk.DriverCallback):
         def on_epoch_begin(self, epoch: int, logs: dict[str, float]) -> None:
             if epoch == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    undisturbed = fit(str(tmp_path), "undisturbed")
+    undisturbed = fit(str(tmp_path), "undisturbed", **options)
     with pytest.raises(KeyboardInterrupt, match="can go on"):
-        fit(str(tmp_path), "run", [Interrupts()])
+        fit(str(tmp_path), "run", [Interrupts(), slow()], **options)
     ended = events_of(str(tmp_path / "run"))[-1]
     assert (ended["event"], ended["status"]) == ("RunEnded", "interrupted")
-    assert_same(fit(str(tmp_path), "run"), undisturbed)
+    saved = RunFolder(str(tmp_path / "run")).checkpoints()[-1].state
+    assert 1 <= saved["epoch"] < 12
+    assert_same(fit(str(tmp_path), "run", **options), undisturbed)
