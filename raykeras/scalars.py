@@ -6,12 +6,14 @@ that user code hands over as one number, in the order in which a step computes t
 Such a number does not say what it is, but it can be asked: over the same rows twice, a mean stays
 and a sum doubles. On several replicas a mean counts by the replica's share of the rows, a sum by one. A
 loss of Keras' own that a layer calls has been weighed by the share already, which shows where the same
-rows are said to be half of a batch.
+rows are said to be half of a batch. One that is nothing at first, as the divergence of a variational
+model whose last layers start at zero, is asked again with weights and rows that are not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,10 @@ Kind = Literal["mean", "sum", "part"]
 
 _TOLERANCE = 1e-3  # relative; float32 over a few rows
 _NOTHING = 1e-12
+_NOISE = 0.1
+
+Answer = tuple[float, float, float]
+"""A scalar over some rows, over the same rows twice, and over them as half of a batch."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +83,57 @@ def ask(
     Raises:
         ModelError: If a scalar is neither a mean nor a sum.
     """
+    answers = functools.partial(_answers, model, structure=structure, strategy=strategy, set_share=set_share)
+    losses, added = answers(sample)
+    if any(abs(once) <= _NOTHING for once, _, _ in (*losses, *added)):
+        rng = np.random.default_rng(0)
+        with _shaken(model, strategy, rng):
+            shaken = answers([_shake(tensor, rng) for tensor in sample])
+        losses, added = (
+            [b if abs(a[0]) <= _NOTHING and np.isfinite(b).all() else a for a, b in zip(first, second, strict=True)]
+            for first, second in zip((losses, added), shaken, strict=True)
+        )
+    return Scalars(
+        tuple(_kind(*values, "compiled loss", i) for i, values in enumerate(losses)),
+        tuple(_kind(*values, "`add_loss`", i) for i, values in enumerate(added)),
+    )
+
+
+def _answers(
+    model: Any, sample: Sequence[Any], *, structure: Any, strategy: Any, set_share: Any
+) -> tuple[list[Answer], list[Answer]]:
+    """The answers of the compiled losses, and of the added ones."""
     doubled = [tf.concat([t, t], 0) for t in sample]
     once = _compute(model, structure(sample), strategy, 1.0, set_share)
     twice = _compute(model, structure(doubled), strategy, 1.0, set_share)
     half = _compute(model, structure(sample), strategy, 0.5, set_share)
-    return Scalars(
-        tuple(
-            _kind(*values, "compiled loss", i)
-            for i, values in enumerate(zip(once.losses, twice.losses, half.losses, strict=True))
-        ),
-        tuple(
-            _kind(*values, "`add_loss`", i)
-            for i, values in enumerate(zip(once.added, twice.added, half.added, strict=True))
-        ),
+    return (
+        list(zip(once.losses, twice.losses, half.losses, strict=True)),
+        list(zip(once.added, twice.added, half.added, strict=True)),
     )
+
+
+@contextlib.contextmanager
+def _shaken(model: Any, strategy: Any, rng: np.random.Generator) -> Iterator[None]:
+    """A little noise on the weights."""
+    with strategy.scope():
+        kept = [(weight, weight.numpy()) for weight in model.trainable_weights]
+        try:
+            for weight, value in kept:
+                weight.assign(value + rng.normal(0, _NOISE, value.shape).astype(value.dtype))
+            yield
+        finally:
+            for weight, value in kept:
+                weight.assign(value)
+
+
+def _shake(tensor: Any, rng: np.random.Generator) -> Any:
+    """A little noise on what is no class, text or index."""
+    flat = tensor.flat_values if isinstance(tensor, tf.RaggedTensor) else tensor
+    if not flat.dtype.is_floating:
+        return tensor
+    noisy = flat + tf.cast(rng.normal(0, _NOISE, flat.shape), flat.dtype)
+    return tensor.with_flat_values(noisy) if isinstance(tensor, tf.RaggedTensor) else noisy
 
 
 def _compute(

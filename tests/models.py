@@ -20,6 +20,8 @@ SERIES = RNG.normal(size=(ROWS, 6, 4)).astype(np.float32)
 SCORE = RNG.normal(size=(ROWS, 1)).astype(np.float32)
 CLASS = np.eye(5, dtype=np.float32)[RNG.integers(0, 5, ROWS)]
 WEIGHT = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
+for shared in (X, Y, IMAGES, SERIES, SCORE, CLASS, WEIGHT):
+    shared.flags.writeable = False  # by the tests of several modules
 
 PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
 SCALES = {"1x1": rk.Scale(), "1x2": rk.Scale(replicas_per_worker=2)}

@@ -84,9 +84,9 @@ class Endless(keras.utils.PyDataset):
 
 
 def generated(arrays: Arrays, num_batches: int | None = None) -> Iterator[Any]:
-    """Batches in arrays that are used again and again, but for the short ones."""
+    """Batches in arrays that are overwritten when the next one is asked for."""
     for number in itertools.count() if num_batches is None else range(num_batches):
-        batch = slices(arrays, number % STEPS)
+        batch = tf.nest.map_structure(np.copy, slices(arrays, number % STEPS))
         yield batch
         tf.nest.map_structure(lambda array: array.fill(0), batch)
 

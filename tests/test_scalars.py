@@ -32,7 +32,14 @@ def spread(y_true: Any, y_pred: Any) -> Any:
     return tf.reduce_mean(tf.square(y_true - y_pred)) ** 2 + tf.sqrt(tf.reduce_sum(tf.square(y_pred)))
 
 
-def builder(package: str, *, added: str | None = None, clip: dict[str, Any] | None = None, **compiled: Any) -> Any:
+def builder(
+    package: str,
+    *,
+    added: str | None = None,
+    clip: dict[str, Any] | None = None,
+    hidden: dict[str, Any] | None = None,
+    **compiled: Any,
+) -> Any:
     """A small regression whose middle layer may add to the loss."""
 
     def build() -> Any:
@@ -47,8 +54,8 @@ def builder(package: str, *, added: str | None = None, clip: dict[str, Any] | No
                 return inputs
 
         inputs = keras.Input((4,), name="x")
-        hidden = Adding()(keras.layers.Dense(5, activation="relu", kernel_regularizer="l2")(inputs))
-        model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+        middle = keras.layers.Dense(5, **{"activation": "relu", "kernel_regularizer": "l2", **(hidden or {})})
+        model = keras.Model(inputs, keras.layers.Dense(1)(Adding()(middle(inputs))))
         options = {"optimizer": keras.optimizers.SGD(0.05, **(clip or {})), "loss": "mse", "metrics": ["mae"]}
         model.compile(**{**options, **compiled})
         return model
@@ -91,6 +98,13 @@ def test_a_loss_that_returns_a_scalar(package: str, loss: Any, weighted: bool, t
 def test_add_loss(package: str, added: str, tmp_path: Path) -> None:
     validation = (X[:13], Y[:13])
     assert_as_plain(builder(package, added=added), package, tmp_path, X, Y, validation_data=validation)
+
+
+@PACKAGES
+@pytest.mark.parametrize("added", ["mean", "sum"])
+def test_add_loss_of_what_is_zero_at_first(package: str, added: str, tmp_path: Path) -> None:
+    hidden = {"activation": "linear", "kernel_initializer": "zeros", "kernel_regularizer": None}
+    assert_as_plain(builder(package, added=added, hidden=hidden), package, tmp_path, X, Y)
 
 
 @PACKAGES
