@@ -104,8 +104,19 @@ class _Group(dict[str, np.ndarray]):
         self.path, self.metadata, self._buffers = path, metadata, buffers
 
     def __setitem__(self, name: str, value: Any) -> None:
-        array = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
-        super().__setitem__(name, self._buffers.copy(array))
+        super().__setitem__(name, self._buffers.copy(_viewed(value)))
+
+
+def _viewed(value: Any) -> np.ndarray:
+    """A variable's numbers where they are, if that can be; `numpy()` would copy them."""
+    import tensorflow as tf
+
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        return np.asarray(memoryview(tf.convert_to_tensor(getattr(value, "value", value))))
+    except (TypeError, ValueError):  # bfloat16 is no type of a buffer's
+        return np.asarray(value)
 
 
 def _collecting(groups: list[_Group], buffers: Buffers) -> type:
@@ -146,6 +157,8 @@ def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str
             stack.enter_context(replaced(saving, "H5IOStore", _collecting(groups, buffers)))
             if hasattr(saving, "is_memory_sufficient"):  # or Keras 3 would write a file
                 stack.enter_context(replaced(saving, "is_memory_sufficient", lambda model: True))
+            if not api.is_legacy:  # an optimizer hands over copies
+                stack.enter_context(replaced(api.module.Variable, "numpy", _viewed))
             model.save(path)
         with open(path, "rb") as file:
             archive = file.read()
