@@ -42,7 +42,7 @@ class Peak(keras.callbacks.Callback):
             if name in peak:
                 peak[name] = max(peak[name], int(rest.split()[0]) / 1024)
 
-source = rk.parquet(sys.argv[1], x=[f"f{i}" for i in range(64)], y="f0")
+source = rk.parquet(sys.argv[1], x=[f"f{i}" for i in range(64)], y="f0", cache=None)
 rk.fit(build, source, batch_size=4096, epochs=2, verbose=0, callbacks=[Peak()], run=rk.Run(storage=sys.argv[2]))
 print(json.dumps(peak))
 """

@@ -15,6 +15,7 @@ from raykeras.arguments import as_source, as_validation, check_batch_size, check
 from raykeras.batches import Batches, as_batches
 from raykeras.columns import Layout, Role, Tensor
 from raykeras.errors import OptionError
+from raykeras.held import Held, is_held
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders
 from raykeras.plan import default_num_shards, window_rows_for
@@ -91,7 +92,8 @@ def train_orders(
     if not isinstance(shuffle, bool):
         window_rows = check_positive("shuffle", shuffle)
     order, num_shards = "shuffled" if shuffle else "source", default_num_shards(scale.workers)
-    return DataOrders(given.opened, layout, order, batch_size, num_shards, window_rows, seed)  # type: ignore[arg-type]
+    held = _held(given.source, given.opened, layout)
+    return DataOrders(given.opened, layout, order, batch_size, num_shards, window_rows, seed, held)  # type: ignore[arg-type]
 
 
 def validation_orders(
@@ -121,7 +123,12 @@ def validation_orders(
     layout = resolve(given.source, opened, floatx=floatx, sequences=given.sequences)
     check_weights(opened, layout)
     num_shards = default_num_shards(scale.workers)
-    return DataOrders(opened, layout, "sharded", batch_size, num_shards, window_rows_for(layout.row_nbytes), seed)
+    window_rows, held = window_rows_for(layout.row_nbytes), _held(given.source, opened, layout)
+    return DataOrders(opened, layout, "sharded", batch_size, num_shards, window_rows, seed, held)
+
+
+def _held(source: Source, opened: OpenSource, layout: Layout) -> Held | None:
+    return Held(opened, layout) if is_held(source, opened, layout) else None
 
 
 @contextlib.contextmanager
@@ -134,14 +141,23 @@ def for_workers(orders: DataOrders | BatchOrders | None, scale: Scale) -> Iterat
         finally:
             pump.close()
         return
-    if orders is not None and isinstance(orders.opened.reader, ArrayReader):
-        orders.opened.reader.share()
+    if orders is not None:
+        reader = orders.held.reader if orders.held is not None else orders.opened.reader
+        if isinstance(reader, ArrayReader):
+            reader.share()
     yield orders
+
+
+def read_ahead(every: Iterable[DataOrders | BatchOrders | None]) -> None:
+    """Begins to read what will be held, while there is other work to do."""
+    for each in every:
+        if isinstance(each, DataOrders) and each.held is not None:
+            each.held.start()
 
 
 def in_memory(every: Iterable[DataOrders | BatchOrders | None]) -> bool:
     """Whether none of them needs Ray Data."""
-    return all(not isinstance(each, DataOrders) or each.opened.reader.in_memory for each in every)
+    return all(not isinstance(each, DataOrders) or each.in_memory for each in every)
 
 
 def _require_end(given: Batches, steps: int | None, name: str, scale: Scale) -> None:

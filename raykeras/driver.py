@@ -21,7 +21,16 @@ from raykeras.attempts import resumed
 from raykeras.attempts import train as train_run
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect
-from raykeras.data import Given, Rows, in_memory, open_data, open_validation, train_orders, validation_orders
+from raykeras.data import (
+    Given,
+    Rows,
+    in_memory,
+    open_data,
+    open_validation,
+    read_ahead,
+    train_orders,
+    validation_orders,
+)
 from raykeras.display import make_display
 from raykeras.errors import OptionError
 from raykeras.events import Event
@@ -126,6 +135,7 @@ def fit(
         validate = validation_orders(held_out, batch_size=size, steps=validation_steps, **common)
 
     in_process = runs_here(scale)
+    read_ahead([train, validate])
     cpus_per_worker = 0.0
     if not in_process or not in_memory([train, validate]):
         cpus_per_worker = connect(scale, in_process=in_process)

@@ -25,7 +25,7 @@ from raykeras.batches import Batches, as_batches
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect, reading
 from raykeras.columns import Layout
-from raykeras.data import check_picklable, for_workers, in_memory, open_data, validation_orders
+from raykeras.data import check_picklable, for_workers, in_memory, open_data, read_ahead, validation_orders
 from raykeras.errors import OptionError, RaykerasError, root_cause
 from raykeras.group import run_here, run_on_workers, runs_here
 from raykeras.keras_api import current_floatx
@@ -92,6 +92,7 @@ def evaluate(
     common: dict[str, Any] = {"scale": scale, "seed": seed, "floatx": floatx}
     data = validation_orders(given, batch_size=batch_size, steps=steps, steps_name="steps", **common)
     here = runs_here(scale)
+    read_ahead([data])
     cpus_per_worker = 0.0 if here and in_memory([data]) else connect(scale, in_process=here)
     orders = EvaluationOrders(data, scale, seed, cpus_per_worker)
     if here:

@@ -13,6 +13,7 @@ from raykeras.batches import Batches
 from raykeras.checkpoint import RunFolder
 from raykeras.columns import Layout
 from raykeras.epochs import Epochs
+from raykeras.held import Held
 from raykeras.options import Run, Scale
 from raykeras.plan import Order, PassPlan
 from raykeras.sources import OpenSource
@@ -27,6 +28,7 @@ class DataOrders:
         order: See `raykeras.plan`.
         batch_size: Rows of a global batch.
         num_shards, window_rows, seed: See `raykeras.plan.PassPlan`.
+        held: The rows, where they are read once and held.
     """
 
     opened: OpenSource
@@ -36,10 +38,16 @@ class DataOrders:
     num_shards: int
     window_rows: int
     seed: int
+    held: Held | None = None
 
     def laid_out(self, layout: Layout) -> DataOrders:
         """The same rows as other tensors."""
         return dataclasses.replace(self, layout=layout)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether no storage is read in an epoch."""
+        return self.held is not None or self.opened.reader.in_memory
 
     @property
     def num_steps(self) -> int:

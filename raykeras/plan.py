@@ -23,6 +23,7 @@ Resuming at a step is arithmetic: `windows(first_step=…)` starts at the window
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -192,7 +193,7 @@ class PassPlan:
 
     def source_rows(self, window: Window) -> np.ndarray:
         """Row numbers in the source of a window's rows, in order: int64 (num_rows,)."""
-        starts = self._source_starts()
+        starts = self._source_starts
         rows = np.concatenate([starts[unit] + np.arange(a, b) for unit, a, b in window.pieces])
         chosen = window.rows()
         return rows if chosen is None else rows[chosen]
@@ -202,7 +203,9 @@ class PassPlan:
         first = step * self.global_batch_size
         return self.rank_rows(0, 1)[first : first + self.global_batch_size]
 
+    @functools.cached_property
     def _source_starts(self) -> np.ndarray:
+        """First row in the source of each unit."""
         rows = np.empty_like(self._rows)
         rows[self._units] = self._rows
         return np.cumsum(rows) - rows

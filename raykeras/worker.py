@@ -15,6 +15,7 @@ from typing import Any
 from raykeras.batch_stream import BatchStream
 from raykeras.built import make_variables
 from raykeras.checks import check_execution, check_model
+from raykeras.chunks import Feed
 from raykeras.cluster import reading
 from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
@@ -23,7 +24,7 @@ from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
 from raykeras.points import LeftError
 from raykeras.strategy import distribute, make_strategy, scope
-from raykeras.stream import Feed, Stream
+from raykeras.stream import Stream
 from raykeras.training import Links, Training
 
 
@@ -187,17 +188,17 @@ def _open_stream(
     if isinstance(data, BatchOrders):
         num_steps = None if num_steps is None else num_steps - first_step
         return BatchStream(data, rank, scale.workers, scale.replicas, num_steps)
-    in_memory = data.opened.reader.in_memory
+    opened, layout = (data.opened, data.layout) if data.held is None else data.held.source(data.layout)
     feed = Feed(
-        opened=data.opened,
-        layout=data.layout,
+        opened=opened,
+        layout=layout,
         plan=data.plan,
         rank=rank,
         num_ranks=scale.workers,
         num_replicas=scale.replicas,
         num_steps=num_steps,
         first_step=first_step,
-        reading=None if in_memory else reading(scale, cpus_per_worker, num_streams),
+        reading=None if data.in_memory else reading(scale, cpus_per_worker, num_streams),
     )
     return Stream(feed)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from raykeras import inference, launch
+from raykeras import held, inference, launch
 from raykeras.cluster import connect
 from raykeras.noise import import_tensorflow, quiet
 from tests.kept import TWO, KeptWorkers
@@ -29,6 +29,12 @@ def two_logical_cpus() -> None:
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests are about streams, unless they ask for rows to be held."""
+    monkeypatch.setattr(held, "AUTO_NBYTES", 0)
 
 
 @pytest.fixture(scope="module")  # they hold a part of a CPU, which others' data tasks may need

@@ -18,12 +18,13 @@ import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 import raykeras as rk
+from raykeras.chunks import Feed
 from raykeras.cluster import connect
 from raykeras.plan import PassPlan
 from raykeras.sources import dataset as module
 from raykeras.sources.dataset import is_ray_dataset
 from raykeras.specs import resolve
-from raykeras.stream import Feed, Stream
+from raykeras.stream import Stream
 
 ROWS, BATCH = 103, 16
 TWO = rk.Scale(workers=2)

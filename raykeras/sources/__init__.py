@@ -157,6 +157,7 @@ class OpenSource:
 
 
 Transform = Callable[..., Mapping[str, Any]]
+Cache = Literal["auto", "memory"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,8 @@ class Source(ABC):
         pad: For columns of lists of differing lengths: the length, or `(length, value)`.
         ragged: Columns of lists to hand on as `tf.RaggedTensor`.
         fill: For columns with nulls: the value that takes their place.
+        cache: "memory" reads all rows once and holds them, in the driver or, for several workers, in Ray's object
+            store; None reads them anew in each epoch; "auto" holds what is not large. The order of rows is the same.
     """
 
     x: Spec = None
@@ -179,6 +182,7 @@ class Source(ABC):
     pad: Mapping[str, int | tuple[int, Any]] = dataclasses.field(default_factory=dict)
     ragged: Sequence[str] = ()
     fill: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cache: Cache = "auto"
 
     def __post_init__(self) -> None:
         if self.transform is not None and not callable(self.transform):
@@ -189,6 +193,8 @@ class Source(ABC):
                 raise OptionError(
                     f"`pad` maps a column to a length of at least 1 or to (length, value); got {name!r}: {value!r}."
                 )
+        if self.cache not in ("auto", "memory", None):
+            raise OptionError(f'`cache` must be "auto", "memory" or None; got {self.cache!r}.')
         both = set(self.pad) & set(self.ragged)
         if both:
             raise OptionError(f"A column is padded or ragged, not both; got both for {sorted(both)}.")

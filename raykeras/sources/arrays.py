@@ -12,6 +12,7 @@ import numpy as np
 
 from raykeras.errors import ColumnError, OptionError, SourceError
 from raykeras.sources import (
+    Cache,
     Columns,
     Field,
     OpenSource,
@@ -32,8 +33,8 @@ class ArrayReader:
 
     in_memory = True
 
-    def __init__(self, arrays: Columns) -> None:
-        self._arrays: Columns | None = arrays
+    def __init__(self, arrays: Columns | None) -> None:
+        self._arrays = arrays
         self._ref: Any = None
 
     @property
@@ -105,6 +106,7 @@ def npy(
     x: Spec = None,
     sample_weight: Spec = None,
     transform: Transform | None = None,
+    cache: Cache = "auto",
 ) -> NpySource:
     """NumPy files as a source.
 
@@ -113,7 +115,7 @@ def npy(
         y: The `.npy` file of y, or of each output by name; with an archive, its key.
         x: With an archive, the key of x, or of each input by name.
         sample_weight: Like `y`.
-        transform: See `Source`.
+        transform, cache: See `Source`.
 
     Returns:
         A source; a local `.npy` is memory-mapped and never read whole, an archive is held in memory.
@@ -122,7 +124,13 @@ def npy(
         if x is None:
             raise OptionError(f'An archive needs the key of x; got {str(path)!r} without `x`. Try `x="x_train"`.')
         return NpySource(
-            paths={}, archive=_absolute(str(path)), x=x, y=y, sample_weight=sample_weight, transform=transform
+            paths={},
+            archive=_absolute(str(path)),
+            x=x,
+            y=y,
+            sample_weight=sample_weight,
+            transform=transform,
+            cache=cache,
         )
     if x is not None:
         raise OptionError("`x` names a key of a .npz archive; with .npy files, the first argument is x itself.")
@@ -131,7 +139,7 @@ def npy(
         role: _name_files(role, value, paths)
         for role, value in [("x", path), ("y", y), ("sample_weight", sample_weight)]
     }
-    return NpySource(paths=paths, transform=transform, **specs)  # type: ignore[arg-type]
+    return NpySource(paths=paths, transform=transform, cache=cache, **specs)  # type: ignore[arg-type]
 
 
 def from_arrays(x: Any, y: Any = None, sample_weight: Any = None, **options: Any) -> ArraySource:

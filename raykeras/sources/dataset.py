@@ -19,6 +19,7 @@ import pyarrow as pa
 from raykeras.errors import ColumnError, OptionError, RaykerasError, SourceError, UserCodeError, root_cause
 from raykeras.sources import (
     DATASET,
+    Cache,
     Columns,
     Field,
     OpenSource,
@@ -96,6 +97,7 @@ class DatasetSource(Source):
     """A Ray dataset and what its columns mean; made by `raykeras.dataset`."""
 
     rows: Rows = field(repr=False)
+    cache: Cache = None  # it is in memory
 
     def open(self) -> OpenSource:
         reader, units, unit_rows = self.rows.units()

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from raykeras.errors import ColumnError, SourceError
 from raykeras.sources import (
+    Cache,
     Columns,
     Field,
     OpenSource,
@@ -82,6 +83,7 @@ def parquet(
     pad: Mapping[str, int | tuple[int, Any]] | None = None,
     ragged: Sequence[str] = (),
     fill: Mapping[str, Any] | None = None,
+    cache: Cache = "auto",
     storage_options: Mapping[str, Any] | None = None,
 ) -> ParquetSource:
     """Parquet files as a source.
@@ -93,7 +95,7 @@ def parquet(
             either by the model's input names.
         y: Likewise, by output names.
         sample_weight: Likewise, by output names.
-        transform, pad, ragged, fill: See `Source`.
+        transform, pad, ragged, fill, cache: See `Source`.
         storage_options: Passed to fsspec.
 
     Returns:
@@ -109,6 +111,7 @@ def parquet(
         pad=dict(pad or {}),
         ragged=tuple(ragged),
         fill=dict(fill or {}),
+        cache=cache,
         storage_options=storage_options,
     )
 
