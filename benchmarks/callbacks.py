@@ -1,0 +1,109 @@
+"""What raykeras' own callbacks and events cost in a step, and how long an event takes to the driver.
+
+    python -m benchmarks.callbacks
+
+Trains a model of a few weights, whose steps are as short as can be. Cost: the time in all hooks of a step, from before
+the first callback to after the last, Keras' own `History` among them. Latency: from when a worker makes an event to
+when the driver's handler has it, while four workers step as fast as they can.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import Any
+
+import keras
+import numpy as np
+
+import raykeras as rk
+from benchmarks import side_by_side
+
+ROWS, BATCH = 4096, 8
+STEPS = ROWS // BATCH
+
+
+class HookTimes(keras.callbacks.Callback):  # type: ignore[misc]
+    """Keeps the seconds that the hooks of each step took, where the model trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+        self.watch()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.watch()
+
+    def watch(self) -> None:
+        from raykeras import resumption, training
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            callbacks = resumption.resuming_list(*args, **kwargs)
+            begin, end = callbacks.on_train_batch_begin, callbacks.on_train_batch_end
+
+            def on_train_batch_begin(batch: int, logs: Any = None) -> None:
+                begun = time.perf_counter()
+                begin(batch, logs)
+                self._spent = time.perf_counter() - begun
+
+            def on_train_batch_end(batch: int, logs: Any = None) -> None:
+                begun = time.perf_counter()
+                end(batch, logs)
+                self.seconds.append(self._spent + time.perf_counter() - begun)
+
+            callbacks.on_train_batch_begin, callbacks.on_train_batch_end = on_train_batch_begin, on_train_batch_end
+            return callbacks
+
+        training.resuming_list = timed  # type: ignore[assignment]
+
+
+def build() -> Any:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def train(workers: int, epochs: int, callbacks: list[Any], on_event: Any = None) -> None:
+    x = np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as storage:
+        rk.fit(
+            build,
+            x,
+            x[:, :1],
+            batch_size=BATCH,
+            epochs=epochs,
+            callbacks=callbacks,
+            scale=rk.Scale(workers=workers),
+            run=rk.Run(storage=storage, checkpoint_every=None),
+            on_event=on_event,
+            verbose=0,
+        )
+
+
+def main() -> None:
+    parser = side_by_side.parser(__doc__)
+    arguments = parser.parse_args()
+    measured: dict[str, Any] = {"hooks_us": {}}
+    rows = []
+    for workers, epochs in ((1, 10), (2, 5)):
+        each: list[float] = []
+        for _ in range(arguments.rounds):
+            times = HookTimes()
+            train(workers, epochs, [times])
+            each += times.seconds[STEPS:]
+        us = np.array(each) * 1e6
+        measured["hooks_us"][workers] = {"mean": us.mean(), "median": np.median(us), "p99": np.percentile(us, 99)}
+        rows.append((workers, len(us), f"{us.mean():.0f}", f"{np.median(us):.0f}", f"{np.percentile(us, 99):.0f}"))
+    print(side_by_side.table(("workers", "steps", "hooks of a step, µs (mean)", "(median)", "(p99)"), rows))
+
+    late: list[float] = []
+    train(4, 6, [], lambda event: late.append(1e3 * (time.time() - event.time)))
+    ms = np.array(late[1:])
+    measured["latency_ms"] = {"median": np.median(ms), "p99": np.percentile(ms, 99), "events": len(ms)}
+    print(f"\n{len(ms)} events of four workers: {np.median(ms):.0f} ms (median), {np.percentile(ms, 99):.0f} ms (p99)")
+    side_by_side.write(arguments.json, measured)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""An epoch of `rk.fit` from Parquet beside one of plain `model.fit` on arrays in memory.
+
+    python -m benchmarks.fit
+
+The guide's MNIST model (two layers of 64, batches of 64, 50,000 images of 784 bytes, 10,000 to validate with) in this
+process, in alternation: plain, streamed from Parquet, and from Parquet that is held in memory. Prints the seconds of an
+epoch's training (median of all epochs but the first), the part of them spent waiting for data, the time of a step, and
+the pause between epochs: from the end of validation to the end of the next epoch's first step, in steps.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import raykeras as rk
+from benchmarks import side_by_side
+
+TRAIN, VALIDATE, BATCH, EPOCHS = 50_000, 10_000, 64, 5
+EXECUTIONS = (1, 16)
+RNG = np.random.default_rng(0)
+X = RNG.integers(0, 256, (TRAIN + VALIDATE, 784), np.uint8)
+Y = RNG.integers(0, 10, TRAIN + VALIDATE)
+
+
+def build(steps_per_execution: int) -> Any:
+    import keras
+
+    inputs = keras.Input((784,), name="digits", dtype="uint8")
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    x = keras.layers.Dense(64, "relu")(keras.layers.Dense(64, "relu")(x))
+    model = keras.Model(inputs, keras.layers.Dense(10, "softmax", name="predictions")(x))
+    loss, metrics = "sparse_categorical_crossentropy", ["sparse_categorical_accuracy"]
+    model.compile("rmsprop", loss, metrics=metrics, steps_per_execution=steps_per_execution)
+    return model
+
+
+def clock() -> Any:
+    """A callback that keeps when each epoch, step and validation began or ended."""
+    import keras
+
+    class Clock(keras.callbacks.Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.epochs: list[float] = []
+            self.steps: list[float] = []
+            self.pauses: list[float] = []
+            self._validated = self._began = self._stepped = 0.0
+
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self._began = self._stepped = time.perf_counter()
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            now = time.perf_counter()
+            if self._validated:
+                self.pauses.append(now - self._validated)
+                self._validated = 0.0
+            elif self.epochs:
+                self.steps.append(now - self._stepped)
+            self._last = self._stepped = now
+
+        def on_test_end(self, logs: Any = None) -> None:
+            self._validated = time.perf_counter()
+            self.epochs.append(self._last - self._began)
+
+    return Clock()
+
+
+def measured(fit: Callable[[Any, list[Any]], list[Any]], steps_per_execution: int) -> dict[str, float]:
+    """Of one training."""
+    timed = clock()
+    seen = fit(functools.partial(build, steps_per_execution), [timed])
+    waits = [event.data_wait for event in seen if isinstance(event, rk.events.EpochEnded)][1:]
+    step = statistics.median(timed.steps)
+    return {
+        "epoch": statistics.median(timed.epochs[1:]),
+        "wait": statistics.median(waits) if waits else 0.0,
+        "step": step,
+        "pause": statistics.median(timed.pauses) / step,
+    }
+
+
+def plain(build: Any, callbacks: list[Any]) -> list[Any]:
+    validation = (X[TRAIN:], Y[TRAIN:])
+    build().fit(
+        X[:TRAIN],
+        Y[:TRAIN],
+        batch_size=BATCH,
+        epochs=EPOCHS,
+        validation_data=validation,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    return []
+
+
+def from_parquet(folder: Path, cache: Any, checkpoints: Any, build: Any, callbacks: list[Any]) -> list[Any]:
+    seen: list[Any] = []
+    source, held_out = (rk.parquet(str(folder / name), x="x", y="y", cache=cache) for name in ("train", "validate"))
+    with tempfile.TemporaryDirectory() as storage:
+        rk.fit(
+            build,
+            source,
+            batch_size=BATCH,
+            epochs=EPOCHS,
+            validation_data=held_out,
+            callbacks=callbacks,
+            verbose=0,
+            run=rk.Run(storage=storage, checkpoint_every=checkpoints),
+            on_event=seen.append,
+        )
+    return seen
+
+
+def generate(folder: Path) -> None:
+    for name, rows in (("train", slice(0, TRAIN)), ("validate", slice(TRAIN, None))):
+        (folder / name).mkdir()
+        image = pa.FixedSizeListArray.from_arrays(pa.array(X[rows].reshape(-1)), 784)
+        table = pa.table({"x": image, "y": Y[rows]})
+        pq.write_table(table, folder / name / "0.parquet", row_group_size=2_000)
+
+
+def main() -> None:
+    parser = side_by_side.parser(__doc__)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        generate(folder)
+        kinds: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
+            "plain `model.fit`, in memory": plain,
+            "Parquet, streamed": functools.partial(from_parquet, folder, None, None),
+            "Parquet, held in memory": functools.partial(from_parquet, folder, "memory", None),
+            "the same, a checkpoint each epoch": functools.partial(from_parquet, folder, "memory", "epoch"),
+        }
+        results: dict[str, list[dict[str, float]]] = {}
+        for _ in range(arguments.rounds):
+            for steps in EXECUTIONS:
+                for kind, fit in kinds.items():
+                    results.setdefault(f"{kind}|{steps}", []).append(measured(fit, steps))
+    header = ("", "steps_per_execution", "epoch, s", "÷ plain", "waiting for data", "step, ms", "pause, steps")
+    rows = []
+    for name, each in results.items():
+        kind, executed = name.split("|")
+        middle = {key: statistics.median(one[key] for one in each) for key in each[0]}
+        base = statistics.median(one["epoch"] for one in results[f"{next(iter(kinds))}|{executed}"])
+        ratio, wait = middle["epoch"] / base, "" if kind.startswith("plain") else f"{middle['wait']:.1%}"
+        step, pause = f"{1e3 * middle['step']:.2f}", f"{middle['pause']:.1f}"
+        rows.append((kind, executed, f"{middle['epoch']:.2f}", f"{ratio:.2f}", wait, step, pause))
+    print(side_by_side.table(header, rows))
+    side_by_side.write(arguments.json, results)
+
+
+if __name__ == "__main__":
+    main()
