@@ -27,7 +27,7 @@ from raykeras.plan import Window
 from raykeras.reads import Reading, planned_dataset
 from raykeras.sources import OpenSource, Reader, UnitRef
 
-TASK_NBYTES = 16 << 20
+TASK_NBYTES = 24 << 20
 """Windows are gathered into one task up to this many bytes: less overhead, still fine-grained."""
 
 SEGMENT_TASKS = 512

@@ -31,7 +31,7 @@ def reading(scale: Scale, cpus_per_worker: float, num_streams: int) -> Reading:
     taken = cpus_per_worker * scale.workers if scale.workers > 1 else 0
     cpus = max(1.0, (resources.get("CPU", 1) - taken) // scale.workers)
     share = resources.get("object_store_memory", 0) * _STORE_SHARE / scale.workers / num_streams
-    wanted = (2 * cpus + 2) * TASK_NBYTES  # one table being made and one waiting for each CPU
+    wanted = (cpus + 2) * TASK_NBYTES  # one table being made for each CPU, one waiting, one being used
     return Reading(cpus=cpus, store_nbytes=int(min(wanted, share)))
 
 

@@ -16,7 +16,7 @@ from tests.kept import TWO, KeptWorkers
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "120"
+os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "600"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,8 @@ from raykeras.group import run_on_workers, worst
 from raykeras.options import Scale
 
 TWO = Scale(workers=2)
-_TIMEOUT_S = 60
+_START_TIMEOUT_S = 300
+_TIMEOUT_S = 120
 
 
 class KeptWorkers:
@@ -41,6 +42,8 @@ class KeptWorkers:
         )
         self._thread = threading.Thread(target=start, daemon=True)
         self._thread.start()
+        for _ in range(TWO.workers):
+            self._results.get(timeout=_START_TIMEOUT_S)
 
     def run_on_workers(
         self,
@@ -101,6 +104,7 @@ def _serve(config: dict[str, Any]) -> None:
     # a process can join a cluster of TensorFlow's only once
     worker.make_strategy = functools.cache(worker.make_strategy)
     rank = ray.train.get_context().get_world_rank()
+    config["results"].put((rank, None, None))
     while (job := config["jobs"][rank].get()) is not None:
         for package in (keras, tf_keras):
             package.backend.clear_session()
