@@ -199,7 +199,9 @@ def inspect(data: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    start = time.perf_counter()
     opened = _source_of(data).open()
+    seconds = time.perf_counter() - start
     table = Table("column", "kind", "dtype", "shape", "bytes a row", box=None)
     for field in opened.fields.values():
         dtype = field.dtype.removeprefix("arrow:")
@@ -211,6 +213,8 @@ def inspect(data: str) -> None:
     units = opened.unit_rows
     largest = f", {units.min():,} to {units.max():,} rows each" if len(units) else ""
     console.print(f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units{largest}")
+    kept = f", {opened.kept_footers:,} files known from the last time" if opened.kept_footers else ""
+    console.print(f"metadata read in {seconds:.1f} s{kept}")
 
 
 if __name__ == "__main__":

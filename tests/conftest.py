@@ -31,6 +31,12 @@ def two_logical_cpus() -> None:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def footers_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a run keeps of Parquet footers is not what another finds."""
+    os.environ["RAYKERAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests are about streams, unless they ask for rows to be held."""

@@ -5,6 +5,7 @@ range of an array) by file, number and length, the columns' types, and a fingerp
 and whose `reader` reads any part of a unit in any process. Opening reads metadata only; a Ray dataset
 is run.
 
+    footers    what Parquet files tell of themselves, kept from one opening to the next
     parquet    files, folders, globs, hive partitions, on any fsspec filesystem
     npy        `.npy`, memory-mapped
     arrays     NumPy arrays in memory, `.npz` archives among them
@@ -103,6 +104,7 @@ class OpenSource:
             its first row there, and its number of rows: int64 (units,).
         fingerprint: Changes when the data does.
         partitions: For each file the names and values of its hive partition.
+        kept_footers: How many files' footers did not have to be read, having been kept.
     """
 
     reader: Reader
@@ -114,6 +116,7 @@ class OpenSource:
     unit_rows: np.ndarray
     fingerprint: str
     partitions: tuple[tuple[tuple[str, Any], ...], ...] = ()
+    kept_footers: int = 0
 
     @property
     def num_rows(self) -> int:

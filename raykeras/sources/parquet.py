@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +25,9 @@ from raykeras.sources import (
     fingerprint,
     nearest,
 )
+from raykeras.sources.footers import Footer, first_line, is_local, read_footers
 
 _ENDINGS = (".parquet", ".parq", ".pq")
-_METADATA_THREADS = 16
-_MAX_CHECKED = 400_000  # column chunks whose statistics are looked at before anything starts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,36 +38,32 @@ class ParquetSource(Source):
     storage_options: Mapping[str, Any] | None = None
 
     def open(self) -> OpenSource:
-        fs, files, roots = _find(self.paths, dict(self.storage_options or {}))
-        with ThreadPoolExecutor(min(_METADATA_THREADS, len(files))) as pool:
-            metadata = list(pool.map(lambda path: _read_metadata(fs, path), files))
-        partitions = tuple(_partition(path, root) for path, root in zip(files, roots, strict=True))
-        partitions = _typed(partitions)
-        schema = metadata[0].schema.to_arrow_schema()
+        fs, found, roots = _find(self.paths, dict(self.storage_options or {}))
+        files = [path for path, _ in found]
+        needed = self.columns()
+        footers, kept = read_footers(fs, found, needed)
+        partitions = _typed(tuple(_partition(path, root) for path, root in zip(files, roots, strict=True)))
+        schema = footers[0].schema
         fields = {f.name: stored_field(f) for f in schema}
         for name, value in partitions[0]:
             kind = Field(name, "dense", "int64") if isinstance(value, int) else Field(name, "string", "string")
             fields[name] = kind
-        needed = self.columns()
-        stored = [name for name in (needed if needed is not None else fields) if name in schema.names]
-        _check_schemas(files, metadata, needed)
-        groups = [m.num_row_groups for m in metadata]
-        rows = np.array([m.row_group(g).num_rows for m in metadata for g in range(m.num_row_groups)], np.int64)
+        _check_schemas(files, footers, needed)
+        rows = np.concatenate([footer.rows for footer in footers])
         if not rows.sum():
             raise SourceError(f"A source must have at least one row; {_listed(files)} have none.")
-        unit_file = np.repeat(np.arange(len(files)), groups)
-        unit_group = np.concatenate([np.arange(n) for n in groups])
-        fields = _check_chunks(self, files, metadata, fields, stored)
+        stored = [name for name in (needed if needed is not None else fields) if name in schema.names]
         return OpenSource(
             reader=ParquetReader(fs),
-            fields=fields,
+            fields=_check_statistics(self, files, footers, fields, stored),
             files=tuple(files),
-            unit_file=unit_file,
-            unit_group=unit_group,
+            unit_file=np.repeat(np.arange(len(files)), [len(footer.rows) for footer in footers]),
+            unit_group=np.concatenate([np.arange(len(footer.rows)) for footer in footers]),
             unit_start=np.zeros(len(rows), np.int64),
             unit_rows=rows,
             fingerprint=fingerprint([[os.path.basename(f) for f in files], rows.tolist(), str(schema)]),
             partitions=partitions,
+            kept_footers=kept,
         )
 
 
@@ -136,9 +130,14 @@ class ParquetReader:
             table = self._file(unit.path).read_row_group(unit.group, columns=stored, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(
-                f"Every row group must be readable; {unit} is not: {_first_line(error)} "
+                f"Every row group must be readable; {unit} is not: {first_line(error)} "
                 "The file may be truncated or corrupt: write it again or leave it out."
             ) from None
+        if table.num_rows < unit.start + stop:
+            raise SourceError(
+                f"A file must stay as it is while it is used; {unit} had at least {unit.start + stop:,} rows and has "
+                f"{table.num_rows:,} now. Start again."
+            )
         table = table.slice(unit.start + start, stop - start)
         result: Columns = {name: table.column(name) for name in stored}
         for name in columns:
@@ -155,46 +154,48 @@ class ParquetReader:
 
 
 def _open_file(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
-    if _is_local(fs):
+    if is_local(fs):
         return pq.ParquetFile(path, memory_map=True)
     return pq.ParquetFile(fs.open(path, "rb"), pre_buffer=True)
 
 
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+_File = tuple[str, Mapping[str, Any]]
+"""A path, and what the filesystem says of it."""
 
 
-def _find(paths: Sequence[str], options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, list[str], list[str]]:
+def _find(paths: Sequence[str], options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, list[_File], list[str]]:
     """The filesystem, every Parquet file, and for each the folder that was named for it."""
-    files: list[str] = []
+    files: list[_File] = []
     roots: list[str] = []
     fs: Any = None
     for path in paths:
         fs, local = fsspec.core.url_to_fs(path, **options)
         if any(c in local for c in "*?["):
-            found, root = sorted(fs.glob(local)), local[: min(local.index(c) for c in "*?[" if c in local)]
-            folders = [p for p in found if fs.isdir(p)]
-            found = sorted({f for p in folders for f in _inside(fs, p)} | {p for p in found if p not in folders})
+            matches, root = fs.glob(local, detail=True), local[: min(local.index(c) for c in "*?[" if c in local)]
+            found = {p: info for p, info in matches.items() if info["type"] != "directory"}
+            for folder in matches.keys() - found.keys():
+                found.update(_inside(fs, folder))
         elif fs.isdir(local):
             found, root = _inside(fs, local), local
         elif fs.exists(local):
-            found, root = [local], os.path.dirname(local)
+            found, root = {local: fs.info(local)}, os.path.dirname(local)
         else:
             raise SourceError(f"A source's path must exist; there is no {path!r}.{_nearest_path(fs, local)}")
         if not found:
             what = "matches no file" if "*" in path else f"holds no {'/'.join(_ENDINGS)} file"
             raise SourceError(f"A source must have at least one Parquet file; {path!r} {what}.")
-        files += found
+        files += sorted(found.items())
         roots += [root] * len(found)
     return fs, files, roots
 
 
-def _inside(fs: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+def _inside(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Mapping[str, Any]]:
     def hidden(path: str) -> bool:
         relative = path[len(folder) :].strip("/").split("/")
         return any(part.startswith(("_", ".")) for part in relative)
 
-    return sorted(f for f in fs.find(folder) if f.endswith(_ENDINGS) and not hidden(f))
+    found = fs.find(folder, detail=True).items()
+    return {path: info for path, info in found if path.endswith(_ENDINGS) and not hidden(path)}
 
 
 def _nearest_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -203,19 +204,6 @@ def _nearest_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
     except (OSError, ValueError):
         return ""
     return nearest(os.path.basename(path.rstrip("/")), beside)
-
-
-def _read_metadata(fs: fsspec.AbstractFileSystem, path: str) -> pq.FileMetaData:
-    try:
-        if _is_local(fs):
-            return pq.read_metadata(path)
-        with fs.open(path, "rb") as file:
-            return pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            f"Every file of a source must be whole Parquet; {path!r} is not: {_first_line(error)} "
-            "Write it again, or leave it out."
-        ) from None
 
 
 def _partition(path: str, root: str) -> tuple[tuple[str, str], ...]:
@@ -280,13 +268,13 @@ def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-def _check_schemas(files: Sequence[str], metadata: Sequence[pq.FileMetaData], needed: Sequence[str] | None) -> None:
+def _check_schemas(files: Sequence[str], footers: Sequence[Footer], needed: Sequence[str] | None) -> None:
     """All files have the needed columns with the same types."""
-    first = metadata[0].schema.to_arrow_schema()
-    for path, other in zip(files[1:], metadata[1:], strict=True):
-        if other.schema.equals(metadata[0].schema):
+    first = footers[0].schema
+    for path, footer in zip(files[1:], footers[1:], strict=True):
+        schema = footer.schema
+        if schema is first or schema.equals(first):
             continue
-        schema = other.schema.to_arrow_schema()
         for name in needed if needed is not None else first.names:
             a, b = (s.field(name).type if name in s.names else None for s in (first, schema))
             if a != b:
@@ -296,10 +284,10 @@ def _check_schemas(files: Sequence[str], metadata: Sequence[pq.FileMetaData], ne
                 )
 
 
-def _check_chunks(
+def _check_statistics(
     source: Source,
     files: Sequence[str],
-    metadata: Sequence[pq.FileMetaData],
+    footers: Sequence[Footer],
     fields: dict[str, Field],
     names: Sequence[str],
 ) -> dict[str, Field]:
@@ -307,48 +295,30 @@ def _check_chunks(
 
     Returns the fields, those of lists that all have one length turned into fixed shapes.
     """
-    wanted = {n for n in names if n not in source.fill and fields[n].kind != "list"}  # a leaf of an empty list is null
-    lists = {n for n in names if fields[n].kind == "list" and n not in source.pad and n not in source.ragged}
+    wanted = [n for n in names if n not in source.fill and fields[n].kind != "list"]
+    lists = [n for n in names if fields[n].kind == "list" and n not in source.pad and n not in source.ragged]
     lengths: dict[str, tuple[int, str]] = {}
-    for path, group, chunk, num_rows in _chunks(metadata, files, wanted | lists):
-        name = chunk.path_in_schema.split(".")[0]
-        where = f"file {path}, row group {group}"
-        statistics = chunk.statistics if chunk.is_stats_set else None
-        if name in wanted and statistics is not None and statistics.has_null_count and statistics.null_count:
-            raise ColumnError(
-                f"x, y and sample_weight must hold no nulls; column {name!r} has {statistics.null_count:,} in {where}. "
-                f"Give `fill={{{name!r}: value}}`, or drop those rows."
-            )
-        if name in lists and num_rows:
-            length, rest = divmod(chunk.num_values, num_rows)
-            seen, seen_where = lengths.setdefault(name, (length, where))
-            if rest or length != seen:
+    for path, footer in zip(files, footers, strict=True):
+        for name in wanted:
+            if name in footer.nulls:
+                group, nulls = footer.nulls[name]
                 raise ColumnError(
-                    f"The rows of a tensor must have one shape; the lists of column {name!r} have "
-                    f"{chunk.num_values / num_rows:g} values on average in {where} and {seen:g} in {seen_where}. "
-                    f"Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
+                    f"x, y and sample_weight must hold no nulls; column {name!r} has {nulls:,} in file {path}, "
+                    f"row group {group}. Give `fill={{{name!r}: value}}`, or drop those rows."
                 )
+        for name in lists:
+            for group, values, rows in footer.lengths.get(name, ()):
+                where = f"file {path}, row group {group}"
+                length, rest = divmod(values, rows)
+                seen, seen_where = lengths.setdefault(name, (length, where))
+                if rest or length != seen:
+                    raise ColumnError(
+                        f"The rows of a tensor must have one shape; the lists of column {name!r} have "
+                        f"{values / rows:g} values on average in {where} and {seen:g} in {seen_where}. "
+                        f"Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
+                    )
     return {n: Field(n, "list", f.dtype, (lengths[n][0],)) if n in lengths else f for n, f in fields.items()}
-
-
-def _chunks(
-    metadata: Sequence[pq.FileMetaData], files: Sequence[str], names: set[str]
-) -> Iterator[tuple[str, int, Any, int]]:
-    seen = 0
-    for path, file in zip(files, metadata, strict=True):
-        leaves = [j for j in range(file.num_columns) if file.schema.column(j).path.split(".")[0] in names]
-        for group in range(file.num_row_groups):
-            seen += len(leaves)
-            if seen > _MAX_CHECKED:
-                return
-            row_group = file.row_group(group)
-            for j in leaves:
-                yield path, group, row_group.column(j), row_group.num_rows
 
 
 def _listed(files: Sequence[str]) -> str:
     return files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more files"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].rstrip(".") + "."

@@ -1,0 +1,236 @@
+"""Parquet footers: what a source must know of each file, read in parallel and kept on this machine.
+
+Enters: files of one filesystem, and the columns that are to be used. Leaves: a `Footer` for each, a few numbers
+instead of all of its statistics. Those of sources of many files are kept in an SQLite file, in `$RAYKERAS_CACHE` or
+else `~/.cache/raykeras`, so that of 10,000 files only those that changed are read again. A footer is found by its
+file's address, and holds while the filesystem says the same of the file's last change, version and size. The SQLite
+file can be deleted at any time; where it is damaged or cannot be written, all footers are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raykeras.errors import SourceError
+
+_LEAST_KEPT = 64  # files of a source, from which on their footers are kept
+_THREADS, _REMOTE_THREADS = 8, 64
+_MAX_CHECKED = 400_000  # column chunks of a source whose statistics are looked at, at 2 µs each
+_KEPT_S = 90 * 24 * 3600
+_BUSY_S = 2.0
+# What filesystems call the change and the version of a file; without one of them it is never kept.
+_CHANGES = ("mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "generation", "md5Hash")
+_TABLES = """
+    CREATE TABLE IF NOT EXISTS schemas (digest TEXT PRIMARY KEY, schema BLOB);
+    CREATE TABLE IF NOT EXISTS footers (url TEXT PRIMARY KEY, stamp TEXT, schema TEXT, known BLOB, written REAL);
+"""
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What is known of a file.
+
+    Attributes:
+        schema: Its Arrow schema.
+        rows: Of each row group: int64 (groups,).
+        checked: The columns whose statistics were looked at, in as many row groups as there was time for.
+        nulls: Column to the first row group that has nulls, and how many.
+        lengths: Column of lists to (row group, values, rows) of the first row group with rows, and of the first
+            after it which tells that the lengths differ.
+    """
+
+    schema: pa.Schema
+    rows: np.ndarray
+    checked: frozenset[str]
+    nulls: dict[str, tuple[int, int]]
+    lengths: dict[str, list[tuple[int, int, int]]]
+
+    def serves(self, columns: Iterable[str] | None) -> bool:
+        """Whether the statistics of these columns, or of all, were looked at."""
+        return self.checked.issuperset(self.schema.names if columns is None else columns)
+
+
+def read_footers(
+    fs: fsspec.AbstractFileSystem, files: Sequence[tuple[str, Mapping[str, Any]]], columns: Iterable[str] | None
+) -> tuple[list[Footer], int]:
+    """The footers of files, in their order.
+
+    Args:
+        fs: The filesystem.
+        files: Paths, and what the filesystem says of each.
+        columns: Those whose statistics are wanted; None for all.
+
+    Returns:
+        The footers, and the number of them that had been kept.
+
+    Raises:
+        SourceError: A file is not whole.
+    """
+    wanted = None if columns is None else frozenset(columns)
+    keys = [(fs.unstrip_protocol(path), _stamp(info)) for path, info in files] if len(files) >= _LEAST_KEPT else []
+    kept = _load(keys)
+    missing = [i for i in range(len(files)) if i not in kept or not kept[i].serves(wanted)]
+    schemas: dict[bytes, pa.Schema] = {}
+    most = _MAX_CHECKED // max(len(missing), 1)
+
+    def read(i: int) -> Footer:
+        checked = wanted | kept[i].checked if wanted is not None and i in kept else wanted
+        return _read(fs, files[i][0], checked, most, schemas)
+
+    with ThreadPoolExecutor(_THREADS if is_local(fs) else _REMOTE_THREADS) as pool:
+        made = dict(zip(missing, pool.map(read, missing), strict=True))
+    if keys and made:
+        _save([(*keys[i], footer) for i, footer in made.items()])
+    known = kept | made
+    return [known[i] for i in range(len(files))], len(files) - len(missing)
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".") + "."
+
+
+def _read(
+    fs: fsspec.AbstractFileSystem,
+    path: str,
+    columns: frozenset[str] | None,
+    most: int,
+    schemas: dict[bytes, pa.Schema],
+) -> Footer:
+    """One file's footer. Looks at the statistics of at most so many chunks; equal schemas become one."""
+    try:
+        with contextlib.ExitStack() as opened:
+            file = path if is_local(fs) else opened.enter_context(fs.open(path, "rb"))
+            parquet = opened.enter_context(pq.ParquetFile(file))
+            # Not `metadata.schema`: it refers to the metadata in turn, which then stay until they are collected.
+            return _summary(parquet.metadata, parquet.schema_arrow, columns, most, schemas)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"Every file of a source must be whole Parquet; {path!r} is not: {first_line(error)} "
+            "Write it again, or leave it out."
+        ) from None
+
+
+def _summary(
+    metadata: pq.FileMetaData,
+    schema: pa.Schema,
+    columns: frozenset[str] | None,
+    most: int,
+    schemas: dict[bytes, pa.Schema],
+) -> Footer:
+    schema = schemas.setdefault(schema.serialize().to_pybytes(), schema)
+    checked = frozenset(schema.names) if columns is None else columns
+    lists = {f.name for f in schema if pa.types.is_list(f.type) or pa.types.is_large_list(f.type)}
+    first = [metadata.row_group(0).column(j) for j in range(metadata.num_columns)] if metadata.num_row_groups else []
+    leaves = [(j, name) for j, c in enumerate(first) if (name := c.path_in_schema.split(".")[0]) in checked]
+    rows = np.array([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)], np.int64)
+    nulls: dict[str, tuple[int, int]] = {}
+    lengths: dict[str, list[tuple[int, int, int]]] = {}
+    for group in range(min(len(rows), most // max(len(leaves), 1))):
+        row_group, num_rows = metadata.row_group(group), int(rows[group])
+        for j, name in leaves:
+            chunk = row_group.column(j)
+            if name in lists:  # a leaf of an empty list is null
+                seen = lengths.setdefault(name, [])
+                if num_rows and (not seen or _tells(seen[0], chunk.num_values, num_rows)):
+                    seen.append((group, chunk.num_values, num_rows))
+            elif name not in nulls and (count := _null_count(chunk)):
+                nulls[name] = (group, count)
+    return Footer(schema, rows, checked, nulls, {name: seen[:2] for name, seen in lengths.items()})
+
+
+def _null_count(chunk: pq.ColumnChunkMetaData) -> int:
+    """0 where the file does not tell."""
+    statistics = chunk.statistics if chunk.is_stats_set else None
+    return statistics.null_count if statistics is not None and statistics.has_null_count else 0
+
+
+def _tells(first: tuple[int, int, int], num_values: int, num_rows: int) -> bool:
+    """Whether the lists of two row groups cannot all have one length."""
+    return num_values * first[2] != first[1] * num_rows or num_values % num_rows != 0
+
+
+def _stamp(info: Mapping[str, Any]) -> str | None:
+    """What changes when the file does; None where the filesystem does not tell."""
+    changes = [str(info[key]) for key in _CHANGES if info.get(key) is not None]
+    return json.dumps([info.get("size"), info.get("ino"), *changes]) if changes else None
+
+
+def _path() -> Path:
+    given = os.environ.get("RAYKERAS_CACHE")
+    return Path(given if given else Path.home() / ".cache" / "raykeras") / "footers-1.sqlite"
+
+
+def _load(keys: Sequence[tuple[str, str | None]]) -> dict[int, Footer]:
+    """Those that are kept, by the places of their keys."""
+    found: dict[int, Footer] = {}
+    if not keys or not _path().exists():
+        return found
+    try:
+        with contextlib.closing(sqlite3.connect(f"{_path().as_uri()}?mode=ro", timeout=_BUSY_S, uri=True)) as database:
+            stored = database.execute("SELECT digest, schema FROM schemas")
+            schemas = {digest: pa.ipc.read_schema(pa.py_buffer(s)) for digest, s in stored if _digest(s) == digest}
+            for i, key in enumerate(keys):
+                row = database.execute("SELECT schema, known FROM footers WHERE url = ? AND stamp = ?", key).fetchone()
+                if row and row[0] in schemas:
+                    found[i] = _unpacked(schemas[row[0]], row[1])
+    except (sqlite3.Error, zlib.error):
+        return {}  # damaged, or held by another for too long
+    return found
+
+
+def _save(footers: Sequence[tuple[str, str | None, Footer]]) -> None:
+    path, now = _path(), time.time()
+    stored = {id(footer.schema): footer.schema.serialize().to_pybytes() for _, _, footer in footers}
+    digests = {key: _digest(schema) for key, schema in stored.items()}
+    schemas = [(digests[key], schema) for key, schema in stored.items()]
+    rows = [(url, stamp, digests[id(f.schema)], _packed(f), now) for url, stamp, f in footers if stamp]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_S)) as database, database:
+            database.executescript(_TABLES)
+            database.executemany("INSERT OR REPLACE INTO schemas VALUES (?, ?)", schemas)
+            database.executemany("INSERT OR REPLACE INTO footers VALUES (?, ?, ?, ?, ?)", rows)
+            database.execute("DELETE FROM footers WHERE written < ?", (now - _KEPT_S,))
+            database.execute("DELETE FROM schemas WHERE digest NOT IN (SELECT schema FROM footers)")
+    except (sqlite3.OperationalError, OSError):
+        pass  # busy, full, or nowhere to write
+    except sqlite3.DatabaseError:
+        path.unlink(missing_ok=True)  # damaged; the next one is whole
+
+
+def _packed(footer: Footer) -> bytes:
+    """All but the schema; compressed, which brings a checksum."""
+    known = {"checked": sorted(footer.checked), "nulls": footer.nulls, "lengths": footer.lengths}
+    return zlib.compress(json.dumps(known).encode() + b"\n" + footer.rows.astype("<i8").tobytes(), 1)
+
+
+def _unpacked(schema: pa.Schema, packed: bytes) -> Footer:
+    known, _, rows = zlib.decompress(packed).partition(b"\n")
+    fields = json.loads(known)
+    nulls = {name: (group, count) for name, (group, count) in fields["nulls"].items()}
+    lengths = {name: [(g, v, r) for g, v, r in seen] for name, seen in fields["lengths"].items()}
+    return Footer(schema, np.frombuffer(rows, "<i8").astype(np.int64), frozenset(fields["checked"]), nulls, lengths)
+
+
+def _digest(schema: bytes) -> str:
+    return hashlib.sha256(schema).hexdigest()
