@@ -1,23 +1,95 @@
-"""Planning at the scale of the internet, by simulation.
+"""Planning at the scale of the internet, by simulation, and the metadata of 10,000 files.
 
-    python -m benchmarks.planning [--units 10000000 --ranks 4096 --rows 1000000000000]
+    python -m benchmarks.planning [--units 10000000 --ranks 4096 --rows 1000000000000 --files 10000]
 
 Makes the plan of a pass over so many row groups and rows, as the driver and each rank do, in a process of its own, and
 has ranks go to steps at random: how long the plan takes and how much memory, and how long until a rank has its first
 window. Nothing is read.
+
+Then opens a source of so many Parquet files, each of 10 row groups and 30 columns on a local disk: for the first time,
+and again with the footers kept; beside `pyarrow.dataset`, which reads all footers each time. Each in a process of its
+own, whose memory is its peak less what it had before.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import resource
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from benchmarks import side_by_side
 from raykeras.plan import PassPlan, default_num_shards
 
 BATCH_SIZE, SEEKS = 1 << 20, 200
+COLUMNS, GROUPS, GROUP_ROWS = 30, 10, 10
+
+MEASURE = """
+import json, pathlib, sys, time
+import pyarrow.dataset, raykeras as rk, raykeras.sources.parquet
+peak = lambda: int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+before, begun = peak(), time.perf_counter()
+{open}
+print(json.dumps([time.perf_counter() - begun, peak() - before, groups]))
+"""
+RAYKERAS = "groups = len(rk.parquet(sys.argv[1], x=['f0'], y='f1').open().unit_rows)"
+PYARROW = """
+fragments = list(pyarrow.dataset.dataset(sys.argv[1]).get_fragments())
+groups = sum(fragment.metadata.num_row_groups for fragment in fragments)
+"""
+
+
+def planned(units: int, ranks: int, rows: int, rounds: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    mean = rows // units
+    unit_rows = rng.integers(mean // 2, mean + mean // 2, units)
+    seconds, seeks = [], []
+    for epoch in range(rounds):
+        begun = time.perf_counter()
+        plan = PassPlan(unit_rows, global_batch_size=BATCH_SIZE, num_shards=default_num_shards(ranks), epoch=epoch)
+        seconds.append(time.perf_counter() - begun)
+        for _ in range(SEEKS):
+            rank, step = int(rng.integers(ranks)), int(rng.integers(plan.num_steps))
+            begun = time.perf_counter()
+            window = next(plan.windows(rank, ranks, step))
+            seeks.append(1e3 * (time.perf_counter() - begun))
+            assert window.start <= plan.batch_range(step, rank, ranks)[0] < window.start + window.num_rows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"rows": plan.num_rows, "seconds": seconds, "peak_mib": peak, "seek_ms": seeks}
+
+
+def opened(folder: Path, cache: Path, program: str, keeps: bool) -> tuple[float, float]:
+    """Seconds, and MiB."""
+    if not keeps:
+        (cache / "footers-1.sqlite").unlink(missing_ok=True)
+    command = [sys.executable, "-c", MEASURE.format(open=program), str(folder)]
+    environment = {**os.environ, "RAYKERAS_CACHE": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    seconds, mib, groups = json.loads(done.stdout)
+    assert groups == GROUPS * len(list(folder.iterdir()))
+    return seconds, mib
+
+
+def generate(folder: Path, num_files: int) -> None:
+    rng = np.random.default_rng(0)
+    table = pa.table({f"f{i}": rng.random(GROUPS * GROUP_ROWS, np.float32) for i in range(COLUMNS)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=GROUP_ROWS)
+    content = sink.getvalue().to_pybytes()
+    folder.mkdir()
+    for i in range(num_files):
+        (folder / f"{i:06}.parquet").write_bytes(content)
 
 
 def main() -> None:
@@ -25,36 +97,38 @@ def main() -> None:
     parser.add_argument("--units", type=int, default=10_000_000)
     parser.add_argument("--ranks", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=10**12)
+    parser.add_argument("--files", type=int, default=10_000)
     arguments = parser.parse_args()
-    rng = np.random.default_rng(0)
-    mean = arguments.rows // arguments.units
-    unit_rows = rng.integers(mean // 2, mean + mean // 2, arguments.units)
-    num_shards = default_num_shards(arguments.ranks)
 
-    seconds, seeks = [], []
-    for epoch in range(arguments.rounds):
-        begun = time.perf_counter()
-        plan = PassPlan(unit_rows, global_batch_size=BATCH_SIZE, num_shards=num_shards, epoch=epoch)
-        seconds.append(time.perf_counter() - begun)
-        for _ in range(SEEKS):
-            rank, step = int(rng.integers(arguments.ranks)), int(rng.integers(plan.num_steps))
-            begun = time.perf_counter()
-            window = next(plan.windows(rank, arguments.ranks, step))
-            seeks.append(1e3 * (time.perf_counter() - begun))
-            assert window.start <= plan.batch_range(step, rank, arguments.ranks)[0] < window.start + window.num_rows
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    plans = planned(arguments.units, arguments.ranks, arguments.rows, arguments.rounds)
     header = ("row groups", "rows", "ranks", "plan, s", "peak of the process, MiB", "seek, ms (median)", "(most)")
     row = (
         f"{arguments.units:,}",
-        f"{plan.num_rows:,}",
+        f"{plans['rows']:,}",
         f"{arguments.ranks:,}",
-        f"{np.median(seconds):.1f}",
-        f"{peak:.0f}",
-        f"{np.median(seeks):.2f}",
-        f"{max(seeks):.2f}",
+        f"{np.median(plans['seconds']):.1f}",
+        f"{plans['peak_mib']:.0f}",
+        f"{np.median(plans['seek_ms']):.2f}",
+        f"{max(plans['seek_ms']):.2f}",
     )
-    print(side_by_side.table(header, [row]))
-    side_by_side.write(arguments.json, {"seconds": seconds, "peak_mib": peak, "seek_ms": seeks})
+    print(side_by_side.table(header, [row]), flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, cache = Path(temporary) / "data", Path(temporary) / "cache"
+        generate(folder, arguments.files)
+        kinds = {
+            "raykeras, for the first time": functools.partial(opened, folder, cache, RAYKERAS, False),
+            "raykeras, again": functools.partial(opened, folder, cache, RAYKERAS, True),
+            "pyarrow.dataset, every footer": functools.partial(opened, folder, cache, PYARROW, True),
+        }
+        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+        for _ in range(arguments.rounds):
+            for name, run in kinds.items():
+                figures[name].append(run())
+    print(f"\n{arguments.files:,} files\n")
+    medians = [(name, *map(statistics.median, zip(*each, strict=True))) for name, each in figures.items()]
+    print(side_by_side.table(("", "s", "MiB"), [(n, f"{s:.2f}", f"{mib:,.0f}") for n, s, mib in medians]))
+    side_by_side.write(arguments.json, {"plan": plans, "metadata": figures})
 
 
 if __name__ == "__main__":
