@@ -151,7 +151,7 @@ CASES = {
 
 def generate(case: Case, folder: Path) -> None:
     """The case's rows as files."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in range(NUM_FILES):
         table = case.table(case.num_rows // NUM_FILES, np.random.default_rng(i))
         pq.write_table(table, folder / f"{i}.parquet", row_group_size=case.group_rows)

@@ -1,15 +1,19 @@
-"""How much memory a worker takes as the data grows.
+"""How much memory a worker and the object store take as the data grows.
 
     python -m benchmarks.memory
 
-Trains on a Parquet file and on one that is 100 times larger, each in a process of its own with one
-worker, and prints the most memory that the worker held: `private` is its own (RssAnon), `shared` are
-pages of Ray's object store that it has read (RssShmem), which are counted once for the whole node.
+Trains one worker on Parquet of growing size, each time in a process of its own, and prints the most memory that was
+held: `private` is the worker's own (RssAnon), `shared` are pages of Ray's object store that it has read (RssShmem), of
+the most that the store held of rows on their way. All but the first are files of 512 MB; those of more than one are
+links to the first, since memory does not know of it.
+
+Allowed is: the bytes of a shuffle window × (canonical shards ÷ workers + 1), two tables of a task, and 300 MB.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,12 +23,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SMALL, LARGE = 20_000, 2_000_000
+from benchmarks import side_by_side
+from raykeras.blocks import TASK_NBYTES
+from raykeras.plan import default_num_shards
+
 COLUMNS = 64
+ROW_NBYTES = 4 * COLUMNS
+SMALL, LARGE = 20_000, 2_000_000
+FILES = (2, 10, 40)
+ALLOWED_MIB = (8 * (default_num_shards(1) + 1) + 2 * TASK_NBYTES / 2**20) + 300e6 / 2**20
 
 WORKER = """
-import json, sys
+import json, sys, threading, time
 import raykeras as rk
+
+peak = {"private": 0, "shared": 0, "store": 0}
+kinds = {"RssAnon": "private", "RssShmem": "shared"}
 
 def build():
     import keras
@@ -32,18 +46,25 @@ def build():
     model.compile("sgd", "mse")
     return model
 
-import keras
-peak = {"RssAnon": 0, "RssShmem": 0}
-
-class Peak(keras.callbacks.Callback):
-    def on_train_batch_end(self, batch, logs=None):
+def watch():
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+    while not ray.is_initialized():
+        time.sleep(0.1)
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    while True:
+        used = get_memory_info_reply(state).store_stats.object_store_bytes_used
+        peak["store"] = max(peak["store"], used / 2**20)
         for line in open("/proc/self/status"):
             name, _, rest = line.partition(":")
-            if name in peak:
-                peak[name] = max(peak[name], int(rest.split()[0]) / 1024)
+            if name in kinds:
+                peak[kinds[name]] = max(peak[kinds[name]], int(rest.split()[0]) / 1024)
+        time.sleep(0.02)
 
+threading.Thread(target=watch, daemon=True).start()
 source = rk.parquet(sys.argv[1], x=[f"f{i}" for i in range(64)], y="f0", cache=None)
-rk.fit(build, source, batch_size=4096, epochs=2, verbose=0, callbacks=[Peak()], run=rk.Run(storage=sys.argv[2]))
+run = rk.Run(storage=sys.argv[2], checkpoint_every=None)
+rk.fit(build, source, batch_size=4096, epochs=int(sys.argv[3]), verbose=0, run=run)
 print(json.dumps(peak))
 """
 
@@ -52,6 +73,7 @@ def write(path: Path, num_rows: int) -> None:
     """Random rows, in row groups of 10,000."""
     rng = np.random.default_rng(0)
     schema = pa.schema([(f"f{i}", pa.float32()) for i in range(COLUMNS)])
+    path.parent.mkdir(parents=True)
     with pq.ParquetWriter(path, schema, compression="none") as writer:
         for start in range(0, num_rows, 10_000):
             size = min(10_000, num_rows - start)
@@ -59,21 +81,37 @@ def write(path: Path, num_rows: int) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def peak_mib(num_rows: int, folder: Path) -> dict[str, float]:
-    """Most MiB of a worker that trains on so many rows."""
-    write(folder / f"{num_rows}.parquet", num_rows)
-    command = [sys.executable, "-c", WORKER, str(folder / f"{num_rows}.parquet"), str(folder / "runs" / str(num_rows))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def peak_mib(data: Path, epochs: int = 1) -> dict[str, float]:
+    """Most MiB, private, shared and of the store, of a worker that trains on the files of a folder."""
+    with tempfile.TemporaryDirectory() as storage:
+        command = [sys.executable, "-c", WORKER, str(data), storage, str(epochs)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        print("| rows | MB | private MiB | shared MiB |\n| --- | --- | --- | --- |")
-        for num_rows in (SMALL, LARGE):
-            peak = peak_mib(num_rows, Path(folder))
-            size = num_rows * COLUMNS * 4 / 1e6
-            print(f"| {num_rows:,} | {size:,.0f} | {peak['RssAnon']:,.0f} | {peak['RssShmem']:,.0f} |", flush=True)
+    parser = side_by_side.parser(__doc__)
+    arguments = parser.parse_args()
+    measured = []
+    with tempfile.TemporaryDirectory() as temporary:
+        small, large = Path(temporary) / "small", Path(temporary) / "large"
+        write(small / "0.parquet", SMALL)
+        write(large / "0.parquet", LARGE)
+        for num_files in (0, 1, *FILES):
+            for i in range(1, num_files):
+                if not (large / f"{i}.parquet").exists():
+                    os.link(large / "0.parquet", large / f"{i}.parquet")
+            peak = peak_mib(large if num_files else small, epochs=1 if num_files > 1 else 2)
+            measured.append({"bytes": (num_files * LARGE or SMALL) * ROW_NBYTES, **peak})
+    header = ("GB of Parquet", "private MiB", "shared MiB", "store MiB", "allowed each, MiB")
+    rows = [
+        (f"{m['bytes'] / 1e9:.3g}", *(f"{m[k]:,.0f}" for k in ("private", "shared", "store")), f"{ALLOWED_MIB:.0f}")
+        for m in measured
+    ]
+    print(side_by_side.table(header, rows))
+    side_by_side.write(arguments.json, measured)
 
 
 if __name__ == "__main__":

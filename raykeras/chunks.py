@@ -24,7 +24,7 @@ from raykeras.plan import PassPlan, Window, replica_cuts
 from raykeras.reads import Reading
 from raykeras.sources import Columns, OpenSource
 
-CHUNK_NBYTES = 4 << 20
+CHUNK_NBYTES = 1 << 20
 MAX_CHUNK_BATCHES = 512
 
 

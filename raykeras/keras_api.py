@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -79,6 +80,20 @@ class KerasAPI:
         """How many steps the model makes at once."""
         steps = getattr(model, "steps_per_execution", None) or getattr(model, "_steps_per_execution", None) or 1
         return int(steps if isinstance(steps, int) else steps.numpy())
+
+    def quick_hooks(self, callbacks: Sequence[Any], hook: str) -> list[Callable[..., None]] | None:
+        """The callbacks' own hooks of this name, if none of them needs numbers for logs; else None.
+
+        Keras 3 turns the logs into numbers for every callback, which waits for the step; tf_keras does not for those
+        that say `_supports_tf_logs`, as ours do in both.
+        """
+        if self.is_legacy:
+            return None
+        short = hook.replace("train_", "")  # which the default of the train hooks calls
+        own = [c for c in callbacks if not all(getattr(getattr(c, h), "_is_default", False) for h in {hook, short})]
+        if not all(getattr(callback, "_supports_tf_logs", False) for callback in own):
+            return None
+        return [getattr(callback, hook) for callback in own]
 
     def variables(self, model: Any) -> list[Any]:
         """The model's and its optimizer's variables, in a fixed order."""

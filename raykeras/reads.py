@@ -7,6 +7,7 @@ Arrow table for each, in the order of the list.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import pyarrow as pa
 
 from raykeras.errors import RaykerasError
+
+_WAITED_S = 0.003  # a turn of Ray Data's loop that takes longer has waited for its tasks
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.001, 0.05
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,36 @@ def planned_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # what is read together stays one block
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _pacing()]
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(cpu=reading.cpus, object_store_memory=reading.store_nbytes)
     return dataset
+
+
+@functools.cache
+def _pacing() -> Any:
+    """Makes Ray Data's loop over its tasks pause while there is nothing for it to do.
+
+    While the consumer has all that it may hold, tasks with something to hand over make `ray.wait` return at once, and
+    the loop, which runs in the consumer's process, takes half a core and Python's lock: a training in that process
+    took four times as long. A turn that did not wait pauses, for longer each time.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Pacing(ExecutionCallback):
+        def __init__(self) -> None:
+            self._pause_s, self._ended = 0.0, 0.0
+
+        def on_execution_step(self, executor: Any) -> None:
+            if time.monotonic() - self._ended >= _WAITED_S:
+                self._pause_s = 0.0
+            else:
+                self._pause_s = min(max(2 * self._pause_s, _FIRST_PAUSE_S), _LAST_PAUSE_S)
+                time.sleep(self._pause_s)
+            self._ended = time.monotonic()
+
+    return Pacing
 
 
 def _read_task(read: Callable[..., pa.Table], shared: Any, item: Any) -> Iterator[pa.Table]:

@@ -16,6 +16,7 @@ from raykeras.keras_api import KerasAPI
 from raykeras.plain import NotPlainError, from_plain, to_plain
 
 _ARRAYS = dict[str, np.ndarray]
+_BATCH_HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_test_batch_begin", "on_test_batch_end")
 
 
 class CallbackStates:
@@ -99,6 +100,22 @@ def resuming_list(
             self._begins = step == 0
             self._train: Any = None  # the model's own function, while another stands in for it
             self._wanted: bool | None = None
+            self._hooks = {hook: api.quick_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
+
+        def _call(self, hook: str, batch: int, logs: Any) -> None:
+            """Calls all callbacks' hook, and waits for the step's logs only if one of them reads them."""
+            quick = self._hooks[hook]
+            if quick is None:
+                getattr(super(), hook)(batch, logs)
+            else:
+                for function in quick:
+                    function(batch, logs)
+
+        def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self._call("on_test_batch_begin", batch, logs)
+
+        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+            self._call("on_test_batch_end", batch, logs)
 
         def on_train_begin(self, logs: Any = None) -> None:
             super().on_train_begin(logs)
@@ -116,7 +133,7 @@ def resuming_list(
         def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
             if self._train is None:
                 self._execute(batch)
-                super().on_train_batch_begin(batch + self._done, logs)
+                self._call("on_train_batch_begin", batch + self._done, logs)
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if self._train is not None:
@@ -127,7 +144,7 @@ def resuming_list(
             batch += self._done
             if api.is_legacy and params["steps"] is not None:
                 batch = min(batch, params["steps"] - 1)
-            super().on_train_batch_end(batch, logs)
+            self._call("on_train_batch_end", batch, logs)
             if (self._done or counts) and batch + 1 >= params["steps"]:
                 self._end_epoch()
 

@@ -10,7 +10,6 @@ worker in turn; one may be empty.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +21,7 @@ from raykeras.chunks import Chunk, Feed, chunks_of, components
 from raykeras.columns import Layout
 
 PREFETCHED_CHUNKS = 1
+_CLOSE_S = 30.0
 
 
 class Stream:
@@ -35,10 +35,18 @@ class Stream:
         self._chunks = self._guarded()
 
     def close(self) -> None:
-        """Ends what still reads ahead, if need be once a thread of tf.data has its chunk."""
+        """Ends what still reads ahead, once a thread of tf.data has the chunk that it waits for.
+
+        Such a thread would wait for ever for a Ray that is gone, and Python, at its exit, for the thread.
+        """
         self._is_closed = True
-        with contextlib.suppress(ValueError):  # a thread is in it
-            self._chunks.close()
+        deadline = time.monotonic() + _CLOSE_S
+        while time.monotonic() < deadline:
+            try:
+                self._chunks.close()
+                return
+            except ValueError:  # the thread is in it
+                time.sleep(0.01)
 
     def sample(self, num_rows: int = 8) -> list[Any]:
         """The first rows of the source, at most so many, as tensors in the order of the layout."""

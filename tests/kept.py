@@ -40,10 +40,19 @@ class KeptWorkers:
         start = functools.partial(
             run_on_workers, _serve, config, scale=TWO, cpus_per_worker=0.01, folder=RunFolder(str(folder))
         )
-        self._thread = threading.Thread(target=start, daemon=True)
+
+        def serve() -> None:
+            try:
+                start()
+            except BaseException as error:
+                self._results.put((0, None, error))
+
+        self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()
         for _ in range(TWO.workers):
-            self._results.get(timeout=_START_TIMEOUT_S)
+            _, _, error = self._results.get(timeout=_START_TIMEOUT_S)
+            if error is not None:
+                raise error
 
     def run_on_workers(
         self,
