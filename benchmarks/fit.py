@@ -168,8 +168,9 @@ def main() -> None:
     for name, each in results.items():
         kind, executed = name.split("|")
         middle = {key: statistics.median(one[key] for one in each) for key in each[0]}
-        base = statistics.median(one["epoch"] for one in results[f"{next(iter(kinds))}|{executed}"])
-        ratio, wait = middle["epoch"] / base, "" if kind.startswith("plain") else f"{middle['wait']:.1%}"
+        pairs = zip(each, results[f"{next(iter(kinds))}|{executed}"], strict=True)
+        ratio = statistics.median(one["epoch"] / base["epoch"] for one, base in pairs)  # of one round each
+        wait = "" if kind.startswith("plain") else f"{middle['wait']:.1%}"
         step, pause, first = f"{1e3 * middle['step']:.2f}", f"{middle['pause']:.1f}", f"{middle['first']:.1f}"
         rows.append((kind, executed, f"{middle['epoch']:.2f}", f"{ratio:.2f}", wait, step, pause, first))
     print(side_by_side.table(header, rows))
