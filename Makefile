@@ -19,7 +19,11 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m benchmarks.exactness
+	set -e; for name in ingest fit start callbacks feed planning memory; do \
+		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json; \
+	done; for name in exactness object_store saving soak; do \
+		$(BIN)/python -m benchmarks.$$name; \
+	done
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
