@@ -65,6 +65,7 @@ class BatchStream:
         stream = self
 
         class EndingCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
+            _supports_tf_logs = True
             num_steps = num_steps_here = 0  # before this epoch, in this epoch
 
             def on_train_batch_end(self, batch: int, logs: Any = None) -> None:

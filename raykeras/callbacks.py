@@ -172,6 +172,9 @@ def plain_logs(logs: Mapping[str, Any] | None) -> dict[str, float]:
     """Logs as Python floats; what is not a number is left out."""
     plain = {}
     for name, value in (logs or {}).items():
+        if isinstance(value, Mapping):  # as Keras has it
+            plain.update(plain_logs(value))
+            continue
         try:
             plain[str(name)] = float(value)
         except (TypeError, ValueError):

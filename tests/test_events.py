@@ -6,11 +6,15 @@ import inspect
 import pickle
 import threading
 import time
+from typing import Any
 
+import keras
 import pytest
 
 from raykeras import events
+from raykeras.callbacks import event_callback
 from raykeras.events import BatchEnded, EpochEnded, EpochStarted, Event, EventSender
+from raykeras.keras_api import KerasAPI
 
 
 def test_all_but_batches_arrive_once_and_in_order() -> None:
@@ -73,3 +77,16 @@ def test_every_event_pickles_and_is_json_ready() -> None:
         event = cls(**{name: value for name, value in values.items() if name in names})
         assert pickle.loads(pickle.dumps(event)) == event
         assert event.as_dict()["event"] == cls.__name__
+
+
+def test_a_step_is_waited_for_only_if_a_callback_reads_its_logs() -> None:
+    class Reads(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_batch_end(self, batch: int, logs: Any = None) -> None: ...
+
+    api, hook = KerasAPI("keras"), "on_train_batch_end"
+    ours = event_callback(api, lambda event: None, rank=0, batch_rows=lambda step: 0, waited_s=lambda step, since: 0.0)
+    assert api.quick_hooks([keras.callbacks.History(), ours], hook) == [ours.on_train_batch_end]
+    assert api.quick_hooks([keras.callbacks.History(), ours], "on_train_batch_begin") == []
+    for theirs in (Reads(), keras.callbacks.LambdaCallback(on_train_batch_end=print)):
+        assert api.quick_hooks([theirs, ours], hook) is None
+    assert KerasAPI("tf_keras").quick_hooks([], hook) is None  # which sees to it itself

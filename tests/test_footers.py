@@ -106,6 +106,21 @@ def test_without_a_place_to_write_footers_are_read(folder: Path, monkeypatch: py
     assert source.open().kept_footers == 0
 
 
+def test_the_cache_may_be_named_by_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("RAYKERAS_CACHE", "here")
+    rk.parquet(folder, x="x").open()
+    assert (folder.parent / "here" / "footers-1.sqlite").exists()
+    assert rk.parquet(folder, x="x").open().kept_footers == NUM_FILES
+
+
+def test_without_a_home_footers_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYKERAS_CACHE")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    rk.parquet(folder, x="x").open()
+    assert rk.parquet(folder, x="x").open().kept_footers == 0
+
+
 def test_footers_of_another_filesystem_are_kept(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/kept", recursive=True)

@@ -84,8 +84,9 @@ def read_footers(
         SourceError: A file is not whole.
     """
     wanted = None if columns is None else frozenset(columns)
-    keys = [(fs.unstrip_protocol(path), _stamp(info)) for path, info in files] if len(files) >= _LEAST_KEPT else []
-    kept = _load(keys)
+    database = _database() if len(files) >= _LEAST_KEPT else None
+    keys = [(fs.unstrip_protocol(path), _stamp(info)) for path, info in files] if database else []
+    kept = _load(database, keys) if database else {}
     missing = [i for i in range(len(files)) if i not in kept or not kept[i].serves(wanted)]
     kinds: dict[tuple[bytes, frozenset[str] | None], _Kind] = {}
     most = _MAX_CHECKED // max(len(missing), 1)
@@ -94,9 +95,9 @@ def read_footers(
         checked = wanted | kept[i].checked if wanted is not None and i in kept else wanted
         return _read(fs, files[i][0], checked, most, kinds)
 
-    made = _read_all(read, missing, 1 if is_local(fs) else _MAX_THREADS)
-    if keys and made:
-        _save([(*keys[i], footer) for i, footer in made.items()])
+    made = _read_all(read, missing, is_local(fs))
+    if database and made:
+        _save(database, [(*keys[i], footer) for i, footer in made.items()])
     known = kept | made
     return [known[i] for i in range(len(files))], len(files) - len(missing)
 
@@ -109,16 +110,14 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") + "."
 
 
-def _read_all(read: Callable[[int], Footer], places: Sequence[int], least_threads: int) -> dict[int, Footer]:
+def _read_all(read: Callable[[int], Footer], places: Sequence[int], may_be_at_hand: bool) -> dict[int, Footer]:
     """In as many threads as keep a CPU busy: files at hand are read twice as fast by one as by several."""
+    probed = places[:_PROBED] if may_be_at_hand else []
     begun, worked = time.perf_counter(), time.thread_time()
-    probed = places[:_PROBED] if least_threads == 1 else []
     made = {i: read(i) for i in probed}
-    if probed:
-        waiting = (time.perf_counter() - begun) / max(time.thread_time() - worked, 1e-6)
-        least_threads = min(math.ceil(waiting), _MAX_THREADS)
+    waiting = (time.perf_counter() - begun) / max(time.thread_time() - worked, 1e-6)
     rest = places[len(probed) :]
-    with ThreadPoolExecutor(least_threads) as pool:
+    with ThreadPoolExecutor(min(math.ceil(waiting), _MAX_THREADS) if probed else _MAX_THREADS) as pool:
         return made | dict(zip(rest, pool.map(read, rest), strict=True))
 
 
@@ -205,18 +204,17 @@ def _stamp(info: Mapping[str, Any]) -> str | None:
     return json.dumps([info.get("size"), info.get("ino"), *changes]) if changes else None
 
 
-def _path() -> Path:
-    given = os.environ.get("RAYKERAS_CACHE")
-    return Path(given if given else Path.home() / ".cache" / "raykeras") / "footers-1.sqlite"
+def _database() -> Path | None:
+    """The SQLite file; None where there is no place for it."""
+    folder = os.environ.get("RAYKERAS_CACHE") or os.path.expanduser("~/.cache/raykeras")
+    return None if folder.startswith("~") else Path(folder).absolute() / "footers-1.sqlite"
 
 
-def _load(keys: Sequence[tuple[str, str | None]]) -> dict[int, Footer]:
+def _load(path: Path, keys: Sequence[tuple[str, str | None]]) -> dict[int, Footer]:
     """Those that are kept, by the places of their keys."""
     found: dict[int, Footer] = {}
-    if not keys or not _path().exists():
-        return found
     try:
-        with contextlib.closing(sqlite3.connect(f"{_path().as_uri()}?mode=ro", timeout=_BUSY_S, uri=True)) as database:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", timeout=_BUSY_S, uri=True)) as database:
             stored = database.execute("SELECT digest, schema FROM schemas")
             schemas = {digest: pa.ipc.read_schema(pa.py_buffer(s)) for digest, s in stored if _digest(s) == digest}
             for i, key in enumerate(keys):
@@ -224,12 +222,12 @@ def _load(keys: Sequence[tuple[str, str | None]]) -> dict[int, Footer]:
                 if row and row[0] in schemas:
                     found[i] = _unpacked(schemas[row[0]], row[1])
     except (sqlite3.Error, zlib.error):
-        return {}  # damaged, or held by another for too long
+        return {}  # there is none yet, it is damaged, or another one holds it for too long
     return found
 
 
-def _save(footers: Sequence[tuple[str, str | None, Footer]]) -> None:
-    path, now = _path(), time.time()
+def _save(path: Path, footers: Sequence[tuple[str, str | None, Footer]]) -> None:
+    now = time.time()
     stored = {id(footer.schema): footer.schema.serialize().to_pybytes() for _, _, footer in footers}
     digests = {key: _digest(schema) for key, schema in stored.items()}
     schemas = [(digests[key], schema) for key, schema in stored.items()]
@@ -244,8 +242,9 @@ def _save(footers: Sequence[tuple[str, str | None, Footer]]) -> None:
             database.execute("DELETE FROM schemas WHERE digest NOT IN (SELECT schema FROM footers)")
     except (sqlite3.OperationalError, OSError):
         pass  # busy, full, or nowhere to write
-    except sqlite3.DatabaseError:
-        path.unlink(missing_ok=True)  # damaged; the next one is whole
+    except sqlite3.DatabaseError:  # damaged; the next one is whole
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _packed(footer: Footer) -> bytes:
