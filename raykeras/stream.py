@@ -21,7 +21,7 @@ from raykeras.chunks import Chunk, Feed, chunks_of, components
 from raykeras.columns import Layout
 
 PREFETCHED_CHUNKS = 1
-_CLOSE_S = 30.0
+_CLOSE_S = 10.0
 
 
 class Stream:
