@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,21 @@ def fit(storage: str, name: str, callbacks: Sequence[Any] = (), **options: Any) 
     return rk.fit(lambda: build(dropout=dropout), X, Y, batch_size=BATCH, callbacks=list(callbacks), run=run, **given)
 
 
+def slow(epoch: int) -> Any:
+    """A callback that makes an epoch so slow that workers do not end it in the seconds that they outlive a driver."""
+    import keras
+
+    class Slow(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, at: int, logs: Any = None) -> None:
+            self.at = at
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if self.at == epoch:
+                time.sleep(1.5)
+
+    return Slow()
+
+
 class DriverKiller(rk.DriverCallback):
     """Kills the driver when a checkpoint was saved in the middle of an epoch."""
 
@@ -171,7 +187,7 @@ def main() -> None:
     scale = rk.Scale(workers=plan.get("workers", 1))
     callbacks = [recorder(), *steering()] + ([killer(plan["points"], plan["folder"])] if plan["points"] else [])
     if "driver_epoch" in plan:
-        callbacks.append(DriverKiller(plan["driver_epoch"]))
+        callbacks += [slow(plan["driver_epoch"]), DriverKiller(plan["driver_epoch"])]
     fit(plan["storage"], plan["name"], callbacks, scale=scale, dropout=plan.get("dropout", 0.3))
 
 
