@@ -87,7 +87,14 @@ def _start(scale: Scale) -> bool:
     except ValueError:  # where there is a cluster, its size is not ours to say
         ray.init(**options)
         return False
+    ray.remote(num_cpus=1)(_import_what_reads).remote()  # while the model is built
     return True
+
+
+def _import_what_reads() -> None:
+    """What a process that reads needs: its first block is there in one second instead of two."""
+    import pyarrow.parquet  # noqa: F401
+    import ray.data  # noqa: F401
 
 
 def _most_resources() -> dict[str, float] | None:
