@@ -211,8 +211,10 @@ def inspect(data: str) -> None:
     console = Console()
     console.print(table)
     units = opened.unit_rows
-    largest = f", {units.min():,} to {units.max():,} rows each" if len(units) else ""
-    console.print(f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units{largest}")
+    sizes = " to ".join(f"{size:,}" for size in sorted({int(units.min()), int(units.max())}))
+    console.print(
+        f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units of {sizes} rows each"
+    )
     kept = f", {opened.kept_footers:,} files known from the last time" if opened.kept_footers else ""
     console.print(f"metadata read in {seconds:.1f} s{kept}")
 
