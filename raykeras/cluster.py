@@ -6,6 +6,7 @@ workers run, the share of it that each of their streams may use to read.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -51,6 +52,12 @@ def connect(scale: Scale, *, in_process: bool) -> float:
     started = False
     if not ray.is_initialized():
         started = _start(scale)
+    with contextlib.suppress(ImportError):  # what both Ray Train and Ray Data wait for when they start
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        get_or_create_autoscaling_coordinator()
     limit = _most_resources() or ray.cluster_resources()
     num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
     cpus_per_worker = scale.cpus_per_worker

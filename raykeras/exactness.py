@@ -38,6 +38,7 @@ from raykeras.exact_tf_keras import losses_in_layers, patch_tf_keras
 from raykeras.keras_api import KerasAPI
 from raykeras.scalars import ask
 from raykeras.shares import ScalarLosses, current
+from raykeras.strategy import replicas_joined
 
 TESTED_KERAS = ("3.12", "3.15")
 TESTED_TF_KERAS = ("2.21",)
@@ -73,6 +74,7 @@ def exact(
             f"{api.version}. Install `{api.name}=={tested[-1]}.*`, or train on one replica."
         )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(replicas_joined())
         losses = ScalarLosses()
         if api.is_legacy:
             patch_tf_keras(stack, model, losses)

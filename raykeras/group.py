@@ -2,27 +2,21 @@
 
 Enters: a function and its arguments. Leaves: what the first worker returned, or one exception that
 tells most. One worker runs in this process, through Ray Train's local mode; several are processes
-of their own, through its `DataParallelTrainer`, and then this one never imports TensorFlow.
+of their own, through `raykeras.trainer`, and then this one never imports TensorFlow.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import num_gpus_here
 from raykeras.errors import RaykerasError, UserCodeError, WorkerLostError, root_cause
 from raykeras.options import Scale
-
-_POLL_VARIABLE, _POLL_S = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2"
-"""How often the controller looks at its workers: a checkpoint waits for a look, by default up to 2 s."""
-
 
 _LOST_CONTACT = tuple(
     f"tensorflow.python.framework.errors_impl.{name}Error"
@@ -75,16 +69,15 @@ def run_on_workers(
     import pyarrow.fs
     from ray.exceptions import RayError, RayTaskError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
-    from raykeras.backend import TensorFlowBackendConfig
+    from raykeras.trainer import TensorFlowBackendConfig, WorkersTrainer
 
     filesystem, storage = None, folder.path if folder else tempfile.gettempdir()
     if folder and not folder.is_local:
         fs, storage = fsspec.core.url_to_fs(folder.path)
         filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    trainer = DataParallelTrainer(
+    trainer = WorkersTrainer(
         work,
         train_loop_config=config,
         backend_config=TensorFlowBackendConfig(),
@@ -103,8 +96,7 @@ def run_on_workers(
         ),
     )
     try:
-        with _polling():
-            return _in_thread(trainer.fit).return_value
+        return _in_thread(trainer.fit).return_value
     except WorkerGroupError as error:
         raise worst(error.worker_failures) from None
     except PreemptionError as error:
@@ -121,18 +113,6 @@ def _lost(message: str) -> WorkerLostError:
     lost = WorkerLostError(message)
     lost.reason = message.splitlines()[0]
     return lost
-
-
-@contextlib.contextmanager
-def _polling() -> Iterator[None]:
-    """Lets the controller look often, unless the user said how often."""
-    given = os.environ.get(_POLL_VARIABLE)
-    os.environ.setdefault(_POLL_VARIABLE, _POLL_S)
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ[_POLL_VARIABLE]
 
 
 def _in_thread(function: Callable[[], Any]) -> Any:

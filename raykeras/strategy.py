@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from raykeras.errors import OptionError, ResourceError
 from raykeras.options import Scale
-from raykeras.patching import replaced
+from raykeras.patching import Altered, replaced
 
 # Two strategies of one process must not use the same collective keys: TensorFlow remembers the dtype of each key for
 # the life of the process. Its own tests leave this much room too.
 _collective_key_bases = itertools.count(100_000, 100_000)
+
+_LEAVING_S = 1.0
 
 
 def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
@@ -64,6 +66,22 @@ def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset
 
 def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+@contextlib.contextmanager
+def replicas_joined() -> Iterator[None]:
+    """Lets `strategy.run` go on when its replicas have ended; by itself it looks again a second later if one is
+    still leaving its thread, which every second trace and every second eager call meets."""
+    from tensorflow.python.distribute import mirrored_run as module
+
+    class Coordinator(module.coordinator.Coordinator):
+        def join(self, threads: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+            for thread in threads:
+                thread.join(_LEAVING_S)
+            super().join(threads, *args, **kwargs)
+
+    with replaced(module, "coordinator", Altered(module.coordinator, Coordinator=Coordinator)):
+        yield
 
 
 def _make_logical_cpus(count: int) -> None:
