@@ -17,6 +17,7 @@ import tensorflow as tf
 from raykeras.batches import part_of
 from raykeras.columns import Tensor
 from raykeras.epochs import too_few
+from raykeras.iterated import iterated_dataset
 from raykeras.keras_api import KerasAPI
 from raykeras.orders import BatchOrders
 from raykeras.plan import replica_cuts
@@ -183,15 +184,15 @@ class BatchStream:
                 raise self.failure
             try:
                 for chunk in chunks():
-                    yield chunk.arrays, _cuts(chunk.rows, self._num_replicas), chunk.global_rows
+                    yield *chunk.arrays, _cuts(chunk.rows, self._num_replicas), chunk.global_rows
             except Exception as error:
                 self.failure = error  # of which tf.data passes on the text only
                 raise
 
-        signature = tuple(tf.TensorSpec((None, *t.shape), _dtype(t)) for t in tensors)
+        specs = [tf.TensorSpec((None, *t.shape), _dtype(t)) for t in tensors]
         numbers = tf.TensorSpec((None,), tf.int64)
-        dataset = tf.data.Dataset.from_generator(elements, output_signature=(signature, numbers, numbers))
-        return dataset.flat_map(self._elements)
+        dataset = iterated_dataset(elements, [*specs, numbers, numbers])
+        return dataset.flat_map(lambda *components: self._elements(components[:-2], *components[-2:]))
 
     def _elements(self, tensors: Sequence[tf.Tensor], cuts: tf.Tensor, global_rows: tf.Tensor) -> tf.data.Dataset:
         """One for each replica and batch."""

@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from raykeras.chunks import Chunk, Feed, chunks_of, components
 from raykeras.columns import Layout
+from raykeras.iterated import iterated_dataset
 
 PREFETCHED_CHUNKS = 1
 _CLOSE_S = 10.0
@@ -117,19 +118,19 @@ class Stream:
 
     def _dataset(self, chunks: Callable[[], Iterator[Chunk]]) -> tf.data.Dataset:
         layout, replicas = self.feed.layout, self.feed.num_replicas
-        signature = []
+        specs = []
         for tensor in layout.tensors:
             dtype = tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
-            signature.append(tf.TensorSpec((None, *tensor.shape), dtype))
+            specs.append(tf.TensorSpec((None, *tensor.shape), dtype))
             if tensor.kind == "ragged":
-                signature.append(tf.TensorSpec((None,), tf.int64))
-        cuts = tf.TensorSpec((None,), tf.int64)
-        dataset = tf.data.Dataset.from_generator(
-            lambda: ((c.arrays, c.cuts, c.global_rows) for c in chunks()),
-            output_signature=(tuple(signature), cuts, cuts),
+                specs.append(tf.TensorSpec((None,), tf.int64))
+        numbers = tf.TensorSpec((None,), tf.int64)
+        dataset = iterated_dataset(
+            lambda: ((*c.arrays, c.cuts, c.global_rows) for c in chunks()), [*specs, numbers, numbers]
         )
 
-        def elements(arrays: Any, cuts: tf.Tensor, global_rows: tf.Tensor) -> tf.data.Dataset:
+        def elements(*components: tf.Tensor) -> tf.data.Dataset:
+            *arrays, cuts, global_rows = components
             batches = _batches(layout, arrays, cuts)
             if replicas == self.feed.num_ranks == 1:
                 return batches
