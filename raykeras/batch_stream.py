@@ -147,7 +147,7 @@ class BatchStream:
                 self._num_batches = self._num_handed
             yield chunk
 
-    def _shortage(self, num_steps: int, spec: Any) -> tf.data.Dataset:
+    def _shortage(self, num_steps: int, specs: Sequence[tf.TensorSpec]) -> tf.data.Dataset:
         """A dataset that raises what is due when it is asked for a batch."""
 
         def elements() -> Iterator[Any]:
@@ -155,7 +155,7 @@ class BatchStream:
             raise self.failure
             yield
 
-        return tf.data.Dataset.from_generator(elements, output_signature=spec)
+        return iterated_dataset(elements, specs)
 
     def _flat(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """Tensors in the order of the layout, of a dataset of the user's."""

@@ -5,6 +5,8 @@ These are the cases of the grid in `benchmarks/exactness.py` that differ in kind
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,19 @@ def test_an_untested_keras_is_refused_on_several_replicas(monkeypatch: pytest.Mo
         exactness.exact(None, KerasAPI("keras"), layout, strategy, []),
     ):
         pass
+
+
+def test_replicas_that_are_still_leaving_are_waited_for_until_they_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorflow.python.distribute import mirrored_run
+
+    from raykeras.strategy import replicas_joined
+
+    theirs = mirrored_run.coordinator.Coordinator
+    looks: list[float] = []
+    monkeypatch.setattr(theirs, "wait_for_stop", lambda self, timeout: looks.append(timeout))
+    with replicas_joined():
+        leaving = threading.Thread(target=time.sleep, args=(0.1,))
+        leaving.start()
+        mirrored_run.coordinator.Coordinator().join([leaving])
+    assert not looks and not leaving.is_alive()
+    assert mirrored_run.coordinator.Coordinator is theirs
