@@ -52,12 +52,10 @@ def connect(scale: Scale, *, in_process: bool) -> float:
     started = False
     if not ray.is_initialized():
         started = _start(scale)
-    with contextlib.suppress(ImportError):  # what both Ray Train and Ray Data wait for when they start
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-
-        get_or_create_autoscaling_coordinator()
+    if not in_process:
+        _start_coordinator()
+    elif started:
+        ray.remote(num_cpus=1)(_import_what_reads).remote()  # while the model is built
     limit = _most_resources() or ray.cluster_resources()
     num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
     cpus_per_worker = scale.cpus_per_worker
@@ -94,8 +92,17 @@ def _start(scale: Scale) -> bool:
     except ValueError:  # where there is a cluster, its size is not ours to say
         ray.init(**options)
         return False
-    ray.remote(num_cpus=1)(_import_what_reads).remote()  # while the model is built
     return True
+
+
+def _start_coordinator() -> None:
+    """Begins to start the actor that Ray Train's controller would start, and wait for."""
+    with contextlib.suppress(ImportError):
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        get_or_create_autoscaling_coordinator()
 
 
 def _import_what_reads() -> None:
