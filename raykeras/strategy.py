@@ -70,8 +70,10 @@ def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContext
 
 @contextlib.contextmanager
 def replicas_joined() -> Iterator[None]:
-    """Lets `strategy.run` go on when its replicas have ended; by itself it looks again a second later if one is
-    still leaving its thread, which every second trace and every second eager call meets."""
+    """Lets `strategy.run` go on once the threads of its replicas have ended.
+
+    By itself it looks whether they have, and if one is just leaving, as is often so, looks again a second later.
+    """
     from tensorflow.python.distribute import mirrored_run as module
 
     class Coordinator(module.coordinator.Coordinator):
