@@ -117,7 +117,7 @@ def pixels(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_parquet(
-    folder: Path, cache: Any, checkpoints: Any, transform: Any, build: Any, callbacks: list[Any]
+    folder: Path, build: Any, callbacks: list[Any], *, cache: Any = None, transform: Any = None, checkpoints: Any = None
 ) -> list[Any]:
     seen: list[Any] = []
     options = {"x": "x", "y": "y", "cache": cache, "transform": transform}
@@ -158,10 +158,12 @@ def main() -> None:
         lists = folder / "lists"
         kinds: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
             "plain `model.fit`, in memory": plain,
-            "Parquet of lists, streamed": functools.partial(from_parquet, lists, None, None, None),
-            "Parquet of bytes, streamed": functools.partial(from_parquet, folder / "bytes", None, None, pixels),
-            "Parquet, held in memory": functools.partial(from_parquet, lists, "memory", None, None),
-            "the same, a checkpoint each epoch": functools.partial(from_parquet, lists, "memory", "epoch", None),
+            "Parquet of lists, streamed": functools.partial(from_parquet, lists),
+            "Parquet of bytes, streamed": functools.partial(from_parquet, folder / "bytes", transform=pixels),
+            "Parquet, held in memory": functools.partial(from_parquet, lists, cache="memory"),
+            "the same, a checkpoint each epoch": functools.partial(
+                from_parquet, lists, cache="memory", checkpoints="epoch"
+            ),
         }
         results: dict[str, list[dict[str, float]]] = {}
         for _ in range(arguments.rounds):

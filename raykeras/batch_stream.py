@@ -22,6 +22,7 @@ from raykeras.keras_api import KerasAPI
 from raykeras.orders import BatchOrders
 from raykeras.plan import replica_cuts
 from raykeras.pump import Chunk, chunk_of, received
+from raykeras.stream import dtype_of
 
 _UNKNOWN = 32  # of a dimension that differs from batch to batch; enough for a convolution
 _SAMPLE_ROWS = 8
@@ -120,10 +121,10 @@ class BatchStream:
         rng, values = np.random.default_rng(0), []
         for i, tensor in enumerate(self._batches.layout.tensors):
             if self._batches.sample:
-                values.append(tf.constant(self._batches.sample[i], _dtype(tensor)))
+                values.append(tf.constant(self._batches.sample[i], dtype_of(tensor)))
                 continue
             shape = (num_rows, *(_UNKNOWN if size is None else size for size in tensor.shape))
-            dtype = _dtype(tensor)
+            dtype = dtype_of(tensor)
             if dtype == tf.string:
                 values.append(tf.fill(shape, ""))
             else:
@@ -180,8 +181,6 @@ class BatchStream:
         tensors = self._batches.layout.tensors
 
         def elements() -> Iterator[Any]:
-            if self.failure is not None:  # another replica asks; to come to an end would hide the failure from Keras
-                raise self.failure
             try:
                 for chunk in chunks():
                     yield *chunk.arrays, _cuts(chunk.rows, self._num_replicas), chunk.global_rows
@@ -189,7 +188,7 @@ class BatchStream:
                 self.failure = error  # of which tf.data passes on the text only
                 raise
 
-        specs = [tf.TensorSpec((None, *t.shape), _dtype(t)) for t in tensors]
+        specs = [tf.TensorSpec((None, *t.shape), dtype_of(t)) for t in tensors]
         numbers = tf.TensorSpec((None,), tf.int64)
         dataset = iterated_dataset(elements, [*specs, numbers, numbers])
         return dataset.flat_map(lambda *components: self._elements(components[:-2], *components[-2:]))
@@ -231,7 +230,7 @@ class BatchStream:
 
 def _class_weighed(y: tf.Tensor, weights: Any, tensor: Tensor) -> tf.Tensor:
     """Weights, or one, times the weights of the rows' classes; see `raykeras.columns.class_weights`."""
-    rank, dtype = y.shape.rank, _dtype(tensor)
+    rank, dtype = y.shape.rank, dtype_of(tensor)
     if rank > 1:
         y = tf.argmax(y, -1) if y.shape[-1] != 1 else y[..., 0]
     if y.dtype.is_floating:
@@ -261,7 +260,3 @@ def _up_to(chunks: Iterator[Chunk], num_batches: int | None) -> Iterator[Chunk]:
             return
         yield chunk
         missing = None if missing is None else missing - len(chunk.rows)
-
-
-def _dtype(tensor: Tensor) -> tf.DType:
-    return tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)

@@ -14,6 +14,7 @@ import tensorflow as tf
 from raykeras.columns import Layout
 from raykeras.keras_api import KerasAPI
 from raykeras.strategy import scope
+from raykeras.stream import dtype_of
 
 _UNKNOWN = 32  # of a dimension that differs from batch to batch; enough for a convolution
 
@@ -40,7 +41,7 @@ def zeros(layout: Layout) -> Any:
     flat = []
     for tensor in layout.tensors:
         shape = [_UNKNOWN if size is None else size for size in tensor.shape]
-        dtype = tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
+        dtype = dtype_of(tensor)
         if tensor.kind == "ragged":
             values = tf.zeros((1,), dtype)
             flat.append(tf.RaggedTensor.from_row_splits(values, tf.constant([0, 1], tf.int64)))

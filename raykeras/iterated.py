@@ -28,7 +28,8 @@ def iterated_dataset(make: Callable[[], Iterator[Sequence[np.ndarray]]], specs: 
         specs: One for each array.
 
     Returns:
-        A `tf.data.Dataset` of tuples of tensors. An exception of an iterator is raised by every further element, too.
+        A `tf.data.Dataset` of tuples of tensors. An exception of an iterator is raised by every further element, of
+        later iterations too: to come to an end instead, for another replica that asks, would hide it from Keras.
     """
     nothing = [np.zeros([size or 0 for size in spec.shape], spec.dtype.as_numpy_dtype) for spec in specs]
     begun: list[Iterator[Any]] = []

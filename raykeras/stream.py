@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow as tf
 
 from raykeras.chunks import Chunk, Feed, chunks_of, components
-from raykeras.columns import Layout
+from raykeras.columns import Layout, Tensor
 from raykeras.iterated import iterated_dataset
 
 PREFETCHED_CHUNKS = 1
@@ -120,8 +120,7 @@ class Stream:
         layout, replicas = self.feed.layout, self.feed.num_replicas
         specs = []
         for tensor in layout.tensors:
-            dtype = tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
-            specs.append(tf.TensorSpec((None, *tensor.shape), dtype))
+            specs.append(tf.TensorSpec((None, *tensor.shape), dtype_of(tensor)))
             if tensor.kind == "ragged":
                 specs.append(tf.TensorSpec((None,), tf.int64))
         numbers = tf.TensorSpec((None,), tf.int64)
@@ -159,6 +158,11 @@ def _batches(layout: Layout, arrays: Sequence[Any], cuts: tf.Tensor) -> tf.data.
         return layout.structure(flat)
 
     return tf.data.Dataset.range(tf.size(cuts, tf.int64) - 1).map(batch)
+
+
+def dtype_of(tensor: Tensor) -> tf.DType:
+    """TensorFlow's name for a tensor's dtype."""
+    return tf.string if tensor.dtype == "string" else tf.as_dtype(tensor.dtype)
 
 
 def as_tensors(layout: Layout, arrays: Sequence[Any]) -> list[Any]:
