@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +36,12 @@ def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, lis
         for name, run in contenders.items():
             figures[name].append(run())
     return figures
+
+
+def alone(run: Contender) -> float:
+    """Runs a contender in a process of its own, where nothing is set that another one sets."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run).result()
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
