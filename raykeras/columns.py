@@ -27,6 +27,8 @@ from raykeras.sources import Columns, Field, Transform
 Role = Literal["x", "y", "sample_weight"]
 ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
 
+_TILE_NBYTES = 512 << 10
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -228,9 +230,7 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
     elif len(arrays) == 1 and tensor.shape == arrays[0].shape[1:]:
         result = arrays[0].astype(tensor.dtype, copy=False)
     elif tensor.shape == (len(arrays),):
-        result = np.empty((num_rows, len(arrays)), tensor.dtype)
-        for i, array in enumerate(arrays):
-            result[:, i] = array
+        result = _stacked(arrays, num_rows, tensor.dtype)
     else:
         raise ColumnError(
             f"The rows of a tensor must have one shape; {tensor.label} is {list(tensor.shape)} in the first rows and "
@@ -245,6 +245,20 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
             f"Weights must be finite; {' and '.join(map(repr, tensor.columns))} holds {result[bad]} at row {bad} of "
             f"{where}. Mend the data, or set such rows' weight to 0."
         )
+    return result
+
+
+def _stacked(arrays: Sequence[np.ndarray], num_rows: int, dtype: str) -> np.ndarray:
+    """Arrays (rows,) as the columns of a matrix.
+
+    By tiles that stay in a core's cache: writing whole columns, each value to a cache line of its own, takes four
+    times as long.
+    """
+    result = np.empty((num_rows, len(arrays)), dtype)
+    size = max(1, _TILE_NBYTES // (result.itemsize * len(arrays)))
+    for a in range(0, num_rows, size):
+        tile = np.stack([array[a : a + size] for array in arrays], dtype=dtype, casting="unsafe")
+        result[a : a + size] = tile.T
     return result
 
 

@@ -46,9 +46,7 @@ def decode(
     """
     if isinstance(column, np.ndarray):
         return _strings(column) if field.kind == "string" else column
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+    array = _whole(column) if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if isinstance(array, pa.ExtensionArray):
@@ -63,6 +61,13 @@ def decode(
     while pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
     return _to_numpy(_without_nulls(array, field, where, fill)).reshape(rows, *field.shape)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    if column.num_chunks == 1:
+        return column.chunk(0)  # combine_chunks() copies even this
+    array = column.combine_chunks()
+    return pa.concat_arrays(array.chunks) if isinstance(array, pa.ChunkedArray) else array
 
 
 def for_transform(array: Any) -> np.ndarray:

@@ -90,6 +90,7 @@ def planned_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # what is read together stays one block
+    context.memory_usage_poll_interval_s = None  # else each task starts a thread that looks at its memory
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _pacing()]
     options = context.execution_options
     options.preserve_order = True

@@ -68,6 +68,12 @@ def test_columns_stack_to_a_matrix(tmp_path: Path) -> None:
     np.testing.assert_array_equal(x, [[1, 0.5, 1], [2, 1.5, 0]])
 
 
+def test_columns_stack_to_a_matrix_of_many_rows(tmp_path: Path) -> None:
+    a, b = np.arange(200_003) * 2**33 + 1, np.arange(200_003, dtype=np.float32)  # no multiple of a tile
+    (x,) = tensors(tmp_path, {"a": a, "b": b}, x=["a", "b"])
+    np.testing.assert_array_equal(x, np.stack([a.astype(np.float32), b], 1))
+
+
 def test_strings_and_dictionaries_of_strings_are_text(tmp_path: Path) -> None:
     text = pa.array(["ä", "b", "ä"])
     (x,) = tensors(tmp_path, {"s": text, "d": text.dictionary_encode()}, x={"s": "s", "d": "d"})

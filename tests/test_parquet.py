@@ -120,6 +120,23 @@ def test_a_damaged_page_names_file_and_row_group(tmp_path: Path) -> None:
         opened.reader.read(opened.unit(1), 0, 500, ["x"])
 
 
+def test_a_file_that_is_written_anew_is_read_anew_and_too_few_rows_are_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    opened = rk.parquet(path, x="x").open()
+    assert ids(opened) == list(range(10))
+    write(path, start=100)
+    assert ids(opened) == list(range(100, 110))
+    write(path, num_rows=9)
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 2 had at least 2 rows and has 1 now"):
+        ids(opened)
+    write(path, num_rows=4)
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 1"):
+        ids(opened)
+    path.unlink()
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 0"):
+        ids(opened)
+
+
 def test_a_null_names_file_row_group_and_column(tmp_path: Path) -> None:
     values = pa.array([1.0] * 6 + [None] + [1.0] * 3)
     path = write(tmp_path / "a.parquet", x=values)
