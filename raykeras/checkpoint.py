@@ -150,13 +150,20 @@ class Checkpoint:
     def verify(self) -> None:
         """Raises CheckpointError if a file of it is missing or was changed."""
         try:
-            for name, expected in self.state["files"].items():
-                with fsspec.open(f"{self.path}/{name}", "rb") as file:
-                    found = digest_of(file)
-                if found != expected:
+            written = self.state["files"]
+            fs, root = fsspec.core.url_to_fs(self.path)
+            for name, expected in written.items():  # of all files, before one is read
+                size = fs.size(f"{root}/{name}")
+                if size != expected["size"]:
                     raise CheckpointError(
-                        f"{self.path}/{name} is damaged: it has {found['size']} bytes of CRC-32 {found['crc32']}; "
-                        f"{expected['size']} bytes of CRC-32 {expected['crc32']} were written."
+                        f"{self.path}/{name} is damaged: it has {size} bytes; {expected['size']} were written."
+                    )
+            for name, expected in written.items():
+                with fs.open(f"{root}/{name}", "rb") as file:
+                    crc = digest_of(file)["crc32"]
+                if crc != expected["crc32"]:
+                    raise CheckpointError(
+                        f"{self.path}/{name} is damaged: it is of CRC-32 {crc}; {expected['crc32']} was written."
                     )
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from None
