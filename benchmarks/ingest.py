@@ -3,8 +3,7 @@
     python -m benchmarks.ingest [narrow small large png]
 
 Writes Parquet files of random rows to a local disk, and consumes them inside a `tf.function`, as `fit` does with
-`steps_per_execution`; in alternation, each contender in a process of its own, in the steady state after its first
-epoch:
+`steps_per_execution`; in alternation, each contender in a process of its own, in the steady state after some seconds:
 
     narrow   2,000,000 rows of 28 float32, a label and a weight; batches of 256
     small    60,000 images of 784 bytes; batches of 64
@@ -44,6 +43,7 @@ NUM_FILES, NUM_FEATURES, SIDE = 8, 28, 96
 FEATURES = [f"f{i}" for i in range(NUM_FEATURES)]
 SHUFFLE_ROWS = 1024  # of tf.data's shuffle
 TO_TF_ROWS = 500_000  # it is slow
+WARM_UP_S, MEASURED_S = 6.0, 4.0
 
 PETASTORM_PACKAGES = (
     "petastorm==0.13.1",
@@ -155,8 +155,19 @@ def generate(case: Case, folder: Path) -> None:
         pq.write_table(table, folder / f"{i}.parquet", row_group_size=case.group_rows)
 
 
-def steady(dataset: Any, num_batches: int, epochs: int = 2) -> float:
-    """Rows per second after the first epoch, taken as `fit` takes batches."""
+def rate(epoch: Callable[[], int]) -> float:
+    """Rows per second of whole epochs, once all processes that read have started; `epoch` gives its rows."""
+    warm = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < warm:
+        epoch()
+    begun, rows = time.perf_counter(), 0
+    while time.perf_counter() < begun + MEASURED_S:
+        rows += epoch()
+    return rows / (time.perf_counter() - begun)
+
+
+def steady(dataset: Any, num_batches: int) -> float:
+    """Rows per second, taken as `fit` takes batches."""
     import tensorflow as tf
 
     iterator = iter(dataset)
@@ -168,10 +179,7 @@ def steady(dataset: Any, num_batches: int, epochs: int = 2) -> float:
             rows += tf.shape(tf.nest.flatten(next(iterator))[-1])[0]
         return rows
 
-    take(tf.constant(num_batches))
-    begun = time.perf_counter()
-    rows = int(take(tf.constant(epochs * num_batches)))
-    return rows / (time.perf_counter() - begun)
+    return rate(lambda: int(take(tf.constant(num_batches))))
 
 
 def raykeras(case: Case, folder: Path, cache: Any) -> float:
@@ -200,16 +208,16 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
         stream.close()
 
 
-def bare(case: Case, folder: Path, epochs: int = 2) -> float:
-    rows = 0
-    for epoch in range(1 + epochs):
-        if epoch == 1:
-            begun, rows = time.perf_counter(), 0
+def bare(case: Case, folder: Path) -> float:
+    def epoch() -> int:
+        rows = 0
         for path in sorted(folder.iterdir()):
             file = pq.ParquetFile(path)
             for group in range(file.num_row_groups):
                 rows += len(case.decode(file.read_row_group(group))[0])
-    return rows / (time.perf_counter() - begun)
+        return rows
+
+    return rate(epoch)
 
 
 def groups(case: Case, folder: Path) -> Iterator[tuple[np.ndarray, ...]]:
@@ -232,7 +240,7 @@ def to_tf(case: Case, folder: Path) -> float:
     x = case.options["x"]
     batches = dataset.to_tf(x, ["label", "weight"], batch_size=case.batch_size)
     num_batches = min(case.num_rows, TO_TF_ROWS) // case.batch_size
-    return steady(batches.repeat(), num_batches, epochs=1)
+    return steady(batches.repeat(), num_batches)
 
 
 def petastorm(case: Case, folder: Path, python: Path, how: str) -> float:
@@ -304,4 +312,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import ingest  # by whose name other processes find what is sent to them
+
+    ingest.main()
