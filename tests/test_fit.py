@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import tensorflow as tf
 
 import raykeras as rk
+from raykeras.cluster import connect
 from raykeras.plan import PassPlan
 from raykeras.sources.arrays import from_arrays
 
@@ -354,6 +356,19 @@ def test_an_exception_of_the_users_comes_with_their_own_traceback(
     assert where in error.user_traceback
     assert "site-packages" not in error.user_traceback
     assert len(error.user_traceback.splitlines()) < 12
+
+
+def test_a_transform_of_a_module_that_tasks_do_not_have_is_an_error(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(rk.Scale(), in_process=True)  # Ray's processes have the paths of when it was started
+    (tmp_path / "only_here.py").write_text("def unchanged(columns):\n    return columns\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    unchanged = importlib.import_module("only_here").unchanged
+    pq.write_table(pa.table({"a": np.ones(100)}), tmp_path / "a.parquet")
+    source = rk.parquet(tmp_path / "a.parquet", x=["a", "a", "a", "a"], y="a", transform=unchanged)
+    with pytest.raises(rk.UserCodeError, match=r"ModuleNotFoundError: No module named 'only_here'.* Send the module"):
+        fit(build(), source)
 
 
 def test_a_null_in_the_middle_of_a_stream_names_file_and_row_group(fit: Fit, tmp_path: Path) -> None:
