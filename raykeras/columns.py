@@ -27,7 +27,7 @@ from raykeras.sources import Columns, Field, Transform
 Role = Literal["x", "y", "sample_weight"]
 ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
 
-_TILE_NBYTES = 512 << 10
+_TILE_NBYTES, _MIN_TILE_ROWS = 512 << 10, 1024
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def _stacked(arrays: Sequence[np.ndarray], num_rows: int, dtype: str) -> np.ndar
     times as long.
     """
     result = np.empty((num_rows, len(arrays)), dtype)
-    size = max(1, _TILE_NBYTES // (result.itemsize * len(arrays)))
+    size = max(_MIN_TILE_ROWS, _TILE_NBYTES // (result.itemsize * len(arrays)))  # no slices of a few rows
     for a in range(0, num_rows, size):
         tile = np.stack([array[a : a + size] for array in arrays], dtype=dtype, casting="unsafe")
         result[a : a + size] = tile.T
