@@ -27,7 +27,7 @@ from raykeras.sources import Columns, Field, Transform
 Role = Literal["x", "y", "sample_weight"]
 ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
 
-_TILE_NBYTES, _MIN_TILE_ROWS = 512 << 10, 1024
+_TILE_NBYTES, _MIN_TILE_ROWS = 512 << 10, 512
 
 
 @dataclass(frozen=True)
@@ -251,11 +251,15 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
 def _stacked(arrays: Sequence[np.ndarray], num_rows: int, dtype: str) -> np.ndarray:
     """Arrays (rows,) as the columns of a matrix.
 
-    By tiles that stay in a core's cache: writing whole columns, each value to a cache line of its own, takes four
-    times as long.
+    By tiles that stay in a core's cache: writing whole columns, each value to a cache line of its own, takes two to
+    four times as long; but not where there are so many columns that a tile is a few rows.
     """
     result = np.empty((num_rows, len(arrays)), dtype)
-    size = max(_MIN_TILE_ROWS, _TILE_NBYTES // (result.itemsize * len(arrays)))  # no slices of a few rows
+    size = _TILE_NBYTES // (result.itemsize * len(arrays))
+    if size < _MIN_TILE_ROWS:
+        for i, array in enumerate(arrays):
+            result[:, i] = array
+        return result
     for a in range(0, num_rows, size):
         tile = np.stack([array[a : a + size] for array in arrays], dtype=dtype, casting="unsafe")
         result[a : a + size] = tile.T

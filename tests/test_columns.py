@@ -74,6 +74,12 @@ def test_columns_stack_to_a_matrix_of_many_rows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(x, np.stack([a.astype(np.float32), b], 1))
 
 
+def test_very_many_columns_stack_to_a_matrix(tmp_path: Path) -> None:
+    columns = {f"c{i}": np.arange(7) * i for i in range(600)}
+    (x,) = tensors(tmp_path, columns, x=list(columns))
+    np.testing.assert_array_equal(x, np.stack(list(columns.values()), 1).astype(np.float32))
+
+
 def test_strings_and_dictionaries_of_strings_are_text(tmp_path: Path) -> None:
     text = pa.array(["ä", "b", "ä"])
     (x,) = tensors(tmp_path, {"s": text, "d": text.dictionary_encode()}, x={"s": "s", "d": "d"})
