@@ -153,18 +153,10 @@ class Checkpoint:
             written = self.state["files"]
             fs, root = fsspec.core.url_to_fs(self.path)
             for name, expected in written.items():  # of all files, before one is read
-                size = fs.size(f"{root}/{name}")
-                if size != expected["size"]:
-                    raise CheckpointError(
-                        f"{self.path}/{name} is damaged: it has {size} bytes; {expected['size']} were written."
-                    )
+                _compare(f"{self.path}/{name}", {"size": fs.size(f"{root}/{name}")}, expected)
             for name, expected in written.items():
                 with fs.open(f"{root}/{name}", "rb") as file:
-                    crc = digest_of(file)["crc32"]
-                if crc != expected["crc32"]:
-                    raise CheckpointError(
-                        f"{self.path}/{name} is damaged: it is of CRC-32 {crc}; {expected['crc32']} was written."
-                    )
+                    _compare(f"{self.path}/{name}", digest_of(file), expected)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from None
 
@@ -231,6 +223,12 @@ def parse_state(data: bytes, path: str) -> dict[str, Any]:
 
 def _dump(state: Mapping[str, Any]) -> bytes:
     return json.dumps(state, indent=1, sort_keys=True).encode()
+
+
+def _compare(path: str, found: Mapping[str, Any], written: Mapping[str, Any]) -> None:
+    for what, value in found.items():
+        if value != written[what]:
+            raise CheckpointError(f"{path} is damaged: its {what} is {value}; {written[what]} was written.")
 
 
 def digest_of(file: IO[bytes]) -> dict[str, Any]:

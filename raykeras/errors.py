@@ -17,10 +17,12 @@ since most are raised in another process than the one that shows them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sysconfig
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -132,3 +134,32 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
         cause=f"{type(error).__module__}.{type(error).__qualname__}",
         user_traceback=text,
     )
+
+
+@contextlib.contextmanager
+def loading(rank: int | None) -> Iterator[None]:
+    """Where a process of Ray's unpickles what was sent to it: tells what to do where it cannot.
+
+    Ray takes such a failure for one of its own, which would be tried again: by Ray Data without end.
+
+    Args:
+        rank: Of the worker, or None for a data task.
+    """
+    from ray.exceptions import RaySystemError
+
+    try:
+        yield
+    except (RaySystemError, ImportError, AttributeError) as error:
+        cause = error.client_exc if isinstance(error, RaySystemError) else error
+        if not isinstance(cause, Exception):
+            raise
+        raise UserCodeError(
+            "What a model, a callback or a `transform` needs must be there where Ray's processes run; "
+            f"{type(cause).__name__}: {cause}. Send the module along "
+            '(`ray.init(runtime_env={"py_modules": [module]})`), install it on every node, or define what is in it in '
+            "the script itself.",
+            rank=rank,
+            node=socket.gethostname(),
+            cause=f"{type(cause).__module__}.{type(cause).__qualname__}",
+            user_traceback="",
+        ) from None

@@ -26,7 +26,7 @@ from raykeras.checkpoint import RunFolder
 from raykeras.cluster import connect, reading
 from raykeras.columns import Layout
 from raykeras.data import check_picklable, for_workers, in_memory, open_data, read_ahead, validation_orders
-from raykeras.errors import OptionError, RaykerasError, root_cause
+from raykeras.errors import OptionError, RaykerasError, loading, root_cause
 from raykeras.group import run_here, run_on_workers, runs_here
 from raykeras.keras_api import current_floatx
 from raykeras.noise import import_tensorflow, quiet
@@ -46,7 +46,7 @@ from raykeras.reads import planned_dataset
 from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import resolve
-from raykeras.transfer import is_model, pack_model
+from raykeras.transfer import is_model, pack_model, unpack_model
 
 
 def evaluate(
@@ -132,13 +132,13 @@ def _evaluate(config: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
     import_tensorflow()
     import ray
     import ray.train
-    from ray import cloudpickle
 
     from raykeras import worker
 
-    orders, api, build = ray.get(config["task"])
     rank = ray.train.get_context().get_world_rank()
-    return worker.evaluate(orders, rank=rank, api=api, build=lambda: cloudpickle.loads(build)())
+    with loading(rank):
+        orders, api, build = ray.get(config["task"])
+    return worker.evaluate(orders, rank=rank, api=api, build=lambda: unpack_model(build, rank))
 
 
 def predict(
@@ -275,7 +275,7 @@ def _predictions(
     if not in_process:
         dataset = dataset.map_batches(
             RemotePredictor,
-            fn_constructor_args=(build, layout, batch_size),
+            fn_constructor_args=(build, dataclasses.replace(layout, transform=None), batch_size),  # it was applied
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=scale.num_replicas),

@@ -18,7 +18,7 @@ from raykeras.agreement import Agreement, Alone
 from raykeras.artifacts import Artifacts
 from raykeras.data import for_workers
 from raykeras.desk import Desk
-from raykeras.errors import WorkerLostError
+from raykeras.errors import WorkerLostError, loading
 from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
 from raykeras.group import run_here, run_on_workers
@@ -28,7 +28,7 @@ from raykeras.noise import import_tensorflow, quiet
 from raykeras.orders import Orders, Outcome
 from raykeras.placement import hand_back, named, pack, placed, states_of
 from raykeras.saving import Keeper
-from raykeras.transfer import is_model, load_model, pack_model, put_back, save_model
+from raykeras.transfer import is_model, load_model, pack_model, put_back, save_model, unpack_model
 from raykeras.watch import Watch, end_process
 from raykeras.world import watched_world
 
@@ -203,7 +203,9 @@ def _work(config: dict[str, Any]) -> Outcome | None:
     from raykeras.training import Links
 
     rank = ray.train.get_context().get_world_rank()
-    orders, packed, keras_there = ray.get(config["task"])
+    with loading(rank):
+        orders, packed, keras_there = ray.get(config["task"])
+        callbacks = cloudpickle.loads(packed.callbacks)
     desk = config["desk"]
     desk.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
     artifacts = Artifacts(orders.folder)
@@ -213,7 +215,7 @@ def _work(config: dict[str, Any]) -> Outcome | None:
         beat = stack.enter_context(_watched(orders, rank, lambda text: desk.note(rank, wrong=text), end_process))
         links = Links(
             rank=rank,
-            callbacks=placed(cloudpickle.loads(packed.callbacks), rank, artifacts.path, broadcast_from_rank_zero),
+            callbacks=placed(callbacks, rank, artifacts.path, broadcast_from_rank_zero),
             send=send,
             keeper=stack.enter_context(_keeping(orders, send)) if send else None,
             points=Agreement(desk, rank),
@@ -222,5 +224,5 @@ def _work(config: dict[str, Any]) -> Outcome | None:
             states=lambda mine: states_of(mine, keras_there),
             return_variables=packed.in_place,
         )
-        outcome = worker.run(orders, links, api=packed.api, build=lambda: cloudpickle.loads(packed.build)())
+        outcome = worker.run(orders, links, api=packed.api, build=lambda: unpack_model(packed.build, rank))
     return outcome if rank == 0 else None

@@ -6,6 +6,7 @@ and the columns that are carried along. The reading may run anywhere, the model 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from raykeras.epochs import Epochs
 from raykeras.errors import RaykerasError, root_cause
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.pump import Chunk, alike, as_ours, batches_per_task, chunk_of, chunks_made
+from raykeras.reads import TaskFailure
 from raykeras.sources import OpenSource, Reader, UnitRef
+from raykeras.transfer import unpack_model
 
 OUTPUT = "prediction"
 """The column of a single output."""
@@ -107,7 +110,7 @@ class Predictor:
 
 
 class RemotePredictor:
-    """A `Predictor` in a process of Ray Data's.
+    """A `Predictor` in an actor. It makes the model in its first call, from which an exception comes back whole.
 
     Args:
         build: Pickled function that gives the model.
@@ -115,34 +118,25 @@ class RemotePredictor:
     """
 
     def __init__(self, build: bytes, layout: Layout, batch_size: int) -> None:
-        from ray import cloudpickle
-
-        quiet()
-        import_tensorflow()
-        self._predictor = Predictor(cloudpickle.loads(build), layout, batch_size)
+        self._build, self._layout, self._batch_size = build, layout, batch_size
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        return self._predictor(table)
-
-
-class _BatchPredictor:
-    """A `Predictor` in an actor. It makes the model in its first call, from which an exception comes back whole."""
-
-    def __init__(self, build: bytes, layout: Layout) -> None:
-        self._build, self._layout = build, layout
-        self._predictor: Predictor | None = None
-
-    def predict(self, chunks: Sequence[Chunk]) -> pa.Table:
         try:
-            if self._predictor is None:
-                from ray import cloudpickle
+            return self._predictor(table)
+        except Exception as error:
+            raise TaskFailure(as_ours(error)) from None
 
-                quiet()
-                import_tensorflow()
-                self._predictor = Predictor(cloudpickle.loads(self._build), self._layout, 1)
+    def of_batches(self, chunks: Sequence[Chunk]) -> pa.Table:
+        try:
             return pa.concat_tables(self._predictor.of_batches(chunk) for chunk in chunks)
         except Exception as error:
             raise as_ours(error) from None
+
+    @functools.cached_property
+    def _predictor(self) -> Predictor:
+        quiet()
+        import_tensorflow()
+        return Predictor(lambda: unpack_model(self._build), self._layout, self._batch_size)
 
 
 def predicted_here(batches: Batches, build: Callable[[], Any]) -> Iterator[pa.Table]:
@@ -159,12 +153,12 @@ def predicted_by_actors(
     import ray
 
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
-    actors = [ray.remote(**options)(_BatchPredictor).remote(build, batches.layout) for _ in range(num_models)]
+    actors = [ray.remote(**options)(RemotePredictor).remote(build, batches.layout, 1) for _ in range(num_models)]
     waiting: deque[Any] = deque()
     groups = _made_by_tasks(batches) if batches.kind == "sequence" else (ray.put([g]) for g in _groups(batches))
     try:
         for actor, group in zip(itertools.cycle(actors), groups, strict=False):
-            waiting.append(actor.predict.remote(group))
+            waiting.append(actor.of_batches.remote(group))
             if len(waiting) >= _GROUPS_AHEAD * num_models:
                 yield ray.get(waiting.popleft())
         while waiting:

@@ -7,7 +7,6 @@ Arrow table for each, in the order of the list.
 from __future__ import annotations
 
 import functools
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from raykeras.errors import RaykerasError, UserCodeError
+from raykeras.errors import RaykerasError, loading
 
 _WAITED_S = 0.003  # a turn of Ray Data's loop that takes longer has waited for its tasks
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.001, 0.05
@@ -91,6 +90,7 @@ def planned_dataset(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # what is read together stays one block
+    context.raise_original_map_exception = True  # what is mapped over the tables raises errors of ours, too
     context.memory_usage_poll_interval_s = None  # else each task starts a thread that looks at its memory
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _pacing()]
     options = context.execution_options
@@ -125,31 +125,12 @@ def _pacing() -> Any:
 
 
 def _read_task(read: Callable[..., pa.Table], shared: Any, item: Any) -> Iterator[pa.Table]:
+    import ray
+
     try:
-        table = read(*_loaded(shared), item)
+        with loading(None):
+            needed = ray.get(shared)
+        table = read(*needed, item)
     except RaykerasError as error:
         raise TaskFailure(error) from None
     yield table
-
-
-def _loaded(shared: Any) -> Any:
-    """What all items need. Ray takes a failure to unpickle it for one of its own, and would try again without end."""
-    import ray
-    from ray.exceptions import RaySystemError
-
-    try:
-        return ray.get(shared)
-    except RaySystemError as error:
-        cause = error.client_exc
-        if not isinstance(cause, Exception):
-            raise
-        raise UserCodeError(
-            "What a source is read with, its `transform` too, must be there where Ray's tasks run; on "
-            f"{socket.gethostname()} it cannot be loaded: {type(cause).__name__}: {cause}. Send the module along "
-            '(`ray.init(runtime_env={"py_modules": [module]})`), install it on every node, or define the function in '
-            "the script itself.",
-            rank=None,
-            node=socket.gethostname(),
-            cause=type(cause).__qualname__,
-            user_traceback="",
-        ) from None

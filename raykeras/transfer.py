@@ -20,7 +20,7 @@ import numpy as np
 
 from raykeras.checkpoint import MODEL_FILE, STATE_FILE, Checkpoint
 from raykeras.custom_objects import recorded, restored
-from raykeras.errors import CheckpointError, ModelError, OptionError
+from raykeras.errors import CheckpointError, ModelError, OptionError, loading
 from raykeras.keras_api import KerasAPI, api_of, likely_api
 
 
@@ -56,6 +56,15 @@ def pack_model(model: Any, *, lazily: bool = False) -> tuple[KerasAPI, bytes]:
     path = model.path if isinstance(model, Checkpoint) else os.fspath(model)
     api, file = _model_file(path if "://" in path else os.path.abspath(path))
     return api, cloudpickle.dumps(functools.partial(load_file, file, api))
+
+
+def unpack_model(build: bytes, rank: int | None = None) -> Any:
+    """The model of `pack_model`, made in a process of Ray's. Raises UserCodeError if what it needs is not there."""
+    from ray import cloudpickle
+
+    with loading(rank):
+        make = cloudpickle.loads(build)
+    return make()
 
 
 def weights_into(model: Any, checkpoint: str) -> Any:

@@ -66,7 +66,7 @@ def test_cut_off_at_every_byte_the_one_before_is_used(run: RunFolder) -> None:
         path, data = Path(last.path, name), files[name]
         for size in range(len(data)):
             path.write_bytes(data[:size])
-            with pytest.raises(rk.CheckpointError, match=f"{name} is damaged: it has {size} bytes"):
+            with pytest.raises(rk.CheckpointError, match=f"{name} is damaged: its size is {size}; "):
                 last.verify()
         path.write_bytes(data)
     last.verify()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
+from raykeras.cluster import connect
 
 ROWS, BATCH = 103, 16
 RNG = np.random.default_rng(0)
@@ -136,6 +138,19 @@ def test_nothing_is_left_of_a_prediction_that_failed(tmp_path: Path, source: rk.
     with pytest.raises(rk.RaykerasError, match=r"1\.parquet"):
         rk.predict(build(), source, output=str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_what_a_model_or_a_transform_needs_must_be_there_where_they_are_used(
+    source: rk.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect(SCALES["two workers"], in_process=False)  # Ray's processes have the paths of when it was started
+    (tmp_path / "predicts_here.py").write_text("def build():\n    ...\n\ndef unchanged(columns):\n    return columns\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("predicts_here")
+    transformed = rk.parquet(tmp_path / "data", x=NAMES, transform=module.unchanged)
+    for model, data in ((module.build, source), (build, transformed)):
+        with pytest.raises(rk.UserCodeError, match=r"No module named 'predicts_here'\. Send the module along"):
+            rk.predict(model, data, scale=SCALES["two workers"])
 
 
 def test_wrong_calls_say_what_to_do(source: rk.Source) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import functools
 import http.server
 import importlib
 import inspect
 import json
+import textwrap
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
@@ -427,3 +431,37 @@ def test_base_logger_is_of_no_use_in_one_process_either() -> None:
 
     with pytest.raises(KeyError, match="metrics"):
         model_of("tf_keras").fit(X, Y, callbacks=[tf_keras.callbacks.BaseLogger()], verbose=0)
+
+
+@pytest.mark.parametrize("what", ["model", "callbacks", "transform"])
+def test_what_the_workers_cannot_import_is_an_error(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = f"{what}_is_only_here"  # Ray's processes have the paths of when they were started
+    code = """
+    import keras
+
+    class Mine(keras.callbacks.Callback):
+        pass
+
+    def build():
+        ...
+
+    def unchanged(columns):
+        return columns
+    """
+    (tmp_path / f"{module}.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module(module)
+    pq.write_table(pa.table({"a": X[:, 0], "b": Y}), tmp_path / "a.parquet")
+    model = mine.build if what == "model" else functools.partial(model_of, "keras")
+    source = rk.parquet(
+        tmp_path / "a.parquet", x=["a"] * X.shape[1], y="b", transform=mine.unchanged if what == "transform" else None
+    )
+    with pytest.raises(rk.UserCodeError, match=rf"No module named '{module}'\. Send the module along"):
+        rk.fit(
+            model,
+            source,
+            callbacks=[mine.Mine()] if what == "callbacks" else [],
+            scale=TWO,
+            run=rk.Run(storage=str(tmp_path)),
+            verbose=0,
+        )
