@@ -13,8 +13,9 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "pyarrow", "numpy")
 
 Contender = Callable[[], float]
@@ -38,7 +39,7 @@ def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, lis
     return figures
 
 
-def alone(run: Contender) -> float:
+def alone(run: Callable[[], T]) -> T:
     """Runs a contender in a process of its own, where nothing is set that another one sets."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run).result()

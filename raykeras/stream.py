@@ -21,7 +21,7 @@ from raykeras.chunks import Chunk, Feed, chunks_of, components
 from raykeras.columns import Layout, Tensor
 from raykeras.iterated import iterated_dataset
 
-PREFETCHED_CHUNKS = 1
+PREFETCHED_CHUNKS = 2  # an execution of many steps begins in one chunk and ends in the next
 _CLOSE_S = 10.0
 
 
