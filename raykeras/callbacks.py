@@ -101,8 +101,7 @@ def event_callback(
             send(events.EpochStarted(rank=rank, epoch=epoch, step=0))
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            done = batch + 1 - self._in_epoch
-            for _ in range(done):
+            for _ in range(steps_done(batch, self.params["steps"]) - self._in_epoch):
                 self._waited += waited_s(self._step, self._end)
                 self._rows += batch_rows(self._step)
                 self._step += 1
@@ -156,6 +155,11 @@ def event_callback(
             self._sent = self._in_epoch
 
     return EventCallback()
+
+
+def steps_done(batch: int, steps: int | None) -> int:
+    """Steps of an epoch of `steps` that are done in `on_train_batch_end(batch)`: Keras 3 counts whole executions."""
+    return batch + 1 if steps is None else min(batch + 1, steps)
 
 
 def epoch_end_callback(api: KerasAPI, function: Callable[[int, dict[str, float]], None]) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from raykeras.callbacks import plain_logs
+from raykeras.callbacks import plain_logs, steps_done
 from raykeras.desk import Wish
 from raykeras.keras_api import KerasAPI
 from raykeras.saving import Saver
@@ -48,7 +48,7 @@ def point_callback(api: KerasAPI, points: Points, saver: Saver, first_step: int,
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             steps = self.params["steps"]
-            done = batch + 1 if steps is None else min(batch + 1, steps)  # Keras 3 counts whole executions
+            done = steps_done(batch, steps)
             self._total, self._in_epoch = self._total + done - self._in_epoch, done
             wanted, todo = self._agreed()
             is_due = saver.is_due_by_steps(self._total) or todo & {"save", "leave"}

@@ -127,10 +127,14 @@ def test_steps_per_epoch_goes_on_where_it_stopped(fit: Fit) -> None:
 
 @pytest.mark.parametrize("steps_per_execution", [3, 7, 16])
 def test_steps_per_execution_need_not_divide_the_epoch(fit: Fit, steps_per_execution: int) -> None:
-    make = build(steps_per_execution=steps_per_execution)
-    result = fit(make, X, Y, epochs=3, validation_data=(X, Y))
+    make, seen = build(steps_per_execution=steps_per_execution), []
+    result = fit(make, X, Y, epochs=3, validation_data=(X, Y), on_event=seen.append)
     options = {"validation_data": (X, Y), "validation_batch_size": BATCH}
     assert_same(result, plain(planned(3, (X, Y)), 3, 7, build(), **options))
+    assert [event.step for event in seen if isinstance(event, rk.events.EpochEnded)] == [7, 7, 7]
+    for epoch in range(3):
+        told = [event for event in seen if isinstance(event, rk.events.BatchEnded) and event.epoch == epoch]
+        assert sum(event.num_steps for event in told) == told[-1].step == 7
 
 
 def test_class_weight_is_keras(fit: Fit) -> None:
