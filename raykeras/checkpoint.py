@@ -214,7 +214,8 @@ def parse_state(data: bytes, path: str) -> dict[str, Any]:
     try:
         state = dict(json.loads(data))
         checksum = state.pop("checksum")
-        if hashlib.sha256(_dump(state)).hexdigest() != checksum or _dump({**state, "checksum": checksum}) != data:
+        before, line, after = data.partition(f'\n "checksum": "{checksum}",'.encode())  # another key always follows
+        if not line or hashlib.sha256(before + after).hexdigest() != checksum:
             raise ValueError("its checksum is another")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from None
