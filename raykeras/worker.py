@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from raykeras.chunks import Feed
 from raykeras.cluster import reading
 from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
+from raykeras.executions import counted_executions
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
@@ -70,7 +70,8 @@ def evaluate(
         streams.append(stream)
         rows = [] if strategy is None else stream.sample()
         dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
-        with exact(model, api, data.layout, strategy, rows):
+        executions = _executions(model, api, strategy, None, data.num_steps)
+        with exact(model, api, data.layout, strategy, rows), executions:
             logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True)
     return {name: float(value) for name, value in logs.items()}, api.in_order(model, logs)
 
@@ -115,8 +116,10 @@ def _run(
         validation_data = orders.validation
         if validation_data is not None:
             validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
-    every_num_steps = [orders.num_steps, validation_data.num_steps if validation_data is not None else None]
-    _lower_steps_per_execution(model, api, strategy, every_num_steps)
+    known_steps = [_known_steps(orders)]
+    if validation_data is not None:
+        known_steps.append(validation_data.num_steps)
+    _lower_steps_per_execution(model, api, strategy, known_steps)
 
     open_stream = functools.partial(
         _open_stream,
@@ -143,7 +146,8 @@ def _run(
     if orders.resumption is not None:
         make_variables(model, api, train_data.layout, strategy)  # or there is nothing to put them into
     rows = [] if strategy is None else train.sample()
-    with exact(model, api, train_data.layout, strategy, rows):
+    executions = _executions(model, api, strategy, *known_steps, done=step)
+    with exact(model, api, train_data.layout, strategy, rows), executions:
         training = Training(orders, links, api, model, callbacks, train, train_data, first_step, counts)
         try:
             model.fit(
@@ -169,9 +173,8 @@ def _train_dataset(
     if num_steps is None:
         return train.pass_dataset(None), None, False
     in_middle = orders.begins_at[1] > 0
-    # several steps in one execution may not run on into the next epoch
-    runs_on = orders.steps_per_epoch is None and num_steps % api.steps_per_execution(model)
-    if runs_on and not (in_middle and api.is_legacy):  # which wants to be told how many there are
+    # of a generator Keras 3 has to see the end, and whole executions would run on into the next epoch
+    if _known_steps(orders) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
         return train.pass_dataset(num_steps), None, in_middle
     return train.endless_dataset(), num_steps, in_middle and api.is_legacy
 
@@ -203,7 +206,24 @@ def _open_stream(
     return Stream(feed)
 
 
+def _known_steps(orders: Orders) -> int | None:
+    """Steps of every epoch, if the data is sure to have as many: a generator may come to its end before."""
+    ends = isinstance(orders.train, BatchOrders) and orders.train.batches.kind == "generator"
+    return None if ends else orders.num_steps
+
+
 def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any, every_num_steps: Sequence[int | None]) -> None:
-    """To what divides all numbers of steps: under a strategy Keras 3 cannot execute a part of so many."""
-    if strategy is not None and not api.is_legacy and (steps := api.steps_per_execution(model)) > 1:
-        model.steps_per_execution = math.gcd(steps, *(n for n in every_num_steps if n is not None))
+    """To one, if under a strategy Keras 3 cannot know where the data ends; see `raykeras.executions`."""
+    if strategy is not None and not api.is_legacy and None in every_num_steps:
+        model.steps_per_execution = 1
+
+
+def _executions(
+    model: Any, api: KerasAPI, strategy: Any, train_steps: int | None, test_steps: int | None = None, *, done: int = 0
+) -> contextlib.AbstractContextManager[None]:
+    """What `steps_per_execution` needs to make no other steps than these."""
+    if api.is_legacy:
+        return contextlib.nullcontext()
+    if strategy is None:
+        test_steps = None  # a callback may evaluate on what it likes
+    return counted_executions(model, train_steps=train_steps, done=done, test_steps=test_steps)

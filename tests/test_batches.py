@@ -235,6 +235,22 @@ def test_steps_per_execution_need_not_divide_the_batches(form: str, tmp_path: Pa
     assert_as_plain(build, "keras", SCALES["1x1"], tmp_path, x)
 
 
+@FORMS
+@PACKAGES
+@IN_PROCESS
+def test_steps_per_execution_need_not_divide_the_steps_asked_for(
+    package: str, form: str, scale: rk.Scale, tmp_path: Path
+) -> None:
+    importlib.import_module(package).utils.set_random_seed(0)
+    model = dense(package)()
+    options = {"epochs": 4, "steps_per_epoch": 3, "shuffle": False, "verbose": 0}
+    data, repeated = made(form, package, (X, Y)), made("generator", package, (X, Y))
+    history = model.fit(repeated, **options).history  # Keras 3 makes whole executions, and tf.data's end is an end
+    run = rk.Run(storage=str(tmp_path))
+    result = rk.fit(dense(package, steps_per_execution=2), data, scale=scale, run=run, **options)
+    assert_same(result, history, model)
+
+
 def test_a_sequence_with_workers_keeps_its_order(tmp_path: Path) -> None:
     x, plain = lambda: Slices((X, Y), workers=3, max_queue_size=4), lambda: Slices((X, Y))
     assert_as_plain(dense("keras"), "keras", SCALES["1x1"], tmp_path, x, plain)

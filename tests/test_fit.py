@@ -125,16 +125,47 @@ def test_steps_per_epoch_goes_on_where_it_stopped(fit: Fit) -> None:
     assert result.epoch == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("steps_per_execution", [3, 7, 16])
-def test_steps_per_execution_need_not_divide_the_epoch(fit: Fit, steps_per_execution: int) -> None:
+def test_steps_per_execution_need_not_divide_the_epoch(fit: Fit, steps_per_execution: int, replicas: int) -> None:
     make, seen = build(steps_per_execution=steps_per_execution), []
-    result = fit(make, X, Y, epochs=3, validation_data=(X, Y), on_event=seen.append)
+    scale = rk.Scale(replicas_per_worker=replicas)
+    result = fit(make, X, Y, epochs=3, validation_data=(X, Y), on_event=seen.append, scale=scale)
     options = {"validation_data": (X, Y), "validation_batch_size": BATCH}
     assert_same(result, plain(planned(3, (X, Y)), 3, 7, build(), **options))
     assert [event.step for event in seen if isinstance(event, rk.events.EpochEnded)] == [7, 7, 7]
     for epoch in range(3):
         told = [event for event in seen if isinstance(event, rk.events.BatchEnded) and event.epoch == epoch]
         assert sum(event.num_steps for event in told) == told[-1].step == 7
+
+
+def test_an_epoch_has_the_steps_that_it_was_asked_for_also_where_they_are_no_whole_executions(fit: Fit) -> None:
+    result = fit(build(steps_per_execution=2), X, Y, epochs=5, steps_per_epoch=3)
+    assert_same(result, plain(planned(3, (X, Y)), 5, 3))  # plain Keras 3 would make four
+
+
+def test_a_callback_may_train_and_evaluate_in_between(fit: Fit) -> None:
+    def trained(run: Callable[[keras.Model, list[Any]], Any]) -> list[Any]:
+        seen = []
+
+        class Between(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+                seen.append(self.model.evaluate(X[:50], Y[:50], batch_size=10, verbose=0))
+
+            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+                if batch == 2:
+                    seen.append(self.model.train_on_batch(X[:8], Y[:8]))
+
+        keras.utils.set_random_seed(0)
+        run(build(steps_per_execution=3)(), [Between()])
+        return seen
+
+    def on_arrays(model: keras.Model, callbacks: list[Any]) -> Any:
+        return model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+
+    ours = trained(lambda model, own: fit(model, X, Y, epochs=2, shuffle=False, callbacks=own))
+    np.testing.assert_allclose(ours, trained(on_arrays), rtol=1e-5)
+    assert len(ours) == 4
 
 
 def test_class_weight_is_keras(fit: Fit) -> None:

@@ -653,7 +653,7 @@ def test_a_subclassed_model_with_a_train_step_of_its_own(example: Example) -> No
 
 @PACKAGES
 @SCALES
-@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 5}], ids=str)
+@pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2}], ids=str)
 def test_ways_to_execute(example: Example, options: dict[str, Any]) -> None:
     if "jit_compile" in options and example.scale == TWO:
         with pytest.raises(rk.ModelError, match="XLA compiles the collectives of several replicas on GPUs only"):

@@ -175,11 +175,29 @@ def test_steps_per_execution_and_validation_freq(
     assert mine == theirs
 
 
+def test_executions_of_several_steps_on_two_replicas(tmp_path: Path) -> None:
+    result, expected, mine, theirs = crashed_and_resumed(
+        tmp_path,
+        "keras",
+        lambda: build(dropout=0, steps_per_execution=2),
+        (1, 3),
+        every=2,
+        scale=rk.Scale(replicas_per_worker=2),
+    )
+    assert_same(result, expected, rtol=1e-5)
+    assert [call[0] for call in mine] == [call[0] for call in theirs]
+
+
 @PACKAGES
 @pytest.mark.parametrize("steps_per_epoch", [3, 7])  # of a pass of five
-def test_steps_per_epoch_go_on_in_the_stream(package: str, steps_per_epoch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [1, 2])
+def test_steps_per_epoch_go_on_in_the_stream(package: str, steps_per_epoch: int, steps: int, tmp_path: Path) -> None:
     result, expected, mine, theirs = crashed_and_resumed(
-        tmp_path, package, lambda: build(package, dropout=0), (2, 1), steps_per_epoch=steps_per_epoch
+        tmp_path,
+        package,
+        lambda: build(package, dropout=0, steps_per_execution=steps),
+        (2, 1),
+        steps_per_epoch=steps_per_epoch,
     )
     assert_same(result, expected)
     assert mine == theirs

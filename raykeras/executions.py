@@ -1,0 +1,93 @@
+"""Executions of several steps at once in Keras 3, of no more steps than the epoch has left.
+
+Enters: a model compiled with `steps_per_execution`, and how many steps an epoch and a validation have. Leaves: the same
+model, with functions for `fit` and `evaluate` that make exactly these.
+
+Keras 3 loops over batches that it gets as optionals. TensorFlow cannot run this loop with several replicas ("You must
+feed a value for placeholder tensor"), and data that does not end makes whole executions, so that an epoch runs on into
+the next. The loop here is tf_keras', which has neither fault: it is told how many steps to make.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+
+@contextlib.contextmanager
+def counted_executions(
+    model: Any, *, train_steps: int | None = None, done: int = 0, test_steps: int | None = None
+) -> Iterator[None]:
+    """Makes executions of `model`, of Keras 3, end where an epoch or a validation does.
+
+    Args:
+        model: Compiled.
+        train_steps: Steps of each epoch, for which the data must suffice; None to leave `fit` as it is.
+        done: Steps of the first epoch that were made before.
+        test_steps: Steps of each evaluation; None to leave `evaluate` as it is.
+    """
+    with contextlib.ExitStack() as stack:
+        if model.steps_per_execution > 1:
+            for kind, steps, before in (("train", train_steps, done), ("test", test_steps, 0)):
+                if steps is not None:
+                    stack.enter_context(_replaced_function(model, kind, steps, before))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced_function(model: Any, kind: str, num_steps: int, done: int) -> Iterator[None]:
+    """Within it, `model.make_train_function()` or `make_test_function()` makes a function of ours."""
+    attribute, maker = f"{kind}_function", f"make_{kind}_function"
+
+    def make(force: bool = False) -> Any:
+        if force or getattr(model, attribute) is None:
+            setattr(model, attribute, _function(model, getattr(model, f"{kind}_step"), num_steps, done))
+        return getattr(model, attribute)
+
+    setattr(model, attribute, None)
+    model.__dict__[maker] = make
+    try:
+        yield
+    finally:
+        model.__dict__.pop(maker)
+        setattr(model, attribute, None)
+
+
+def _function(model: Any, step: Callable[[Any], Any], num_steps: int, done: int) -> Callable[[Any], Any]:
+    """A function that makes the next steps of those that an epoch has, and returns the last one's logs."""
+    from keras.src.backend.tensorflow import trainer
+
+    strategy = model.distribute_strategy
+
+    @tf.autograph.experimental.do_not_convert
+    def one_step(data: Any) -> Any:
+        return trainer.reduce_per_replica(strategy.run(step, args=(data,)), strategy, reduction="auto")
+
+    if not model.run_eagerly:
+        one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
+
+    @tf.autograph.experimental.do_not_convert
+    def execution(iterator: Any, steps: tf.Tensor) -> Any:
+        return tf.while_loop(
+            lambda i, _: i < steps,
+            lambda i, _: (i + 1, one_step(next(iterator))),
+            (tf.constant(1), one_step(next(iterator))),
+            parallel_iterations=1,
+        )[1]
+
+    if not model.run_eagerly:
+        execution = tf.function(execution, reduce_retracing=True)
+
+    def function(iterator: Any) -> Any:
+        nonlocal done
+        if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
+            return one_step(next(iterator))  # of `train_on_batch`
+        left = num_steps - done % num_steps
+        logs = execution(iterator, tf.constant(min(model.steps_per_execution, left)))
+        done += min(model.steps_per_execution, left)
+        return logs
+
+    return function
