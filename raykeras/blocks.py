@@ -24,7 +24,7 @@ import pyarrow as pa
 from raykeras.columns import Layout
 from raykeras.errors import RaykerasError, root_cause
 from raykeras.plan import Window
-from raykeras.reads import Reading, planned_dataset
+from raykeras.reads import Bell, Reading, planned_dataset
 from raykeras.sources import OpenSource, Reader, UnitRef
 
 TASK_NBYTES = 24 << 20
@@ -269,6 +269,7 @@ class _Execution:
 
     def __init__(self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> None:
         self._arguments = (shared, segment, row_nbytes, reading)
+        self._bell = Bell()
         self._iterator: Any = None
         self._first: list[pa.Table] = []
         self._failure: BaseException | None = None
@@ -283,6 +284,7 @@ class _Execution:
         """Ends the execution; its tasks are cancelled."""
         self._closed = True
         self._thread.join()
+        self._bell.ring()
         if self._iterator is not None:
             self._iterator.close()
 
@@ -290,7 +292,9 @@ class _Execution:
         try:
             shared, segment, row_nbytes, reading = self._arguments
             num_rows = [task.num_rows for task in segment]
-            dataset = planned_dataset(_read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading)
+            dataset = planned_dataset(
+                _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, bell=self._bell
+            )
             batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
             self._iterator = iter(batches)
             self._first = list(itertools.islice(self._iterator, 1))
@@ -302,9 +306,11 @@ class _Execution:
         try:
             if self._failure is not None:
                 raise self._failure
-            yield from self._first
+            tables = itertools.chain(self._first, self._iterator)
             self._first = []
-            yield from self._iterator
+            for table in tables:
+                self._bell.ring()
+                yield table
         except Exception as error:
             cause = root_cause(error)
             if cause is error or not isinstance(cause, RaykerasError):

@@ -42,7 +42,7 @@ from raykeras.predictor import (
     read_piece,
     split_name,
 )
-from raykeras.reads import planned_dataset
+from raykeras.reads import Bell, planned_dataset
 from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import resolve
@@ -262,7 +262,7 @@ def _predictions(
             return
     import ray
 
-    cpus_per_worker = _connect(scale, opened)
+    cpus_per_worker, bell = _connect(scale, opened), Bell()
     shared = ray.put((opened.reader, layout, columns))
     dataset = planned_dataset(
         read_piece,
@@ -271,6 +271,7 @@ def _predictions(
         [piece.stop - piece.start for piece in pieces],
         row_nbytes=layout.row_nbytes,
         reading=reading(Scale(), 0, 1),
+        bell=bell,
     )
     if not in_process:
         dataset = dataset.map_batches(
@@ -284,6 +285,7 @@ def _predictions(
         )
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            bell.ring()
             yield predict_table(table) if predict_table else table
     except Exception as error:
         cause = root_cause(error)

@@ -14,6 +14,7 @@ import pytest
 import raykeras as rk
 from raykeras import reads
 from raykeras.chunks import Feed
+from raykeras.cluster import connect
 from raykeras.held import Held
 from raykeras.plan import PassPlan
 from raykeras.specs import resolve
@@ -41,31 +42,73 @@ def test_nothing_is_read_after_a_stream_was_closed_while_it_reads_ahead(tmp_path
     assert inspect.getgeneratorstate(stream._chunks) == inspect.GEN_CLOSED
 
 
-class Clock:
-    """Time that passes only in `sleep`."""
+class Clock(reads.Bell):
+    """Time that passes only in pauses."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.now, self.pauses = 100.0, list[float]()
 
     def monotonic(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.now += seconds
+    def wait(self, heard: int, timeout_s: float) -> int:
+        self.pauses.append(timeout_s)
+        self.now += timeout_s
+        return super().wait(heard, 0)
 
 
 def test_turns_that_did_not_wait_for_a_task_are_followed_by_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(reads, "time", clock)
-    callback = reads._pacing()()
+    callback = reads._pacing(clock.number)()
     callback.on_execution_step(None)
     for _ in range(8):
         callback.on_execution_step(None)
-    assert clock.pauses[:3] == [0.001, 0.002, 0.004]
-    assert clock.pauses[-1] == 0.05
-    clock.now += 0.004  # a turn that waited
+    assert clock.pauses[:3] == pytest.approx([0.004, 0.02, 0.1])
+    assert clock.pauses[-1] == 0.5
+    clock.now += 0.06  # a turn that waited
     callback.on_execution_step(None)
     assert len(clock.pauses) == 8
     callback.on_execution_step(None)
-    assert clock.pauses[-1] == 0.001
+    assert clock.pauses[-1] == 0.004
+    clock.ring()
+    for _ in range(3):
+        callback.on_execution_step(None)
+    assert clock.pauses[-3:] == pytest.approx([0.02, 0.004, 0.02])
+
+
+def test_the_loop_of_a_stream_that_nobody_takes_from_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And goes on when somebody does."""
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    turns: list[float] = []
+    step = StreamingExecutor._scheduling_loop_step
+
+    def counted(executor: StreamingExecutor, topology: object) -> bool:
+        turns.append(time.monotonic())
+        return bool(step(executor, topology))
+
+    monkeypatch.setattr(StreamingExecutor, "_scheduling_loop_step", counted)
+    pq.write_table(
+        pa.table({"x": np.arange(8 << 20, dtype=np.float64)}), tmp_path / "x.parquet", row_group_size=1 << 20
+    )
+    source = rk.parquet(tmp_path, x="x")
+    opened = source.open()
+    layout = resolve(source, opened)
+
+    def plan(epoch: int) -> PassPlan:
+        return PassPlan(opened.unit_rows, global_batch_size=1 << 18, window_rows=1 << 20, epoch=epoch)
+
+    connect(rk.Scale(), in_process=True)
+    stream = Stream(Feed(opened, layout, plan, 0, 1, 1, reading=reads.Reading(1, 64 << 20)))
+    batches = iter(stream.endless_dataset())
+    next(batches)
+    time.sleep(3)  # in which all is read ahead that may be
+    turns.clear()
+    time.sleep(2)
+    assert 1 <= len(turns) <= 8
+    seen = np.concatenate([next(batches)[0].numpy() for _ in range(31)])
+    assert len(np.unique(seen)) == len(seen) == 31 << 18
+    stream.close()
+    assert len(turns) > 8
