@@ -20,7 +20,7 @@ import pyarrow as pa
 from raykeras.errors import RaykerasError, loading
 
 _WAITED_S = 0.05  # a turn of Ray Data's loop that takes longer has waited for its tasks; they wait for 0.1 s at most
-_FIRST_PAUSE_S, _PAUSE_FACTOR, _LAST_PAUSE_S = 0.004, 5, 0.5
+_FIRST_PAUSE_S, _PAUSE_FACTOR, _LAST_PAUSE_S = 0.001, 5, 0.5
 
 
 @dataclass(frozen=True)

@@ -65,17 +65,17 @@ def test_turns_that_did_not_wait_for_a_task_are_followed_by_pauses(monkeypatch: 
     callback.on_execution_step(None)
     for _ in range(8):
         callback.on_execution_step(None)
-    assert clock.pauses[:3] == pytest.approx([0.004, 0.02, 0.1])
+    assert clock.pauses[:3] == pytest.approx([0.001, 0.005, 0.025])
     assert clock.pauses[-1] == 0.5
     clock.now += 0.06  # a turn that waited
     callback.on_execution_step(None)
     assert len(clock.pauses) == 8
     callback.on_execution_step(None)
-    assert clock.pauses[-1] == 0.004
+    assert clock.pauses[-1] == 0.001
     clock.ring()
     for _ in range(3):
         callback.on_execution_step(None)
-    assert clock.pauses[-3:] == pytest.approx([0.02, 0.004, 0.02])
+    assert clock.pauses[-3:] == pytest.approx([0.005, 0.001, 0.005])
 
 
 def test_the_loop_of_a_stream_that_nobody_takes_from_rests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
