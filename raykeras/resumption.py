@@ -149,7 +149,7 @@ def resuming_list(
                 self._end_epoch()
 
         def _execute(self, batch: int) -> None:
-            """Lets tf_keras execute no more steps at once than are left; Keras 3 sees the end of the data."""
+            """Lets tf_keras execute no more steps at once than are left; for Keras 3 see `raykeras.executions`."""
             if api.is_legacy and executed > 1 and (self._done or counts):
                 left = params["steps"] - batch - self._done
                 self.model._steps_per_execution.assign(min(executed, left))
