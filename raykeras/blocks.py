@@ -301,16 +301,18 @@ class _Execution:
         except BaseException as error:  # raised in the thread that reads
             self._failure = error
 
+    def _taken(self, table: pa.Table) -> pa.Table:
+        self._bell.ring()
+        return table
+
     def _tables(self) -> Iterator[pa.Table]:
         self._thread.join()
         try:
             if self._failure is not None:
                 raise self._failure
-            tables = itertools.chain(self._first, self._iterator)
+            yield from map(self._taken, self._first)
             self._first = []
-            for table in tables:
-                self._bell.ring()
-                yield table
+            yield from map(self._taken, self._iterator)
         except Exception as error:
             cause = root_cause(error)
             if cause is error or not isinstance(cause, RaykerasError):

@@ -17,6 +17,14 @@ from typing import Any
 import tensorflow as tf
 
 
+def is_countable(model: Any) -> bool:
+    """Whether Keras' own functions run the steps of `model`, and not some that its class makes."""
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    makers = ("make_train_function", "make_test_function")
+    return all(getattr(type(model), maker, None) is getattr(TensorFlowTrainer, maker) for maker in makers)
+
+
 @contextlib.contextmanager
 def counted_executions(
     model: Any, *, train_steps: int | None = None, done: int = 0, test_steps: int | None = None
@@ -24,7 +32,7 @@ def counted_executions(
     """Makes executions of `model`, of Keras 3, end where an epoch or a validation does.
 
     Args:
-        model: Compiled.
+        model: Compiled, and countable.
         train_steps: Steps of each epoch, for which the data must suffice; None to leave `fit` as it is.
         done: Steps of the first epoch that were made before.
         test_steps: Steps of each evaluation; None to leave `evaluate` as it is.
@@ -85,9 +93,9 @@ def _function(model: Any, step: Callable[[Any], Any], num_steps: int, done: int)
         nonlocal done
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return one_step(next(iterator))  # of `train_on_batch`
-        left = num_steps - done % num_steps
-        logs = execution(iterator, tf.constant(min(model.steps_per_execution, left)))
-        done += min(model.steps_per_execution, left)
+        steps = min(model.steps_per_execution, num_steps - done % num_steps)
+        logs = execution(iterator, tf.constant(steps))
+        done += steps
         return logs
 
     return function

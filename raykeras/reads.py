@@ -129,7 +129,7 @@ _numbers = itertools.count()
 _bells: weakref.WeakValueDictionary[int, Bell] = weakref.WeakValueDictionary()
 
 
-def _bell(number: int) -> Bell:
+def _bell(number: int) -> Bell:  # a function, which pickle finds by its name
     return _bells.get(number) or Bell()
 
 

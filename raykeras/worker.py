@@ -18,7 +18,7 @@ from raykeras.chunks import Feed
 from raykeras.cluster import reading
 from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
-from raykeras.executions import counted_executions
+from raykeras.executions import counted_executions, is_countable
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
@@ -116,7 +116,7 @@ def _run(
         validation_data = orders.validation
         if validation_data is not None:
             validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
-    known_steps = [_known_steps(orders)]
+    known_steps = [_known_steps(orders, model, api)]
     if validation_data is not None:
         known_steps.append(validation_data.num_steps)
     _lower_steps_per_execution(model, api, strategy, known_steps)
@@ -173,8 +173,8 @@ def _train_dataset(
     if num_steps is None:
         return train.pass_dataset(None), None, False
     in_middle = orders.begins_at[1] > 0
-    # of a generator Keras 3 has to see the end, and whole executions would run on into the next epoch
-    if _known_steps(orders) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
+    # then Keras 3 has to see the end of the data, and whole executions would run on into the next epoch
+    if _known_steps(orders, model, api) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
         return train.pass_dataset(num_steps), None, in_middle
     return train.endless_dataset(), num_steps, in_middle and api.is_legacy
 
@@ -206,15 +206,17 @@ def _open_stream(
     return Stream(feed)
 
 
-def _known_steps(orders: Orders) -> int | None:
-    """Steps of every epoch, if the data is sure to have as many: a generator may come to its end before."""
-    ends = isinstance(orders.train, BatchOrders) and orders.train.batches.kind == "generator"
-    return None if ends else orders.num_steps
+def _known_steps(orders: Orders, model: Any, api: KerasAPI) -> int | None:
+    """Steps of every epoch, if the data is sure to have as many, and a function of Keras' makes them."""
+    may_end = isinstance(orders.train, BatchOrders) and orders.train.batches.kind == "generator"
+    return None if may_end or not (api.is_legacy or is_countable(model)) else orders.num_steps
 
 
 def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any, every_num_steps: Sequence[int | None]) -> None:
     """To one, if under a strategy Keras 3 cannot know where the data ends; see `raykeras.executions`."""
-    if strategy is not None and not api.is_legacy and None in every_num_steps:
+    if strategy is None or api.is_legacy:
+        return
+    if None in every_num_steps or not is_countable(model):
         model.steps_per_execution = 1
 
 
@@ -224,6 +226,6 @@ def _executions(
     """What `steps_per_execution` needs to make no other steps than these."""
     if api.is_legacy:
         return contextlib.nullcontext()
-    if strategy is None:
-        test_steps = None  # a callback may evaluate on what it likes
+    if strategy is None or not is_countable(model):
+        test_steps = None  # without a strategy a callback may evaluate on what it likes
     return counted_executions(model, train_steps=train_steps, done=done, test_steps=test_steps)

@@ -144,6 +144,34 @@ def test_an_epoch_has_the_steps_that_it_was_asked_for_also_where_they_are_no_who
     assert_same(result, plain(planned(3, (X, Y)), 5, 3))  # plain Keras 3 would make four
 
 
+def test_a_function_of_the_models_own_makes_the_steps(fit: Fit) -> None:
+    calls: list[int] = []
+
+    class Own(keras.Model):
+        def make_train_function(self, force: bool = False) -> None:
+            super().make_train_function(force=True)
+            function = self.train_function
+
+            def counting(iterator: Any) -> Any:
+                calls.append(1)
+                return function(iterator)
+
+            self.train_function = counting
+
+    def make() -> keras.Model:
+        inputs = keras.Input((4,), name="features")
+        model = Own(inputs, keras.layers.Dense(2, activation="softmax", name="classes")(inputs))
+        options = {"metrics": ["accuracy"], "steps_per_execution": 3}
+        model.compile(keras.optimizers.Adam(0.05), "sparse_categorical_crossentropy", **options)
+        return model
+
+    for replicas, num_calls in ((1, 9), (2, 21)):
+        calls.clear()
+        result = fit(make, X, Y, epochs=3, scale=rk.Scale(replicas_per_worker=replicas))
+        assert_same(result, plain(planned(3, (X, Y)), 3, 7, build()))
+        assert len(calls) == num_calls
+
+
 def test_a_callback_may_train_and_evaluate_in_between(fit: Fit) -> None:
     def trained(run: Callable[[keras.Model, list[Any]], Any]) -> list[Any]:
         seen = []

@@ -185,7 +185,9 @@ def test_executions_of_several_steps_on_two_replicas(tmp_path: Path) -> None:
         scale=rk.Scale(replicas_per_worker=2),
     )
     assert_same(result, expected, rtol=1e-5)
-    assert [call[0] for call in mine] == [call[0] for call in theirs]
+    for ours, undisturbed in zip(mine, theirs, strict=True):
+        assert [v for v in ours if type(v) is not float] == [v for v in undisturbed if type(v) is not float]
+        assert [v for v in ours if type(v) is float] == pytest.approx([v for v in undisturbed if type(v) is float])
 
 
 @PACKAGES
