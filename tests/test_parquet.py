@@ -156,6 +156,30 @@ def test_lists_of_differing_lengths_need_pad_or_ragged(tmp_path: Path) -> None:
     rk.parquet(path, x="series", pad={"series": 4}).open()
 
 
+def test_lists_that_are_read_in_parts_are_what_was_written(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (900, 28, 28), np.uint8)
+    numbers = [rng.integers(-9, 9, rng.integers(0, 5)).tolist() for _ in range(900)]
+    columns = {
+        "text": pa.array(rng.choice(["a", "b"], 900)).dictionary_encode(),
+        "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+        "numbers": pa.array(numbers, pa.list_(pa.int16())),
+    }
+    opened = rk.parquet(write(tmp_path / "0.parquet", 900, group=450, **columns), x="image").open()
+    names = ["numbers", "id", "text", "image"]
+    read = opened.reader.read(opened.unit(1), 10, 440, names)
+    assert read["image"].num_chunks > 1
+    assert [read[name].to_pylist() for name in names[:3]] == [
+        numbers[460:890],
+        list(range(460, 890)),
+        columns["text"].to_pylist()[460:890],
+    ]
+    source = rk.parquet(tmp_path, x={"image": "image", "text": "text"})
+    layout = resolve(source, opened)
+    image, _ = layout.assemble(layout.decode(opened.reader.read(opened.unit(1), 10, 440, layout.columns), ""), "")
+    np.testing.assert_array_equal(image, images[460:890])
+
+
 def test_a_type_that_cannot_be_a_tensor_is_an_error_only_if_it_is_used(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", 2, when=pa.array([1, 2], pa.timestamp("s")))
     source = rk.parquet(path, x="when")

@@ -31,6 +31,7 @@ from raykeras.sources.footers import Footer, first_line, is_local, read_footers
 
 _ENDINGS = (".parquet", ".parq", ".pq")
 _MAX_OPEN_FILES = 8
+_VALUES_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class ParquetReader:
         partition = dict(unit.partition)
         stored = [name for name in columns if name not in partition]
         try:
-            table = self._file(unit.path).read_row_group(unit.group, columns=stored, use_threads=False)
+            table = _read(self._file(unit.path), unit.group, stored)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(
                 f"Every row group must be readable; {unit} is not: {first_line(error)} "
@@ -165,6 +166,32 @@ def _mapped(path: str, *_: int) -> pq.ParquetFile:
     Mapping its pages anew costs a twelfth of a task's time.
     """
     return pq.ParquetFile(path, memory_map=True)
+
+
+def _read(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+    """Columns of a row group; some rows at a time where that is faster.
+
+    Parquet holds numbers of 8 and 16 bits as 32, and for each value of a list two levels of 16 bits. So many at a time
+    that all stay in a core's cache take a seventh less time, and a quarter of the memory. Wider numbers gain nothing:
+    putting the parts together takes as long as they save.
+    """
+    if not any(_is_narrow_list(file.schema_arrow.field(name).type) for name in columns):
+        return file.read_row_group(group, columns=columns, use_threads=False)
+    stored = file.metadata.row_group(group)
+    most = max(stored.column(i).num_values for i in range(stored.num_columns))
+    rows = max(1, _VALUES_AT_ONCE * stored.num_rows // max(1, most))
+    batches = file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
+    schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+    return pa.Table.from_batches(batches, schema)
+
+
+def _is_narrow_list(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    is_list = False
+    while pa.types.is_fixed_size_list(kind) or _is_list(kind):
+        kind, is_list = kind.value_type, True
+    return is_list and pa.types.is_integer(kind) and kind.bit_width < 32
 
 
 _File = tuple[str, Mapping[str, Any]]
