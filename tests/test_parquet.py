@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 import raykeras as rk
 from raykeras.sources import OpenSource
@@ -135,6 +138,45 @@ def test_a_file_that_is_written_anew_is_read_anew_and_too_few_rows_are_an_error(
     path.unlink()
     with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 0"):
         ids(opened)
+
+
+def test_a_remote_footer_is_read_once_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs = fsspec.filesystem("memory")
+    reads: list[int] = []  # where they end
+
+    class Watched(MemoryFile):  # type: ignore[misc]
+        def read(self, *size: int) -> bytes:
+            data = bytes(super().read(*size))
+            reads.append(self.tell())
+            return data
+
+    def put(start: int) -> int:
+        content = write(tmp_path / "0.parquet", start=start).read_bytes()
+        fs.pipe("memory://watched/0.parquet", content)
+        return len(content) - int.from_bytes(content[-8:-4], "little") - 8  # where the footer begins
+
+    def read() -> list[int]:
+        """As a task does: with a reader of its own."""
+        reader = pickle.loads(pickle.dumps(opened.reader))
+        return [int(v) for group in (0, 1) for v in reader.read(opened.unit(group), 0, 4, ["id"])["id"].to_numpy()]
+
+    footer = put(0)
+    opened = rk.parquet("memory://watched", x="x").open()
+    whole = type(fs)._open
+
+    def watched(self: object, *args: object, **kwargs: object) -> object:
+        file = whole(self, *args, **kwargs)
+        file.__class__ = Watched
+        return file
+
+    monkeypatch.setattr(type(fs), "_open", watched)
+    assert read() == list(range(8))
+    assert max(reads) > footer
+    reads.clear()
+    assert read() == list(range(8))
+    assert reads and max(reads) <= footer
+    put(100)
+    assert read() == list(range(100, 108))
 
 
 def test_a_null_names_file_row_group_and_column(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def read_footers(
     """
     wanted = None if columns is None else frozenset(columns)
     database = _database() if len(files) >= _LEAST_KEPT else None
-    keys = [(fs.unstrip_protocol(path), _stamp(info)) for path, info in files] if database else []
+    keys = [(fs.unstrip_protocol(path), stamp(info)) for path, info in files] if database else []
     kept = _load(database, keys) if database else {}
     missing = [i for i in range(len(files)) if i not in kept or not kept[i].serves(wanted)]
     kinds: dict[tuple[bytes, frozenset[str] | None], _Kind] = {}
@@ -198,7 +198,7 @@ def _tells(first: tuple[int, int, int], num_values: int, num_rows: int) -> bool:
     return num_values * first[2] != first[1] * num_rows or num_values % num_rows != 0
 
 
-def _stamp(info: Mapping[str, Any]) -> str | None:
+def stamp(info: Mapping[str, Any]) -> str | None:
     """What changes when the file does; None where the filesystem does not tell."""
     changes = [str(info[key]) for key in _CHANGES if info.get(key) is not None]
     return json.dumps([info.get("size"), info.get("ino"), *changes]) if changes else None

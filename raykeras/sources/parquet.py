@@ -27,7 +27,7 @@ from raykeras.sources import (
     fingerprint,
     nearest,
 )
-from raykeras.sources.footers import Footer, first_line, is_local, read_footers
+from raykeras.sources.footers import Footer, first_line, is_local, read_footers, stamp
 
 _ENDINGS = (".parquet", ".parq", ".pq")
 _MAX_OPEN_FILES = 8
@@ -155,7 +155,7 @@ class ParquetReader:
         if path not in self._open:
             while len(self._open) >= _MAX_OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
-            self._open[path] = pq.ParquetFile(self._fs.open(path, "rb"), pre_buffer=True)
+            self._open[path] = _opened(self._fs, path)
         return self._open[path]
 
 
@@ -193,6 +193,25 @@ def _is_narrow_list(kind: pa.DataType) -> bool:
         kind, is_list = kind.value_type, True
     return is_list and pa.types.is_integer(kind) and kind.bit_width < 32
 
+
+def _opened(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
+    """A file of another machine; its footer is kept from one task to the next while the file is the same."""
+    stored = fs.open(path, "rb")
+    version = stamp(getattr(stored, "details", None) or fs.info(path))
+    key = (fs.unstrip_protocol(path), version)
+    with _kept_lock:
+        footer = _kept.pop(key, None)
+    file = pq.ParquetFile(stored, metadata=footer, pre_buffer=True)
+    if version is not None:
+        with _kept_lock:
+            _kept[key] = file.metadata
+            while len(_kept) > _MAX_OPEN_FILES:
+                del _kept[next(iter(_kept))]
+    return file
+
+
+_kept: dict[tuple[str, str | None], pq.FileMetaData] = {}
+_kept_lock = threading.Lock()
 
 _File = tuple[str, Mapping[str, Any]]
 """A path, and what the filesystem says of it."""
