@@ -2,11 +2,13 @@
 
 Enters: a function for every worker, and how many there are. Leaves: Ray Train's `DataParallelTrainer`.
 
-It comes with three things that are not there by default:
+It comes with four things that are not there by default:
 
     TensorFlowBackend   sets TF_CONFIG and nothing else. `ray.train.tensorflow`'s also sets
                         TF_USE_LEGACY_KERAS, and imports TensorFlow in the driver and in the controller
     DataContextOnly     hands on the driver's `DataContext`, and starts no actor for datasets that are none
+    NamedGroups         names the workers' placement groups, so that the driver can remove what is left of
+                        them when the controller is lost, and no actor needs to
     CONTROLLER          how often it looks at the workers, and that it need not watch nodes that are about
                         to go: `raykeras.world` does
 
@@ -16,6 +18,7 @@ Each actor that is not started saves two seconds of a core, of those that the wo
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,9 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
 CONTROLLER: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker's end waits for a look, by default up to 2 s
@@ -35,17 +42,26 @@ CONTROLLER: Mapping[str, str] = {
 
 
 class WorkersTrainer(DataParallelTrainer):
-    """Runs a function on every worker."""
+    """Runs a function on every worker. Its run must have a name that no other has."""
 
     def fit(self) -> Any:
-        with _set_by_default(CONTROLLER):
-            return super().fit()
+        try:
+            with _set_by_default(CONTROLLER):
+                return super().fit()
+        except (ControllerError, RayError):
+            with contextlib.suppress(Exception):  # what is raised tells more
+                _remove_groups(self.run_config.name)
+            raise
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [
-            DataContextOnly(self.train_run_context, {}) if isinstance(callback, DatasetsCallback) else callback
-            for callback in super()._create_default_callbacks()
-        ]
+        return [self._instead_of(callback) for callback in super()._create_default_callbacks()]
+
+    def _instead_of(self, callback: Any) -> Any:
+        if isinstance(callback, DatasetsCallback):
+            return DataContextOnly(self.train_run_context, {})
+        if isinstance(callback, PlacementGroupCleanerCallback):
+            return NamedGroups(self.run_config.name)
+        return callback
 
 
 class DataContextOnly(DatasetsCallback):
@@ -53,6 +69,30 @@ class DataContextOnly(DatasetsCallback):
 
     def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
         return {}
+
+
+class NamedGroups(ControllerCallback):
+    """Names placement groups after their run. In the controller's process, which makes no others."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        from ray.train.v2._internal.execution.worker_group import worker_group as module
+
+        numbers, placement_group = itertools.count(), module.placement_group
+
+        def named(*args: Any, **kwargs: Any) -> Any:
+            return placement_group(*args, name=f"{self._name}-{next(numbers)}", **kwargs)
+
+        module.placement_group = named
+
+
+def _remove_groups(name: str) -> None:
+    """Ray keeps the groups of an actor that is gone until the driver is gone, too."""
+    for group in ray.util.placement_group_table().values():
+        if group["name"].startswith(f"{name}-") and group["state"] != "REMOVED":
+            ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
 
 
 @contextlib.contextmanager

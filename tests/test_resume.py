@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 import raykeras as rk
 from raykeras.checkpoint import RunFolder
@@ -90,6 +91,29 @@ def test_killed_at_any_point_on_two_workers(tmp_path: Path) -> None:
     assert all("because" in event.cause or "Error" in event.cause for event in failed), [e.cause for e in failed]
     restarted = [event for event in seen if isinstance(event, rk.events.RunRestarted)]
     assert [event.attempt for event in restarted] == list(range(1, len(POINTS) + 1))
+
+
+def test_a_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
+    seen: list[rk.events.Event] = []
+
+    def on_event(event: rk.events.Event) -> None:
+        if isinstance(event, rk.events.CheckpointSaved) and not any(isinstance(e, type(event)) for e in seen):
+            os.kill(process_of("ray::TrainController"), signal.SIGKILL)
+        seen.append(event)
+
+    fit(str(tmp_path), "run", scale=rk.Scale(workers=2), on_event=on_event)
+    assert [type(e) for e in seen].count(rk.events.RunRestarted) == 1
+    (failed,) = (event for event in seen if isinstance(event, rk.events.WorkerFailed))
+    assert "controller" in failed.cause
+    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+
+
+def process_of(title: str) -> int:
+    """The one process of such a title, of this Ray."""
+    (found,) = (
+        int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_text().startswith(title)
+    )
+    return found
 
 
 @pytest.fixture(scope="module")
