@@ -2,13 +2,15 @@
 
     python -m benchmarks.fit
 
-The guide's MNIST model (two layers of 64, batches of 64, 50,000 images of 784 bytes, 10,000 to validate with), each
-training in a process of its own, as a Ray that idles beside it slows plain Keras too, in alternation: plain; streamed
-from Parquet, whose images are lists of numbers, or bytes; and from Parquet that is held in memory. Prints, of the
-second half of the epochs, since processes of Ray's still start in the first, the seconds of an epoch's training
-(median), the part of them spent waiting for data, the time of a step, the pause between epochs, from the end of
-validation until Keras begins the next epoch's first step, in steps, and the time of that step, in steps. With
-`steps_per_execution` a step is an execution.
+The guide's MNIST model (two layers of 64, batches of 64, 50,000 images of 784 bytes, 10,000 to validate with), trained
+side by side: plain; streamed from Parquet, whose images are lists of numbers, or bytes; and from Parquet that is held
+in memory. Each is a process of its own, and they take turns: while one validates and trains for an epoch, the others
+and their Rays are stopped, as a machine's speed changes within seconds, and a Ray that idles slows plain Keras too.
+Prints, of the second half of the epochs, since processes of Ray's still start in the first, the seconds of an epoch's
+training (median), the median of its ratios to plain Keras' epoch of the same turn, with the quartiles of these, the
+part of them spent waiting for data, the time of a step, the pause between epochs, from the end of validation until
+Keras begins the next epoch's first step, in steps, and the time of that step, in steps. With `steps_per_execution` a
+step is an execution.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ import pyarrow.parquet as pq
 
 import raykeras as rk
 from benchmarks import side_by_side
+from benchmarks.side_by_side import Turn
 
 TRAIN, VALIDATE, BATCH = 50_000, 10_000, 64
-EPOCHS = {1: 12, 16: 24}
+EPOCHS = {1: 16, 16: 48}
 """By steps of an execution."""
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (TRAIN + VALIDATE, 784), np.uint8)
@@ -48,8 +52,8 @@ def build(steps_per_execution: int) -> Any:
     return model
 
 
-def clock() -> Any:
-    """A callback that keeps when each epoch, step and validation began or ended."""
+def clock(turn: Turn) -> Any:
+    """A callback that ends a turn before each validation, and keeps how long epochs, steps and pauses were."""
     import keras
 
     class Clock(keras.callbacks.Callback):  # type: ignore[misc]
@@ -78,6 +82,9 @@ def clock() -> Any:
                 self.steps.append(now - self._stepped)
             self._last = self._stepped = now
 
+        def on_test_begin(self, logs: Any = None) -> None:
+            turn()
+
         def on_test_end(self, logs: Any = None) -> None:
             self._validated = time.perf_counter()
             self.epochs.append(self._last - self._began)
@@ -85,23 +92,36 @@ def clock() -> Any:
     return Clock()
 
 
-def measured(fit: Callable[[Any, list[Any], int], list[Any]], steps_per_execution: int) -> dict[str, float]:
-    """Of one training."""
-    timed = clock()
+@dataclass(frozen=True)
+class Training:
+    """Of the second half of a training's epochs.
+
+    Attributes:
+        epochs: Seconds of each.
+        wait, step, pause, first: See the module; the last three in seconds.
+    """
+
+    epochs: list[float]
+    wait: float
+    step: float
+    pause: float
+    first: float
+
+
+def trained(fit: Callable[[Any, list[Any], int], list[Any]], steps_per_execution: int, turn: Turn) -> Training:
+    timed = clock(turn)
     seen = fit(functools.partial(build, steps_per_execution), [timed], EPOCHS[steps_per_execution])
-    waits = [event.data_wait for event in seen if isinstance(event, rk.events.EpochEnded)]
-    step = _of_second_half(timed.steps)
-    return {
-        "epoch": _of_second_half(timed.epochs),
-        "wait": _of_second_half(waits) if waits else 0.0,
-        "step": step,
-        "pause": _of_second_half(timed.pauses) / step,
-        "first": _of_second_half(timed.firsts) / step,
-    }
+    ended = [event for event in seen if isinstance(event, rk.events.EpochEnded)]
+    waits = [event.data_wait * TRAIN / event.rows_per_s for event in ended] or [0.0]
+    epochs = _second_half(timed.epochs)
+    wait, step, pause, first = (
+        statistics.median(_second_half(each)) for each in (waits, timed.steps, timed.pauses, timed.firsts)
+    )
+    return Training(epochs, wait / statistics.median(epochs), step, pause, first)
 
 
-def _of_second_half(values: Sequence[float]) -> float:
-    return statistics.median(values[len(values) // 2 :])
+def _second_half(values: Sequence[float]) -> list[float]:
+    return list(values[len(values) // 2 :])
 
 
 def plain(build: Any, callbacks: list[Any], epochs: int) -> list[Any]:
@@ -178,33 +198,48 @@ def main() -> None:
                 from_parquet, lists, cache="memory", checkpoints="epoch"
             ),
         }
-        results: dict[str, list[dict[str, float]]] = {}
+        results: dict[str, list[Training]] = {}
         for _ in range(arguments.rounds):
             for steps in EPOCHS:
-                for kind, fit in kinds.items():
-                    one = side_by_side.alone(functools.partial(measured, fit, steps))
-                    results.setdefault(f"{kind}|{steps}", []).append(one)
+                made = {f"{kind}|{steps}": functools.partial(trained, fit, steps) for kind, fit in kinds.items()}
+                for name, training in side_by_side.by_turns(made).items():
+                    results.setdefault(name, []).append(training)
     header = (
         "",
         "steps_per_execution",
         "epoch, s",
-        "÷ plain",
+        "÷ plain (quartiles)",
         "waiting for data",
         "step, ms",
         "pause, steps",
-        "first step",
+        "first step, in steps",
     )
     rows = []
     for name, each in results.items():
         kind, executed = name.split("|")
-        middle = {key: statistics.median(one[key] for one in each) for key in each[0]}
-        pairs = zip(each, results[f"{next(iter(kinds))}|{executed}"], strict=True)
-        ratio = statistics.median(one["epoch"] / base["epoch"] for one, base in pairs)  # of one round each
-        wait = "" if kind.startswith("plain") else f"{middle['wait']:.1%}"
-        step, pause, first = f"{1e3 * middle['step']:.2f}", f"{middle['pause']:.1f}", f"{middle['first']:.1f}"
-        rows.append((kind, executed, f"{middle['epoch']:.2f}", f"{ratio:.2f}", wait, step, pause, first))
+        epochs, base = (
+            [seconds for one in trainings for seconds in one.epochs]
+            for trainings in (each, results[f"{next(iter(kinds))}|{executed}"])
+        )
+        low, ratio, high = statistics.quantiles([a / b for a, b in zip(epochs, base, strict=True)])
+        wait, step, pause, first = (
+            statistics.median(getattr(one, key) for one in each) for key in ("wait", "step", "pause", "first")
+        )
+        is_plain = kind == next(iter(kinds))
+        rows.append(
+            (
+                kind,
+                executed,
+                f"{statistics.median(epochs):.2f}",
+                "1" if is_plain else f"{ratio:.2f} ({low:.2f}–{high:.2f})",
+                "" if is_plain else f"{wait:.1%}",
+                f"{1e3 * step:.2f}",
+                f"{pause / step:.1f}",
+                f"{first / step:.1f}",
+            )
+        )
     print(side_by_side.table(header, rows))
-    side_by_side.write(arguments.json, results)
+    side_by_side.write(arguments.json, {name: [asdict(one) for one in each] for name, each in results.items()})
 
 
 if __name__ == "__main__":

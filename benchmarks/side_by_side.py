@@ -1,13 +1,16 @@
-"""Contenders run in alternation, and a table of their medians."""
+"""Contenders run in alternation or by turns, and a table of their medians."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
@@ -43,6 +46,67 @@ def alone(run: Callable[[], T]) -> T:
     """Runs a contender in a process of its own, where nothing is set that another one sets."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run).result()
+
+
+Turn = Callable[[], float]
+"""Ends a contender's turn; returns, when its next one begins, the seconds that lay between."""
+
+
+def by_turns(contenders: Mapping[str, Callable[[Turn], T]]) -> dict[str, T]:
+    """What contenders return that run side by side, each in a process of its own, by turns.
+
+    A contender calls what it is given wherever its turn may end. Until its next one, its process and all that it
+    started are stopped: what is compared is seconds apart, and nobody runs beside anybody.
+    """
+    context = multiprocessing.get_context("spawn")
+    running, results = {}, {}
+    for name, run in contenders.items():
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_take_turns, args=(theirs, run))
+        process.start()
+        theirs.close()
+        running[name] = process, ours
+    try:
+        while running:
+            for name, (process, connection) in list(running.items()):
+                _signal(process.pid, signal.SIGCONT)
+                connection.send(None)
+                if (returned := connection.recv()) is None:
+                    _signal(process.pid, signal.SIGSTOP)
+                else:
+                    (results[name],) = returned
+                    process.join()
+                    del running[name]
+    finally:
+        for process, _ in running.values():
+            _signal(process.pid, signal.SIGCONT)
+            process.terminate()
+    return results
+
+
+def _take_turns(connection: Any, run: Callable[[Turn], Any]) -> None:
+    def turn() -> float:
+        ended = time.perf_counter()
+        connection.send(None)
+        connection.recv()
+        return time.perf_counter() - ended
+
+    connection.recv()
+    connection.send((run(turn),))
+
+
+def _signal(pid: int | None, number: int) -> None:
+    """To a process and all that descend from it."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, []).append(int(path.parent.name))
+    family = [pid]
+    for member in family:
+        family += parents.get(member or 0, [])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member or 0, number)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
