@@ -10,7 +10,6 @@ import os
 import platform
 import signal
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
@@ -48,8 +47,8 @@ def alone(run: Callable[[], T]) -> T:
         return process.submit(run).result()
 
 
-Turn = Callable[[], float]
-"""Ends a contender's turn; returns, when its next one begins, the seconds that lay between."""
+Turn = Callable[[], None]
+"""Ends a contender's turn; returns when its next one begins."""
 
 
 def by_turns(contenders: Mapping[str, Callable[[Turn], T]]) -> dict[str, T]:
@@ -85,11 +84,9 @@ def by_turns(contenders: Mapping[str, Callable[[Turn], T]]) -> dict[str, T]:
 
 
 def _take_turns(connection: Any, run: Callable[[Turn], Any]) -> None:
-    def turn() -> float:
-        ended = time.perf_counter()
+    def turn() -> None:
         connection.send(None)
         connection.recv()
-        return time.perf_counter() - ended
 
     connection.recv()
     connection.send((run(turn),))

@@ -205,10 +205,10 @@ def test_lists_that_are_read_in_parts_are_what_was_written(tmp_path: Path) -> No
     columns = {
         "text": pa.array(rng.choice(["a", "b"], 900)).dictionary_encode(),
         "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
-        "numbers": pa.array(numbers, pa.list_(pa.int16())),
+        "my.numbers": pa.array(numbers, pa.list_(pa.int16())),
     }
     opened = rk.parquet(write(tmp_path / "0.parquet", 900, group=450, **columns), x="image").open()
-    names = ["numbers", "id", "text", "image"]
+    names = ["my.numbers", "id", "text", "image"]
     read = opened.reader.read(opened.unit(1), 10, 440, names)
     assert read["image"].num_chunks > 1
     assert [read[name].to_pylist() for name in names[:3]] == [

@@ -178,7 +178,8 @@ def _read(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
     if not any(_is_narrow_list(file.schema_arrow.field(name).type) for name in columns):
         return file.read_row_group(group, columns=columns, use_threads=False)
     stored = file.metadata.row_group(group)
-    most = max(stored.column(i).num_values for i in range(stored.num_columns))
+    chunks, paths = map(stored.column, range(stored.num_columns)), tuple(f"{name}." for name in columns)
+    most = max(chunk.num_values for chunk in chunks if f"{chunk.path_in_schema}.".startswith(paths))
     rows = max(1, _VALUES_AT_ONCE * stored.num_rows // max(1, most))
     batches = file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
     schema = pa.schema([file.schema_arrow.field(name) for name in columns])
@@ -211,6 +212,8 @@ def _opened(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
 
 
 _kept: dict[tuple[str, str | None], pq.FileMetaData] = {}
+"""Footers, by URL and version of the file."""
+
 _kept_lock = threading.Lock()
 
 _File = tuple[str, Mapping[str, Any]]
