@@ -111,13 +111,11 @@ class Training:
 def trained(fit: Callable[[Any, list[Any], int], list[Any]], steps_per_execution: int, turn: Turn) -> Training:
     timed = clock(turn)
     seen = fit(functools.partial(build, steps_per_execution), [timed], EPOCHS[steps_per_execution])
-    ended = [event for event in seen if isinstance(event, rk.events.EpochEnded)]
-    waits = [event.data_wait * TRAIN / event.rows_per_s for event in ended] or [0.0]
-    epochs = _second_half(timed.epochs)
+    waits = [event.data_wait for event in seen if isinstance(event, rk.events.EpochEnded)] or [0.0]
     wait, step, pause, first = (
         statistics.median(_second_half(each)) for each in (waits, timed.steps, timed.pauses, timed.firsts)
     )
-    return Training(epochs, wait / statistics.median(epochs), step, pause, first)
+    return Training(_second_half(timed.epochs), wait, step, pause, first)
 
 
 def _second_half(values: Sequence[float]) -> list[float]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import metadata
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,17 +69,17 @@ def by_turns(contenders: Mapping[str, Callable[[Turn], T]]) -> dict[str, T]:
     try:
         while running:
             for name, (process, connection) in list(running.items()):
-                _signal(process.pid, signal.SIGCONT)
+                _signal(process, signal.SIGCONT)
                 connection.send(None)
                 if (returned := connection.recv()) is None:
-                    _signal(process.pid, signal.SIGSTOP)
+                    _signal(process, signal.SIGSTOP)
                 else:
                     (results[name],) = returned
                     process.join()
                     del running[name]
     finally:
         for process, _ in running.values():
-            _signal(process.pid, signal.SIGCONT)
+            _signal(process, signal.SIGCONT)
             process.terminate()
     return results
 
@@ -92,18 +93,19 @@ def _take_turns(connection: Any, run: Callable[[Turn], Any]) -> None:
     connection.send((run(turn),))
 
 
-def _signal(pid: int | None, number: int) -> None:
+def _signal(process: BaseProcess, number: int) -> None:
     """To a process and all that descend from it."""
-    parents: dict[int, list[int]] = {}
+    children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(path.parent.name))
-    family = [pid]
+            children.setdefault(parent, []).append(int(path.parent.name))
+    assert process.pid is not None  # it was started
+    family = [process.pid]
     for member in family:
-        family += parents.get(member or 0, [])
+        family += children.get(member, [])
         with contextlib.suppress(ProcessLookupError):
-            os.kill(member or 0, number)
+            os.kill(member, number)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -101,7 +102,9 @@ def test_a_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
             os.kill(process_of("ray::TrainController"), signal.SIGKILL)
         seen.append(event)
 
-    fit(str(tmp_path), "run", scale=rk.Scale(workers=2), on_event=on_event)
+    scale = rk.Scale(workers=2, cpus_per_worker=0.5)  # there is room for the next attempt, whatever is left behind
+    result = fit(str(tmp_path), "run", steering(), scale=scale, on_event=on_event, dropout=0)
+    assert_same(result, fit(str(tmp_path), "undisturbed", steering(), dropout=0), rtol=1e-5)
     assert [type(e) for e in seen].count(rk.events.RunRestarted) == 1
     (failed,) = (event for event in seen if isinstance(event, rk.events.WorkerFailed))
     assert "controller" in failed.cause
@@ -109,10 +112,14 @@ def test_a_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
 
 
 def process_of(title: str) -> int:
-    """The one process of such a title, of this Ray."""
-    (found,) = (
-        int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if path.read_text().startswith(title)
-    )
+    """The one process of such a title, of the Ray that this process started."""
+    parents, titled = {}, []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if (path / "cmdline").read_text().startswith(title):
+                titled.append(int(path.name))
+    (found,) = (pid for pid in titled if parents[parents[pid]] == os.getpid())  # by way of the raylet
     return found
 
 

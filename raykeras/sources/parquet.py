@@ -172,7 +172,7 @@ def _read(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
     """Columns of a row group; some rows at a time where that is faster.
 
     Parquet holds numbers of 8 and 16 bits as 32, and for each value of a list two levels of 16 bits. So many at a time
-    that all stay in a core's cache take a seventh less time, and a quarter of the memory. Wider numbers gain nothing:
+    that all stay in a core's cache take a seventh less time. Wider numbers gain nothing:
     putting the parts together takes as long as they save.
     """
     if not any(_is_narrow_list(file.schema_arrow.field(name).type) for name in columns):
@@ -199,22 +199,15 @@ def _opened(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
     """A file of another machine; its footer is kept from one task to the next while the file is the same."""
     stored = fs.open(path, "rb")
     version = stamp(getattr(stored, "details", None) or fs.info(path))
-    key = (fs.unstrip_protocol(path), version)
-    with _kept_lock:
-        footer = _kept.pop(key, None)
-    file = pq.ParquetFile(stored, metadata=footer, pre_buffer=True)
-    if version is not None:
-        with _kept_lock:
-            _kept[key] = file.metadata
-            while len(_kept) > _MAX_OPEN_FILES:
-                del _kept[next(iter(_kept))]
-    return file
+    footer = None if version is None else _footer(fs, path, version)
+    return pq.ParquetFile(stored, metadata=footer, pre_buffer=True)
 
 
-_kept: dict[tuple[str, str | None], pq.FileMetaData] = {}
-"""Footers, by URL and version of the file."""
+@functools.lru_cache(maxsize=_MAX_OPEN_FILES)
+def _footer(fs: fsspec.AbstractFileSystem, path: str, _: str) -> pq.FileMetaData:
+    with fs.open(path, "rb") as stored:
+        return pq.read_metadata(stored)
 
-_kept_lock = threading.Lock()
 
 _File = tuple[str, Mapping[str, Any]]
 """A path, and what the filesystem says of it."""
