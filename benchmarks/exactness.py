@@ -43,6 +43,10 @@ class Case:
     num_rows: int = 8 * BATCH_SIZE
     weighted: bool = False
 
+    @property
+    def scale(self) -> rk.Scale:
+        return rk.Scale(workers=self.workers, replicas_per_worker=self.replicas)
+
     def __str__(self) -> str:
         weights = "weights" if self.weighted else "no weights"
         return f"{self.workers}x{self.replicas} {self.keras} {self.num_rows} rows, {weights}"
@@ -161,7 +165,7 @@ def compare(case: Case, folder: Path) -> Difference:
         batch_size=BATCH_SIZE,
         epochs=EPOCHS,
         verbose=0,
-        scale=rk.Scale(workers=case.workers, replicas_per_worker=case.replicas),
+        scale=case.scale,
         run=rk.Run(storage=str(folder), name="run"),
     )
     history, weights = plain_fit(case, train, validation, source, case.workers)

@@ -40,11 +40,17 @@ class Desk:
 
         ray.get(self._actor.put.remote(batch))
 
-    def get(self, timeout_s: float) -> list[Event] | None:
-        """The next events; None if none have come in time."""
+    def get(self) -> list[Event] | None:
+        """Waits for the next events; None at their end."""
         import ray
 
-        return ray.get(self._actor.get.remote(timeout_s))
+        return ray.get(self._actor.get.remote())
+
+    def end(self) -> None:
+        """No events come any more."""
+        import ray
+
+        ray.get(self._actor.put.remote(None))
 
     def note(self, rank: int, **facts: str) -> None:
         """Keeps facts of a worker: its node, what is wrong with it."""
@@ -95,7 +101,7 @@ class Desk:
 class _Desk:
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
-        self._events: asyncio.Queue[list[Event]] = asyncio.Queue()
+        self._events: asyncio.Queue[list[Event] | None] = asyncio.Queue()
         self._meetings: list[_Meeting] = []
         self._notes: dict[int, dict[str, str]] = {}
 
@@ -105,14 +111,11 @@ class _Desk:
     async def notes(self) -> dict[int, dict[str, str]]:
         return self._notes
 
-    async def put(self, batch: list[Event]) -> None:
+    async def put(self, batch: list[Event] | None) -> None:
         self._events.put_nowait(batch)
 
-    async def get(self, timeout_s: float) -> list[Event] | None:
-        try:
-            return await asyncio.wait_for(self._events.get(), timeout_s)
-        except asyncio.TimeoutError:  # another class before Python 3.11
-            return None
+    async def get(self) -> list[Event] | None:
+        return await self._events.get()
 
     def _meeting(self, number: int) -> _Meeting:
         while len(self._meetings) <= number:

@@ -22,7 +22,6 @@ from raykeras.desk import Desk
 from raykeras.events import Event
 
 _EVENTS, _HISTORY = "events.jsonl", "history.csv"
-_QUEUE_WAIT_S = 0.2
 
 
 class RunLog:
@@ -119,25 +118,18 @@ class Gathering:
 @contextlib.contextmanager
 def forwarding(desk: Desk, gathered: Gathering) -> Iterator[None]:
     """Moves events from the workers' desk to the driver's handlers, until all have come."""
-    done = threading.Event()
 
     def forward() -> None:
-        while True:
-            finished = done.is_set()
-            try:
-                batch = desk.get(_QUEUE_WAIT_S)
-            except Exception:  # the desk's node is gone
-                return
-            if batch is not None:
+        with contextlib.suppress(Exception):  # the desk's node is gone
+            while (batch := desk.get()) is not None:
                 gathered.queue.put(batch)
-            elif finished:
-                return
 
     thread = threading.Thread(target=forward, name="raykeras-forward", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        done.set()
+        with contextlib.suppress(Exception):
+            desk.end()
         thread.join()
         desk.close()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
-from raykeras import held, inference, launch
-from raykeras.cluster import connect
+from raykeras import cluster, held
 from raykeras.noise import import_tensorflow, quiet
+from raykeras.patching import replaced
 from tests.kept import TWO, KeptWorkers
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -29,6 +31,7 @@ def two_logical_cpus() -> None:
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
+    gc.freeze()  # or `clear_session` looks through all of TensorFlow, each time
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,26 +46,31 @@ def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held, "AUTO_NBYTES", 0)
 
 
-@pytest.fixture(scope="module")  # they hold a part of a CPU, which others' data tasks may need
+@pytest.fixture(scope="session", autouse=True)
+def ray_ends() -> Iterator[None]:
+    """The Ray that the first test which needs one starts ends with the session.
+
+    It has a CPU more than it would have: kept workers take a part of one, and others' data tasks whole ones.
+    """
+    start = cluster._start
+    with replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=scale.workers + 1))):
+        yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
 def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_ends: None) -> Iterator[KeptWorkers]:
-    """Two worker processes for all examples of a module; see `tests.kept`."""
-    connect(TWO, in_process=False)
+    """Two worker processes for all tests that ask for them; see `tests.kept`."""
+    cluster.connect(TWO, in_process=False)
     workers = KeptWorkers(tmp_path_factory.mktemp("kept"))
     yield workers
     workers.close()
 
 
 @pytest.fixture
-def two_workers(kept_workers: KeptWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
+def two_workers(kept_workers: KeptWorkers) -> Iterator[None]:
     """Lets what two workers do in this test be done by those that are kept."""
-    for module in (launch, inference):
-        monkeypatch.setattr(module, "run_on_workers", kept_workers.run_on_workers)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ray_ends() -> Iterator[None]:
-    """The Ray that the first test which needs one starts ends with the session."""
-    yield
-    import ray
-
-    ray.shutdown()
+    with kept_workers.used():
+        yield

@@ -1,25 +1,30 @@
-"""Two worker processes that stay from one example to the next, so that each costs seconds.
+"""Two worker processes that stay from one test to the next, so that each costs seconds.
 
-The processes are Ray Train's, started by the product's own `run_on_workers`, and an example runs on
-them exactly what it would run on new ones: only starting them is shared. `tests/test_workers.py`
-starts its own.
+The processes are Ray Train's, started by the product's own `run_on_workers`, and a test runs on them
+exactly what it would run on new ones: only starting them is shared. Tests of what ends with a process,
+or begins with one, start their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raykeras import inference, launch
 from raykeras.checkpoint import RunFolder
 from raykeras.group import run_on_workers, worst
 from raykeras.options import Scale
+from raykeras.patching import replaced
 
 TWO = Scale(workers=2)
+_CPUS_PER_WORKER = 0.01
 _START_TIMEOUT_S = 300
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300
 
 
 class KeptWorkers:
@@ -30,29 +35,46 @@ class KeptWorkers:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._folder = RunFolder(str(folder))
+        self._start()
+
+    def _start(self) -> None:
         from ray.util.queue import Queue
 
-        self._lost = False
         options = {"num_cpus": 0}
         self._jobs = [Queue(actor_options=options) for _ in range(TWO.workers)]
         self._results = Queue(actor_options=options)
         config = {"jobs": self._jobs, "results": self._results}
         start = functools.partial(
-            run_on_workers, _serve, config, scale=TWO, cpus_per_worker=0.01, folder=RunFolder(str(folder))
+            run_on_workers, _serve, config, scale=TWO, cpus_per_worker=_CPUS_PER_WORKER, folder=self._folder
         )
 
-        def serve() -> None:
+        def serve(results: Any) -> None:
             try:
                 start()
             except BaseException as error:
-                self._results.put((0, None, error))
+                with contextlib.suppress(Exception):  # nobody waits for them any longer
+                    results.put((0, None, error))
 
-        self._thread = threading.Thread(target=serve, daemon=True)
+        self._thread = threading.Thread(target=serve, args=[self._results], daemon=True)
         self._thread.start()
+        self._lost = False
         for _ in range(TWO.workers):
             _, _, error = self._results.get(timeout=_START_TIMEOUT_S)
             if error is not None:
                 raise error
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Lets what two workers do within it be done by these."""
+        if self._lost:  # an earlier test did not come to its end
+            self.close()
+            self._start()
+        with (
+            replaced(launch, "run_on_workers", self.run_on_workers),
+            replaced(inference, "run_on_workers", self.run_on_workers),
+        ):
+            yield
 
     def run_on_workers(
         self,
@@ -68,10 +90,10 @@ class KeptWorkers:
         from ray import cloudpickle
 
         assert scale == TWO
+        assert not self._lost, "these are for one training at a time"
         job = cloudpickle.dumps((work, config))
         for jobs in self._jobs:
             jobs.put(job)
-        assert not self._lost, "an earlier example did not come to its end"
         done: dict[int, Any] = {}
         failures: dict[int, BaseException] = {}
         self._lost = True
@@ -97,7 +119,7 @@ class KeptWorkers:
 
 
 def _serve(config: dict[str, Any]) -> None:
-    """What a kept worker runs: one example after another, each as in a process of its own."""
+    """What a kept worker runs: one test after another, each as in a process of its own."""
     import ray.train
     from ray import cloudpickle
 
@@ -112,6 +134,7 @@ def _serve(config: dict[str, Any]) -> None:
 
     # a process can join a cluster of TensorFlow's only once
     worker.make_strategy = functools.cache(worker.make_strategy)
+    gc.freeze()  # or `clear_session` looks through all of TensorFlow, each time
     rank = ray.train.get_context().get_world_rank()
     config["results"].put((rank, None, None))
     while (job := config["jobs"][rank].get()) is not None:

@@ -475,6 +475,7 @@ def test_no_batch_waits_in_the_pump_for_others_to_fill_a_chunk() -> None:
     assert sum(len(chunk.rows) for chunk in rest) == 2
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_two_workers_train_on_a_dataset_and_validate_on_a_sequence(tmp_path: Path) -> None:
     assert_as_plain(
         dense("keras"),
@@ -487,6 +488,7 @@ def test_two_workers_train_on_a_dataset_and_validate_on_a_sequence(tmp_path: Pat
     )
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_two_workers_train_on_a_sequence_that_changes(tmp_path: Path) -> None:
     labels = [np.roll(Y, i) for i in range(3)]
     plain = lambda: (slices((X, labels[i // STEPS]), i % STEPS) for i in range(3 * STEPS))  # noqa: E731
@@ -500,6 +502,7 @@ def test_two_workers_train_on_a_sequence_that_changes(tmp_path: Path) -> None:
     assert data.calls.count("end") >= 3
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_two_workers_end_with_the_generator(tmp_path: Path) -> None:
     data = made("generator", "keras", (X, Y), 7)
     options: dict[str, Any] = {"epochs": 9, "steps_per_epoch": 3, "verbose": 0}
@@ -508,6 +511,7 @@ def test_two_workers_end_with_the_generator(tmp_path: Path) -> None:
     assert int(result.model().optimizer.iterations) == 7
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_an_exception_in_a_batch_reaches_the_user_from_two_workers(tmp_path: Path) -> None:
     options: dict[str, Any] = {"scale": TWO, "run": rk.Run(storage=str(tmp_path)), "epochs": 2}
     error = fails("FloatingPointError: in batch three", Slices((X, Y), 3), rk.UserCodeError, **options)

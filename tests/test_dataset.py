@@ -110,8 +110,7 @@ def test_it_trains_validates_evaluates_and_predicts_as_plain_keras_on_the_same_r
     np.testing.assert_allclose(rk.predict(model, data), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("small_units")
+@pytest.mark.usefixtures("small_units", "two_workers")
 def test_two_workers_train_as_one(fit: Fit) -> None:
     data = source()
     one, two = (fit(build, data, epochs=2, validation_split=0.2, scale=rk.Scale(workers=n)) for n in (1, 2))

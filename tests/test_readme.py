@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -62,11 +63,12 @@ def head() -> Iterator[dict[str, str]]:
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         yield environment
     finally:
-        head.terminate()
+        os.killpg(head.pid, signal.SIGKILL)  # asked to end, it would wait half a minute for its workers
         head.wait(60)
         shutil.rmtree(home, ignore_errors=True)
 

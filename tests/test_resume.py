@@ -19,6 +19,7 @@ import ray
 
 import raykeras as rk
 from raykeras.checkpoint import RunFolder
+from tests.kept import KeptWorkers
 from tests.resuming import (
     BATCH,
     EPOCHS,
@@ -77,9 +78,10 @@ def test_killed_at_any_point_in_this_process(tmp_path: Path) -> None:
     assert any(step for _, step in begun)  # some of them in the middle of an epoch
 
 
-def test_killed_at_any_point_on_two_workers(tmp_path: Path) -> None:
+def test_killed_at_any_point_on_two_workers(kept_workers: KeptWorkers, tmp_path: Path) -> None:
     scale = rk.Scale(workers=2)
-    undisturbed = fit(str(tmp_path), "undisturbed", steering(), scale=scale)
+    with kept_workers.used():
+        undisturbed = fit(str(tmp_path), "undisturbed", steering(), scale=scale)
     seen: list[rk.events.Event] = []
     half = len(POINTS) // 2
     killers = [killer(POINTS[:half], str(tmp_path), 1), killer(POINTS[half:], str(tmp_path), 0)]
@@ -99,35 +101,43 @@ def test_a_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
 
     def on_event(event: rk.events.Event) -> None:
         if isinstance(event, rk.events.CheckpointSaved) and not any(isinstance(e, type(event)) for e in seen):
-            os.kill(process_of("ray::TrainController"), signal.SIGKILL)
+            os.kill(youngest_process_of("ray::TrainController"), signal.SIGKILL)
         seen.append(event)
 
     scale = rk.Scale(workers=2, cpus_per_worker=0.5)  # there is room for the next attempt, whatever is left behind
+    before = placement_groups()
     result = fit(str(tmp_path), "run", steering(), scale=scale, on_event=on_event, dropout=0)
     assert_same(result, fit(str(tmp_path), "undisturbed", steering(), dropout=0), rtol=1e-5)
     assert [type(e) for e in seen].count(rk.events.RunRestarted) == 1
     (failed,) = (event for event in seen if isinstance(event, rk.events.WorkerFailed))
     assert "controller" in failed.cause
-    assert {group["state"] for group in ray.util.placement_group_table().values()} == {"REMOVED"}
+    assert placement_groups() == before
 
 
-def process_of(title: str) -> int:
-    """The one process of such a title, of the Ray that this process started."""
-    parents, titled = {}, []
+def placement_groups() -> set[str]:
+    """Those that take something."""
+    return {name for name, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"}
+
+
+def youngest_process_of(title: str) -> int:
+    """Of those of such a title, of the Ray that this process started."""
+    parents, titled, started = {}, [], {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            parents[int(path.name)], started[int(path.name)] = int(fields[1]), int(fields[19])
             if (path / "cmdline").read_text().startswith(title):
                 titled.append(int(path.name))
-    (found,) = (pid for pid in titled if parents[parents[pid]] == os.getpid())  # by way of the raylet
-    return found
+    ours = [pid for pid in titled if parents[parents[pid]] == os.getpid()]  # by way of the raylet
+    return max(ours, key=lambda pid: started[pid])
 
 
 @pytest.fixture(scope="module")
-def killed_driver(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, rk.Result]:
+def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, rk.Result]:
     """A run of two workers whose driver was killed in the middle of an epoch, and the same run undisturbed."""
     folder = tmp_path_factory.mktemp("driver")
-    undisturbed = fit(str(folder), "undisturbed", steering(), scale=rk.Scale(workers=2), dropout=0)
+    with kept_workers.used():
+        undisturbed = fit(str(folder), "undisturbed", steering(), scale=rk.Scale(workers=2), dropout=0)
     die(folder, folder, [], workers=2, dropout=0, driver_epoch=1)
     return folder / "run", undisturbed
 
@@ -277,7 +287,7 @@ def test_batches_of_the_users_own(data: Any, steps: int | None, at: tuple[int, i
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_checkpoints_by_time(workers: int, tmp_path: Path) -> None:
+def test_checkpoints_by_time(workers: int, two_workers: None, tmp_path: Path) -> None:
     seen: list[rk.events.Event] = []
     options = {"scale": rk.Scale(workers=workers), "dropout": 0, "on_event": seen.append}
     result = fit(str(tmp_path), "timed", [slow()], run={"checkpoint_every": "0.6s", "keep": 100}, **options)
@@ -371,7 +381,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_saves_at_the_step_and_can_be_resumed(workers: int, tmp_path: Path) -> None:
+def test_ctrl_c_saves_at_the_step_and_can_be_resumed(workers: int, kept_workers: KeptWorkers, tmp_path: Path) -> None:
     options = {"scale": rk.Scale(workers=workers), "epochs": 12}
 
     class Interrupts(rk.DriverCallback):
@@ -379,11 +389,14 @@ def test_ctrl_c_saves_at_the_step_and_can_be_resumed(workers: int, tmp_path: Pat
             if epoch == 1:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    undisturbed = fit(str(tmp_path), "undisturbed", **options)
+    with kept_workers.used():
+        undisturbed = fit(str(tmp_path), "undisturbed", **options)
     with pytest.raises(KeyboardInterrupt, match="can go on"):
         fit(str(tmp_path), "run", [Interrupts(), slow()], **options)
     ended = events_of(str(tmp_path / "run"))[-1]
     assert (ended["event"], ended["status"]) == ("RunEnded", "interrupted")
     saved = RunFolder(str(tmp_path / "run")).checkpoints()[-1].state
     assert 1 <= saved["epoch"] < 12
-    assert_same(fit(str(tmp_path), "run", **options), undisturbed)
+    with kept_workers.used():
+        resumed = fit(str(tmp_path), "run", **options)
+    assert_same(resumed, undisturbed)

@@ -86,6 +86,7 @@ def test_only_workers_import_tensorflow_and_only_what_is_used_is_started(tmp_pat
     assert done.stderr == ""
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_a_compiled_model_and_its_callbacks_come_back_trained(tmp_path: Path) -> None:
     import keras
 
@@ -124,6 +125,7 @@ def failing_transform(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return columns
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_a_transform_that_fails_on_later_rows_comes_with_the_users_traceback(tmp_path: Path) -> None:
     rows = np.arange(100)
     table = pa.table({"x": np.ones(100, np.float32), "y": rows % 2, "row": rows})
@@ -153,6 +155,7 @@ def test_an_exception_on_one_worker_comes_with_its_rank(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) < 12
 
 
+@pytest.mark.usefixtures("two_workers")
 def test_a_wrong_model_is_told_of_as_such(tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match="takes 4 a row and column 'x' gives 3"):
         rk.fit(model_of, X[:, :3], Y, verbose=0, scale=TWO, run=rk.Run(storage=str(tmp_path)))
