@@ -43,8 +43,9 @@ def _garbage_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
-        gc.unfreeze()  # into the oldest generation, so that the next collection does not go through them either
+        if not gc.get_freeze_count():  # or what the user froze would be unfrozen
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation, so that the next collection does not go through them either
         gc.enable()
 
 
