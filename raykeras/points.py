@@ -68,8 +68,10 @@ def point_callback(api: KerasAPI, points: Points, saver: Saver, first_step: int,
             wanted = bool(self.model.stop_training)
             wish: Wish | None = "stop" if wanted else "save" if saver.is_due_by_time else None
             todo = points.at_point(wish)
-            self.model.stop_training = "stop" in todo
-            return self.model.stop_training or (wanted and "leave" in todo), todo
+            stops = "stop" in todo
+            if stops != wanted:  # to set an attribute of a tf_keras model takes as long as all else that is done here
+                self.model.stop_training = stops
+            return stops or (wanted and "leave" in todo), todo
 
     return PointCallback()
 

@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize("before", ["gc.enable()", "gc.disable()", "gc.freeze()"])
 def test_importing_tensorflow_leaves_the_collector_as_it_was(before: str) -> None:
     script = f"""
-    import gc, sys
+    import gc
     from raykeras.noise import import_tensorflow
     collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
     {before}
