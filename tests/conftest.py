@@ -50,10 +50,11 @@ def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_ends() -> Iterator[None]:
     """The Ray that the first test which needs one starts ends with the session.
 
-    It has a CPU more than it would have: kept workers take a part of one, and others' data tasks whole ones.
+    Whichever test that is, it has the CPUs for three workers and a data task beside the part of one that kept workers
+    take: else that task would wait for ever.
     """
     start = cluster._start
-    with replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=scale.workers + 1))):
+    with replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=4))):
         yield
     import ray
 
