@@ -50,11 +50,11 @@ def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_ends() -> Iterator[None]:
     """The Ray that the first test which needs one starts ends with the session.
 
-    Whichever test that is, it has the CPUs for three workers and a data task beside the part of one that kept workers
-    take: else that task would wait for ever.
+    It has a CPU more than it would have: two workers leave one for data tasks beside the part that kept workers take.
+    Tests with more workers say how much of a CPU each of them takes.
     """
     start = cluster._start
-    with replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=4))):
+    with replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=scale.workers + 1))):
         yield
     import ray
 
