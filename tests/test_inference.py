@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
+from raykeras.cluster import connect
 
 ROWS, BATCH = 103, 16
 RNG = np.random.default_rng(0)
@@ -88,7 +89,6 @@ def test_a_checkpoint_is_evaluated_and_predicted_with(source: rk.Source, tmp_pat
         rk.evaluate(str(tmp_path / "nothing.keras"), source)
 
 
-@pytest.mark.usefixtures("two_workers")
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_predictions_come_in_the_order_of_the_source(source: rk.Source, scale: rk.Scale) -> None:
     model = build()
@@ -105,7 +105,6 @@ def test_outputs_by_name_are_returned_by_name() -> None:
         np.testing.assert_allclose(predicted[name], values, atol=1e-5)
 
 
-@pytest.mark.usefixtures("two_workers")
 @pytest.mark.parametrize("scale", [SCALES["here"], SCALES["two workers"]], ids=["here", "two workers"])
 def test_parquet_is_written_with_the_columns_that_were_asked_for(
     source: rk.Source, tmp_path: Path, scale: rk.Scale
@@ -143,8 +142,9 @@ def test_nothing_is_left_of_a_prediction_that_failed(tmp_path: Path, source: rk.
 
 
 def test_what_a_model_or_a_transform_needs_must_be_there_where_they_are_used(
-    source: rk.Source, two_workers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: rk.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    connect(SCALES["two workers"], in_process=False)  # Ray's processes have the paths of when it was started
     (tmp_path / "predicts_here.py").write_text("def build():\n    ...\n\ndef unchanged(columns):\n    return columns\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("predicts_here")
