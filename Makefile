@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

@@ -42,11 +42,10 @@ class Case:
     keras: str = "keras"
     num_rows: int = 8 * BATCH_SIZE
     weighted: bool = False
-    cpus_per_worker: float | None = None
 
     @property
     def scale(self) -> rk.Scale:
-        return rk.Scale(workers=self.workers, cpus_per_worker=self.cpus_per_worker, replicas_per_worker=self.replicas)
+        return rk.Scale(workers=self.workers, replicas_per_worker=self.replicas)
 
     def __str__(self) -> str:
         weights = "weights" if self.weighted else "no weights"

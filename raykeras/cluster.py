@@ -21,19 +21,40 @@ from raykeras.reads import Reading
 _STORE_SHARE = 0.5  # of the object store, for rows on their way
 
 
-def reading(scale: Scale, cpus_per_worker: float, num_streams: int) -> Reading:
+def reading(scale: Scale, cpus_per_worker: float, num_streams: int, *, cpus_to_be_taken: float = 0.0) -> Reading:
     """What one stream of one rank may use to read.
 
     Called where the workers run, since an autoscaled cluster has its nodes only when they do.
+
+    Args:
+        scale, cpus_per_worker: The workers, and the logical CPUs of each, if they are processes of their own.
+        num_streams: Of each worker.
+        cpus_to_be_taken: Logical CPUs that are still free, and will not be.
     """
     import ray
 
     resources = ray.cluster_resources()
     taken = cpus_per_worker * scale.workers if scale.workers > 1 else 0
-    cpus = max(1.0, (resources.get("CPU", 1) - taken) // scale.workers)
+    cpus_per_task = cpus_per_data_task(cpus_to_be_taken)
+    cpus = max(cpus_per_task, (resources.get("CPU", 1) - taken) // scale.workers)
     share = resources.get("object_store_memory", 0) * _STORE_SHARE / scale.workers / num_streams
     wanted = (cpus + 2) * TASK_NBYTES  # one table being made for each CPU, one waiting, one being used
-    return Reading(cpus=cpus, store_nbytes=int(min(wanted, share)))
+    return Reading(cpus=cpus, store_nbytes=int(min(wanted, share)), cpus_per_task=cpus_per_task)
+
+
+def cpus_per_data_task(to_be_taken: float = 0.0) -> float:
+    """Logical CPUs of a task that makes data: one, or the part of one that is left where others hold parts.
+
+    A task would wait for the rest of it for ever.
+
+    Args:
+        to_be_taken: Logical CPUs that are still free, and will not be when the tasks run.
+    """
+    from ray._private.state import available_resources_per_node
+
+    free = [node.get("CPU", 0.0) for node in available_resources_per_node().values()]
+    left = round(min(max(free, default=0.0), sum(free) - to_be_taken), 4)  # in units of Ray's
+    return left if 0 < left < 1 else 1.0
 
 
 def connect(scale: Scale, *, in_process: bool) -> float:

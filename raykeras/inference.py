@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 from raykeras.arguments import as_source, check_batch_size, check_positive
 from raykeras.batches import Batches, as_batches
 from raykeras.checkpoint import RunFolder
-from raykeras.cluster import connect, reading
+from raykeras.cluster import connect, cpus_per_data_task, reading
 from raykeras.columns import Layout
 from raykeras.data import check_picklable, for_workers, in_memory, open_data, read_ahead, validation_orders
 from raykeras.errors import OptionError, RaykerasError, loading, root_cause
@@ -100,7 +101,7 @@ def evaluate(
     else:
         import ray
 
-        with for_workers(data, scale) as shared:
+        with for_workers(data, scale, cpus_per_worker) as shared:
             task = ray.put((dataclasses.replace(orders, data=shared), *pack_model(model)))
             logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=cpus_per_worker)
     if return_dict:
@@ -215,12 +216,13 @@ def _new_folder(output: str | None) -> RunFolder | None:
     return target
 
 
-def _handed_out(tables: Iterator[pa.Table], target: RunFolder | None) -> Any:
-    """What `predict` returns."""
-    if target is None:
-        return _as_returned(list(tables))
-    _write(target, tables)
-    return target.path
+def _handed_out(tables: Generator[pa.Table], target: RunFolder | None) -> Any:
+    """What `predict` returns. The models end with it, and not once an exception's traceback is forgotten."""
+    with contextlib.closing(tables):
+        if target is None:
+            return _as_returned(list(tables))
+        _write(target, tables)
+        return target.path
 
 
 def _batch_predictions(model: Any, batches: Batches, scale: Scale) -> Generator[pa.Table]:
@@ -240,6 +242,7 @@ def _batch_predictions(model: Any, batches: Batches, scale: Scale) -> Generator[
         num_models=scale.num_replicas,
         num_cpus=cpus_per_worker / scale.replicas,
         num_gpus=1 if scale.gpus_per_worker else 0,
+        cpus_per_task=cpus_per_data_task(cpus_per_worker * scale.workers),
     )
 
 
@@ -270,7 +273,7 @@ def _predictions(
         pieces,
         [piece.stop - piece.start for piece in pieces],
         row_nbytes=layout.row_nbytes,
-        reading=reading(Scale(), 0, 1),
+        reading=reading(Scale(), 0, 1, cpus_to_be_taken=0 if in_process else cpus_per_worker * scale.workers),
         bell=bell,
     )
     if not in_process:
@@ -287,11 +290,12 @@ def _predictions(
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             bell.ring()
             yield predict_table(table) if predict_table else table
+        return
     except Exception as error:
         cause = root_cause(error)
-        if cause is error or not isinstance(cause, RaykerasError):
-            raise
-        raise cause from None
+        failure = cause if isinstance(cause, RaykerasError) else error
+    gc.collect()  # what Ray Data raises and the models' actors hold each other, and their CPUs and GPUs
+    raise failure
 
 
 def _connect(scale: Scale, opened: OpenSource) -> float:

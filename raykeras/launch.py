@@ -152,7 +152,10 @@ def fit_on_workers(
 
     scale, desk = orders.scale, Desk(orders.scale.workers)
     with contextlib.ExitStack() as stack:
-        train, validation = (stack.enter_context(for_workers(o, scale)) for o in (orders.train, orders.validation))
+        train, validation = (
+            stack.enter_context(for_workers(o, scale, orders.cpus_per_worker))
+            for o in (orders.train, orders.validation)
+        )
         shared = dataclasses.replace(orders, train=train, validation=validation)
         stack.enter_context(forwarding(desk, gathered))
         stack.enter_context(interrupt.reaching(desk.call))

@@ -147,7 +147,7 @@ def predicted_here(batches: Batches, build: Callable[[], Any]) -> Iterator[pa.Ta
 
 
 def predicted_by_actors(
-    batches: Batches, build: bytes, *, num_models: int, num_cpus: float, num_gpus: float
+    batches: Batches, build: bytes, *, num_models: int, num_cpus: float, num_gpus: float, cpus_per_task: float
 ) -> Generator[pa.Table]:
     """The same by models in processes of their own. What a Sequence makes is made by tasks."""
     import ray
@@ -155,7 +155,11 @@ def predicted_by_actors(
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     actors = [ray.remote(**options)(RemotePredictor).remote(build, batches.layout, 1) for _ in range(num_models)]
     waiting: deque[Any] = deque()
-    groups = _made_by_tasks(batches) if batches.kind == "sequence" else (ray.put([g]) for g in _groups(batches))
+    groups = (
+        _made_by_tasks(batches, cpus_per_task)
+        if batches.kind == "sequence"
+        else (ray.put([g]) for g in _groups(batches))
+    )
     try:
         for actor, group in zip(itertools.cycle(actors), groups, strict=False):
             waiting.append(actor.of_batches.remote(group))
@@ -197,11 +201,11 @@ def _one_pass(batches: Batches) -> Iterator[Flat]:
         epochs.close()
 
 
-def _made_by_tasks(batches: Batches) -> Iterator[Any]:
+def _made_by_tasks(batches: Batches, cpus_per_task: float) -> Iterator[Any]:
     """References to chunks of a Sequence."""
     import ray
 
-    make = ray.remote(num_cpus=1)(chunks_made)
+    make = ray.remote(num_cpus=cpus_per_task)(chunks_made)
     known, shared = ray.put(batches.without_data()), ray.put(batches.data)
     epochs = Epochs(batches, shuffle=False, seed=0, steps=None, restart=False).indexes()
     indexes = next(epochs)

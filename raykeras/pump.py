@@ -79,11 +79,13 @@ class Pump:
     Args:
         orders: What the user passed, and from where it is used.
         num_ranks: How many workers.
+        cpus_per_task: Logical CPUs of a task that makes batches of a Sequence.
     """
 
-    def __init__(self, orders: BatchOrders, num_ranks: int) -> None:
+    def __init__(self, orders: BatchOrders, num_ranks: int, cpus_per_task: float = 1.0) -> None:
         batches = orders.batches
         self._batches, self._num_ranks, self._seed = batches, num_ranks, orders.seed
+        self._cpus_per_task = cpus_per_task
         self._first_epoch = orders.passed[0]
         self._epochs = orders.epochs()
         self._stopped = threading.Event()
@@ -116,7 +118,7 @@ class Pump:
         import ray
 
         batches, num_ranks = self._batches, self._num_ranks
-        make = ray.remote(num_cpus=1, num_returns=num_ranks)(chunks_made)
+        make = ray.remote(num_cpus=self._cpus_per_task, num_returns=num_ranks)(chunks_made)
         size, known, shared = batches_per_task(batches), ray.put(batches.without_data()), None
         epochs = self._epochs.indexes()
         try:

@@ -30,10 +30,12 @@ class Reading:
     Attributes:
         cpus: Logical CPUs that may work for it at a time.
         store_nbytes: Bytes of the object store that may be held for it.
+        cpus_per_task: Logical CPUs that one task takes.
     """
 
     cpus: float = 1
     store_nbytes: int = 256 << 20
+    cpus_per_task: float = 1
 
 
 class TaskFailure(Exception):
@@ -90,7 +92,9 @@ def planned_dataset(
                 for item, rows in zip(items, num_rows, strict=True)
             ]
 
-    dataset = ray.data.read_datasource(PlannedDatasource(), override_num_blocks=len(items))
+    dataset = ray.data.read_datasource(
+        PlannedDatasource(), num_cpus=reading.cpus_per_task, override_num_blocks=len(items)
+    )
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 
 import hypothesis
@@ -12,7 +12,6 @@ import pytest
 
 from raykeras import cluster, held
 from raykeras.noise import import_tensorflow, quiet
-from raykeras.patching import replaced
 from tests.kept import TWO, KeptWorkers
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -31,7 +30,13 @@ def two_logical_cpus() -> None:
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
-    gc.freeze()  # or `clear_session` looks through all of TensorFlow, each time
+
+
+@pytest.fixture(autouse=True)
+def what_stays_is_frozen(two_logical_cpus: None) -> None:
+    """Or `clear_session` would look through all of TensorFlow, each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -47,22 +52,22 @@ def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def ray_ends() -> Iterator[None]:
+def ray_of_its_own() -> Iterator[None]:
     """The Ray that the first test which needs one starts ends with the session.
 
-    It has a CPU more than it would have: two workers leave one for data tasks beside the part that kept workers take.
-    Tests with more workers say how much of a CPU each of them takes.
+    Its folder is its own, or it would find the address that another Ray of this machine has left in the common one.
     """
-    start = cluster._start
-    with replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=scale.workers + 1))):
+    # short: Ray's sockets lie under it
+    with tempfile.TemporaryDirectory(prefix="rk", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
         yield
-    import ray
+        import ray
 
-    ray.shutdown()
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_ends: None) -> Iterator[KeptWorkers]:
+def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_of_its_own: None) -> Iterator[KeptWorkers]:
     """Two worker processes for all tests that ask for them; see `tests.kept`."""
     cluster.connect(TWO, in_process=False)
     workers = KeptWorkers(tmp_path_factory.mktemp("kept"))

@@ -134,13 +134,13 @@ def _serve(config: dict[str, Any]) -> None:
 
     # a process can join a cluster of TensorFlow's only once
     worker.make_strategy = functools.cache(worker.make_strategy)
-    gc.freeze()  # or `clear_session` looks through all of TensorFlow, each time
     rank = ray.train.get_context().get_world_rank()
     config["results"].put((rank, None, None))
     while (job := config["jobs"][rank].get()) is not None:
+        work, given, value, error = None, None, None, None
         for package in (keras, tf_keras):
             package.backend.clear_session()
-        value, error = None, None
+            gc.freeze()  # or it would look through all of TensorFlow, each time
         try:
             work, given = cloudpickle.loads(job)
             value = work(given)

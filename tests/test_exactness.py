@@ -24,7 +24,7 @@ CASES = [
     Case(2, 1, "keras", 257, True),
     Case(2, 1, "tf_keras", 27, True),
     Case(2, 2, "keras", 257, True),
-    Case(3, 1, "keras", 98, True, cpus_per_worker=0.5),
+    Case(3, 1, "keras", 98, True),
 ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +144,24 @@ def test_nothing_is_left_of_a_prediction_that_failed(tmp_path: Path, source: rk.
 
 
 def test_what_a_model_or_a_transform_needs_must_be_there_where_they_are_used(
-    source: rk.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: rk.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    from ray._private.state import actors
+
     connect(SCALES["two workers"], in_process=False)  # Ray's processes have the paths of when it was started
     (tmp_path / "predicts_here.py").write_text("def build():\n    ...\n\ndef unchanged(columns):\n    return columns\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("predicts_here")
     transformed = rk.parquet(tmp_path / "data", x=NAMES, transform=module.unchanged)
+    logging.disable()  # or pytest keeps what Ray logs, and with it what holds the models
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
     for model, data in ((module.build, source), (build, transformed)):
         with pytest.raises(rk.UserCodeError, match=r"No module named 'predicts_here'\. Send the module along"):
             rk.predict(model, data, scale=SCALES["two workers"])
+        deadline = time.monotonic() + 30
+        while any(a["State"] != "DEAD" for a in actors().values() if "RemotePredictor" in a["ActorClassName"]):
+            assert time.monotonic() < deadline, "the models of the prediction that failed hold what they took"
+            time.sleep(0.1)
 
 
 def test_wrong_calls_say_what_to_do(source: rk.Source) -> None:

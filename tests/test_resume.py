@@ -148,8 +148,7 @@ def test_a_killed_driver_of_two_workers_is_resumed_by_others(
 ) -> None:
     left, undisturbed = killed_driver
     shutil.copytree(left, tmp_path / "run")
-    scale = rk.Scale(workers=workers, cpus_per_worker=0.5)
-    result = fit(str(tmp_path), "run", steering(), scale=scale, dropout=0)
+    result = fit(str(tmp_path), "run", steering(), scale=rk.Scale(workers=workers), dropout=0)
     assert_same(result, undisturbed, rtol=1e-6 if workers == 2 else 1e-5)
     begun = [(e["initial_epoch"], e["initial_step"]) for e in events_of(result.path) if e["event"] == "RunStarted"]
     assert len(begun) == 2 and begun[1] > (0, 0) and begun[1][1] > 0

@@ -14,7 +14,7 @@ import pytest
 import raykeras as rk
 from raykeras import reads
 from raykeras.chunks import Feed
-from raykeras.cluster import connect
+from raykeras.cluster import connect, reading
 from raykeras.held import Held
 from raykeras.plan import PassPlan
 from raykeras.specs import resolve
@@ -107,8 +107,48 @@ def test_the_loop_of_a_stream_that_nobody_takes_from_rests(tmp_path: Path, monke
     time.sleep(3)  # in which all is read ahead that may be
     turns.clear()
     time.sleep(2)
-    assert 1 <= len(turns) <= 8
+    resting = len(turns)
+    assert 1 <= resting <= 8
     seen = np.concatenate([next(batches)[0].numpy() for _ in range(31)])
     assert len(np.unique(seen)) == len(seen) == 31 << 18
+    for _ in range(96):  # more than may be read ahead
+        next(batches)
     stream.close()
-    assert len(turns) > 8
+    assert len(turns) > resting
+
+
+def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> None:
+    """It would wait for a whole one for ever."""
+    import ray
+
+    pq.write_table(pa.table({"x": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
+    source = rk.parquet(tmp_path, x="x")
+    opened = source.open()
+
+    def plan(epoch: int) -> PassPlan:
+        return PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, epoch=epoch)
+
+    @ray.remote
+    class Holder:
+        def is_there(self) -> bool:
+            return True
+
+    def free() -> float:
+        """Once Ray has counted again what the last tests left."""
+        seen, now = None, ray.available_resources()["CPU"]
+        while now != seen:
+            time.sleep(0.5)
+            seen, now = now, ray.available_resources()["CPU"]
+        return now
+
+    connect(rk.Scale(), in_process=True)
+    holder = Holder.options(num_cpus=free() - 0.25).remote()
+    assert ray.get(holder.is_there.remote())
+    assert free() == pytest.approx(0.25)
+    given = reading(rk.Scale(), 0, 1)
+    assert given.cpus_per_task == pytest.approx(0.25)
+    stream = Stream(Feed(opened, resolve(source, opened), plan, 0, 1, 1, reading=given))
+    seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
+    stream.close()
+    ray.kill(holder)
+    assert sorted(seen) == list(range(64))
