@@ -156,6 +156,20 @@ def fit(storage: str, name: str, callbacks: Sequence[Any] = (), **options: Any) 
     return rk.fit(lambda: build(dropout=dropout), X, Y, batch_size=BATCH, callbacks=list(callbacks), run=run, **given)
 
 
+def events_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path, "events.jsonl").read_text().splitlines()]
+
+
+def assert_same(result: rk.Result, expected: rk.Result, rtol: float = 1e-6) -> None:
+    assert result.epoch == expected.epoch
+    assert set(result.history) == set(expected.history)
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(result.history[name], values, rtol=rtol, atol=1e-8, err_msg=name)
+    pairs = zip(result.model().get_weights(), expected.model().get_weights(), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=rtol, atol=rtol)
+
+
 def slow(epoch: int) -> Any:
     """A callback that makes an epoch so slow that workers do not end it in the seconds that they outlive a driver."""
     import keras
