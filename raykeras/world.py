@@ -39,6 +39,8 @@ def wait_for_room(orders: Orders) -> int:
     since = begun
     while True:
         found, now = min(_room(orders), scale.workers), time.monotonic()
+        if found < scale.least:
+            found = min(_room(orders, in_parts=True), scale.least)
         if found != seen:
             seen, since = found, now
         if found == scale.workers or (found >= scale.least and now - since >= _SETTLED_S):
@@ -80,14 +82,19 @@ def watched_world(orders: Orders, desk: Desk) -> Iterator[None]:
         closed.set()
 
 
-def _room(orders: Orders) -> int:
-    """Workers that could be started now, beside those that run, one CPU left for reading."""
+def _room(orders: Orders, *, in_parts: bool = False) -> int:
+    """Workers that could be started now, beside those that run, one CPU left for reading.
+
+    Args:
+        orders: What they would do.
+        in_parts: Whether it may be the part of one that others leave, for which a task is made to fit.
+    """
     import ray
     from ray._private.state import available_resources_per_node
 
     gpus_each, cpus_each = orders.scale.gpus_per_worker, orders.cpus_per_worker
     usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - _draining()
-    found, fewest = 0, math.inf  # fewest workers less that leave a whole CPU on some node
+    found, fewest = 0, math.inf  # fewest workers less that leave room for a task on some node
     for node, resources in available_resources_per_node().items():
         if node not in usable:
             continue
@@ -96,7 +103,8 @@ def _room(orders: Orders) -> int:
         fits = min(fits, int(gpus // gpus_each)) if gpus_each else fits
         found += fits
         if cpus >= 1:
-            fewest = min(fewest, max(0, math.ceil((1 - (cpus - fits * cpus_each) - 1e-6) / cpus_each)))
+            task = (round(cpus % 1, 4) if in_parts else 0) or 1
+            fewest = min(fewest, max(0, math.ceil((task - (cpus - fits * cpus_each) - 1e-6) / cpus_each)))
     return found - (0 if fewest is math.inf else int(fewest))
 
 
