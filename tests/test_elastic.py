@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 
 import raykeras as rk
 from raykeras.checkpoint import RunFolder
+from raykeras.cluster import connect
+from raykeras.world import _room, wait_for_room
+from tests.cpus import all_held_but
 from tests.resuming import fit
 from tests.two_nodes import EPOCHS
 
@@ -95,3 +99,14 @@ def test_failures_without_progress_are_counted_and_then_the_run_fails(tmp_path: 
         fit(str(tmp_path), "run", [Dies()], **options)
     failed = [event.next for event in seen if isinstance(event, rk.events.WorkerFailed)]
     assert failed == ["training begins again", "the run fails"]
+
+
+def test_workers_have_room_beside_the_part_of_a_cpu_that_another_job_holds() -> None:
+    """They would wait for the rest of it for ever."""
+    scale = rk.Scale(workers=2)
+    orders: Any = SimpleNamespace(widest=scale, scale=scale, cpus_per_worker=1.0)
+    connect(scale, in_process=False)
+    with all_held_but(2.75):
+        assert wait_for_room(orders) == 2
+    with all_held_but(2.0):
+        assert _room(orders, in_parts=True) == 1  # the other CPU is for reading

@@ -19,6 +19,7 @@ from raykeras.held import Held
 from raykeras.plan import PassPlan
 from raykeras.specs import resolve
 from raykeras.stream import Stream
+from tests.cpus import all_held_but
 
 
 def slow(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -119,8 +120,6 @@ def test_the_loop_of_a_stream_that_nobody_takes_from_rests(tmp_path: Path, monke
 
 def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> None:
     """It would wait for a whole one for ever."""
-    import ray
-
     pq.write_table(pa.table({"x": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
     source = rk.parquet(tmp_path, x="x")
     opened = source.open()
@@ -128,27 +127,11 @@ def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> Non
     def plan(epoch: int) -> PassPlan:
         return PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, epoch=epoch)
 
-    @ray.remote
-    class Holder:
-        def is_there(self) -> bool:
-            return True
-
-    def free() -> float:
-        """Once Ray has counted again what the last tests left."""
-        seen, now = None, ray.available_resources()["CPU"]
-        while now != seen:
-            time.sleep(0.5)
-            seen, now = now, ray.available_resources()["CPU"]
-        return now
-
     connect(rk.Scale(), in_process=True)
-    holder = Holder.options(num_cpus=free() - 0.25).remote()
-    assert ray.get(holder.is_there.remote())
-    assert free() == pytest.approx(0.25)
-    given = reading(rk.Scale(), 0, 1)
-    assert given.cpus_per_task == pytest.approx(0.25)
-    stream = Stream(Feed(opened, resolve(source, opened), plan, 0, 1, 1, reading=given))
-    seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
-    stream.close()
-    ray.kill(holder)
+    with all_held_but(0.25):
+        given = reading(rk.Scale(), 0, 1)
+        assert given.cpus_per_task == pytest.approx(0.25)
+        stream = Stream(Feed(opened, resolve(source, opened), plan, 0, 1, 1, reading=given))
+        seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
+        stream.close()
     assert sorted(seen) == list(range(64))
