@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import tempfile
@@ -12,6 +13,7 @@ import pytest
 
 from raykeras import cluster, held
 from raykeras.noise import import_tensorflow, quiet
+from raykeras.patching import replaced
 from tests.kept import TWO, KeptWorkers
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -55,10 +57,15 @@ def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
 def ray_of_its_own() -> Iterator[None]:
     """The Ray that the first test which needs one starts ends with the session.
 
+    It has a CPU more than it would have: two workers leave one for data tasks beside the part that kept workers take.
     Its folder is its own, or it would find the address that another Ray of this machine has left in the common one.
     """
-    # short: Ray's sockets lie under it
-    with tempfile.TemporaryDirectory(prefix="rk", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    start = cluster._start
+    with (
+        # short: Ray's sockets lie under it
+        tempfile.TemporaryDirectory(prefix="rk", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=scale.workers + 1))),
+    ):
         os.environ["RAY_TMPDIR"] = folder
         yield
         import ray

@@ -8,9 +8,13 @@ or begins with one, start their own.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import gc
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +48,7 @@ class KeptWorkers:
         options = {"num_cpus": 0}
         self._jobs = [Queue(actor_options=options) for _ in range(TWO.workers)]
         self._results = Queue(actor_options=options)
-        config = {"jobs": self._jobs, "results": self._results}
+        config = {"jobs": self._jobs, "results": self._results, "folder": self._folder}
         start = functools.partial(
             run_on_workers, _serve, config, scale=TWO, cpus_per_worker=_CPUS_PER_WORKER, folder=self._folder
         )
@@ -59,10 +63,12 @@ class KeptWorkers:
         self._thread = threading.Thread(target=serve, args=[self._results], daemon=True)
         self._thread.start()
         self._lost = False
+        self._pids: list[int] = []
         for _ in range(TWO.workers):
-            _, _, error = self._results.get(timeout=_START_TIMEOUT_S)
+            _, pid, error = self._results.get(timeout=_START_TIMEOUT_S)
             if error is not None:
                 raise error
+            self._pids.append(pid)
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
@@ -98,7 +104,10 @@ class KeptWorkers:
         failures: dict[int, BaseException] = {}
         self._lost = True
         while len(done) + len(failures) < TWO.workers:
-            rank, value, error = self._results.get(timeout=_TIMEOUT_S)
+            try:
+                rank, value, error = self._results.get(timeout=_TIMEOUT_S)
+            except Exception as raised:
+                raise TimeoutError(f"kept workers did not end within {_TIMEOUT_S} s; {self._stacks()}") from raised
             if error is None:
                 done[rank] = value
             else:
@@ -108,6 +117,13 @@ class KeptWorkers:
             raise worst(failures)
         return done[0]
 
+    def _stacks(self) -> str:
+        """What the threads of the processes are at."""
+        for pid in self._pids:
+            os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        return "\n\n".join(stacks_of(self._folder, pid).read_text() for pid in self._pids)
+
     def close(self) -> None:
         """Ends the processes."""
         for jobs in self._jobs:
@@ -116,6 +132,11 @@ class KeptWorkers:
             self._thread.join()
         for queue in (*self._jobs, self._results):
             queue.shutdown(force=True)
+
+
+def stacks_of(folder: RunFolder, pid: int) -> Path:
+    """Where a process writes its stacks when it is asked for them."""
+    return Path(folder.path, f"stacks-{pid}.txt")
 
 
 def _serve(config: dict[str, Any]) -> None:
@@ -135,7 +156,8 @@ def _serve(config: dict[str, Any]) -> None:
     # a process can join a cluster of TensorFlow's only once
     worker.make_strategy = functools.cache(worker.make_strategy)
     rank = ray.train.get_context().get_world_rank()
-    config["results"].put((rank, None, None))
+    faulthandler.register(signal.SIGUSR1, file=stacks_of(config["folder"], os.getpid()).open("w"), all_threads=True)
+    config["results"].put((rank, os.getpid(), None))
     while (job := config["jobs"][rank].get()) is not None:
         work, given, value, error = None, None, None, None
         for package in (keras, tf_keras):
