@@ -29,6 +29,7 @@ TWO = Scale(workers=2)
 _CPUS_PER_WORKER = 0.01
 _START_TIMEOUT_S = 300
 _TIMEOUT_S = 300
+_FOLLOWS_S = 30  # for which one that did not fail is waited for
 
 
 class KeptWorkers:
@@ -94,6 +95,7 @@ class KeptWorkers:
     ) -> Any:
         """As `raykeras.group.run_on_workers`."""
         from ray import cloudpickle
+        from ray.util.queue import Empty
 
         assert scale == TWO
         assert not self._lost, "these are for one training at a time"
@@ -105,9 +107,11 @@ class KeptWorkers:
         self._lost = True
         while len(done) + len(failures) < TWO.workers:
             try:
-                rank, value, error = self._results.get(timeout=_TIMEOUT_S)
-            except Exception as raised:
-                raise TimeoutError(f"kept workers did not end within {_TIMEOUT_S} s; {self._stacks()}") from raised
+                rank, value, error = self._results.get(timeout=_FOLLOWS_S if failures else _TIMEOUT_S)
+            except Empty:
+                if failures:  # the other waits for the one that failed
+                    raise worst(failures) from None
+                raise TimeoutError(f"kept workers did not end within {_TIMEOUT_S} s; {self._stacks()}") from None
             if error is None:
                 done[rank] = value
             else:
