@@ -45,8 +45,10 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
         for gpu in gpus:
             with contextlib.suppress(RuntimeError):  # already in use by this process
                 tf.config.experimental.set_memory_growth(gpu, True)
-    elif scale.replicas > 1:
-        _make_logical_cpus(scale.replicas)
+    else:
+        _rest_idle_threads()
+        if scale.replicas > 1:
+            _make_logical_cpus(scale.replicas)
     if scale.num_replicas == 1:
         return None
     if scale.workers == 1:
@@ -84,6 +86,20 @@ def replicas_joined() -> Iterator[None]:
 
     with replaced(module, "coordinator", Altered(module.coordinator, Coordinator=Coordinator)):
         yield
+
+
+def _rest_idle_threads() -> None:
+    """Has TensorFlow's threads sleep as soon as they have nothing to do.
+
+    By itself one of them looks for work without a pause, on a core on which rows could be read. Only TensorFlow's start
+    can change that; and no configuration of the user's is touched.
+    """
+    from tensorflow.core.protobuf.config_pb2 import ConfigProto
+    from tensorflow.python.eager.context import context
+
+    if getattr(context(), "_initialized", True) or context()._config is not None:
+        return
+    context()._config = ConfigProto(experimental=ConfigProto.Experimental(disable_thread_spinning=True))
 
 
 def _make_logical_cpus(count: int) -> None:
