@@ -186,6 +186,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
     import raykeras as rk
     from raykeras.cluster import connect
     from raykeras.data import open_data, train_orders
+    from raykeras.strategy import make_strategy
     from raykeras.worker import _open_stream
 
     scale = rk.Scale()
@@ -201,6 +202,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
         seed=0,
         floatx="float32",
     )
+    assert make_strategy(scale) is None  # as a worker begins
     stream = _open_stream(orders, scale, cpus, 0, None)
     try:
         return steady(stream.endless_dataset(), orders.num_steps)

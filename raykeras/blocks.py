@@ -12,6 +12,7 @@ hold a row group's worth of memory each and hand back an Arrow table that the wo
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -35,6 +36,10 @@ SEGMENT_TASKS = 512
 
 SEGMENT_PASSES = 16
 """Most passes of one execution: what is small is not read ahead without end."""
+
+
+_JOINED_ROW_NBYTES = 512
+"""Pieces of rows up to this size are joined before their rows are taken: that is faster than to scatter them."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,12 @@ def _place(pieces: Sequence[tuple[int, int, np.ndarray]], rows: np.ndarray | Non
     if rows is None:
         for a, b, piece in pieces:
             target[a:b] = piece
+        return
+    row_nbytes = target.itemsize * math.prod(target.shape[1:])
+    if len(pieces) == 1 or row_nbytes <= _JOINED_ROW_NBYTES:
+        whole = pieces[0][2] if len(pieces) == 1 else np.concatenate([piece for _, _, piece in pieces])
+        # with "raise" NumPy would write to a copy of the target
+        np.take(whole, rows, axis=0, out=target[: len(rows)], mode="clip")
     elif len(rows) == pieces[-1][1]:  # a permutation: scatter each piece
         where = np.empty(len(rows), np.int64)
         where[rows] = np.arange(len(rows))

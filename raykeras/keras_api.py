@@ -33,7 +33,16 @@ class KerasAPI:
 
     @property
     def module(self) -> ModuleType:
-        return importlib.import_module(self.name)
+        """The package. Raises ModelError where it is not installed."""
+        try:
+            return importlib.import_module(self.name)
+        except ModuleNotFoundError as error:
+            if error.name != self.name:
+                raise
+            raise ModelError(
+                f"The package of a model must be there wherever it is used; this process has no {self.name}. "
+                "Install `raykeras[legacy]`, on every node."
+            ) from None
 
     @property
     def version(self) -> str:

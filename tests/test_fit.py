@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -385,6 +386,13 @@ def uncompiled() -> keras.Model:
 def test_a_model_that_does_not_fit_its_data_says_where(fit: Fit, make: Any, data: Any, message: str) -> None:
     with pytest.raises(rk.ModelError, match=message):
         fit(make, *data)
+
+
+def test_a_model_of_a_package_that_is_not_there_says_what_to_install(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
+    monkeypatch.setitem(sys.modules, "tf_keras", None)
+    with pytest.raises(rk.ModelError, match=r"has no tf_keras\. Install `raykeras\[legacy\]`"):
+        fit(build(), X, Y)
 
 
 def failing_loss(y_true: Any, y_pred: Any) -> Any:
