@@ -37,7 +37,6 @@ SEGMENT_TASKS = 512
 SEGMENT_PASSES = 16
 """Most passes of one execution: what is small is not read ahead without end."""
 
-
 _JOINED_ROW_NBYTES = 512
 """Pieces of rows up to this size are joined before their rows are taken: that is faster than to scatter them."""
 
@@ -122,7 +121,8 @@ def read_windows(reader: Reader, layout: Layout, task: Task) -> list[Any]:
             pieces = _cut(window, spans, cache)
         for array, target, gathered in zip(zip(*(p[2] for p in pieces), strict=True), result, parts, strict=True):
             if target is not None:
-                _place([(a, b, t) for (a, b, _), t in zip(pieces, array, strict=True)], rows, target[at:])
+                placed = [(a, b, t) for (a, b, _), t in zip(pieces, array, strict=True)]
+                _place(placed, rows, target[at : at + window.num_rows])
             else:
                 whole = pa.concat_arrays(array)
                 gathered.append(whole if rows is None else whole.take(pa.array(rows)))
@@ -174,11 +174,11 @@ def _place(pieces: Sequence[tuple[int, int, np.ndarray]], rows: np.ndarray | Non
         for a, b, piece in pieces:
             target[a:b] = piece
         return
-    row_nbytes = target.itemsize * math.prod(target.shape[1:])
-    if len(pieces) == 1 or row_nbytes <= _JOINED_ROW_NBYTES:
-        whole = pieces[0][2] if len(pieces) == 1 else np.concatenate([piece for _, _, piece in pieces])
+    arrays = [piece for _, _, piece in pieces]
+    if len(arrays) == 1 or target.itemsize * math.prod(target.shape[1:]) <= _JOINED_ROW_NBYTES:
+        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         # with "raise" NumPy would write to a copy of the target
-        np.take(whole, rows, axis=0, out=target[: len(rows)], mode="clip")
+        np.take(whole, rows, axis=0, out=target, mode="clip")
     elif len(rows) == pieces[-1][1]:  # a permutation: scatter each piece
         where = np.empty(len(rows), np.int64)
         where[rows] = np.arange(len(rows))

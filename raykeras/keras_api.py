@@ -33,14 +33,14 @@ class KerasAPI:
 
     @property
     def module(self) -> ModuleType:
-        """The package. Raises ModelError where it is not installed."""
+        """The package. Raises ModelError where tf_keras is not installed."""
         try:
             return importlib.import_module(self.name)
         except ModuleNotFoundError as error:
-            if error.name != self.name:
+            if error.name != self.name or not self.is_legacy:  # Keras 3 comes with TensorFlow
                 raise
             raise ModelError(
-                f"The package of a model must be there wherever it is used; this process has no {self.name}. "
+                "The package of a model must be there wherever it is used; this process has no tf_keras. "
                 "Install `raykeras[legacy]`, on every node."
             ) from None
 

@@ -97,9 +97,10 @@ def _rest_idle_threads() -> None:
     from tensorflow.core.protobuf.config_pb2 import ConfigProto
     from tensorflow.python.eager.context import context
 
-    if getattr(context(), "_initialized", True) or context()._config is not None:
+    tensorflow = context()
+    if tensorflow._initialized or tensorflow._config is not None:
         return
-    context()._config = ConfigProto(experimental=ConfigProto.Experimental(disable_thread_spinning=True))
+    tensorflow._config = ConfigProto(experimental=ConfigProto.Experimental(disable_thread_spinning=True))
 
 
 def _make_logical_cpus(count: int) -> None:

@@ -1,4 +1,4 @@
-"""Streams end when they are closed, and Ray Data's loop takes no more of a core than it needs."""
+"""Streams hold the plan's rows and end when closed, and Ray Data's loop takes no more of a core than it needs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pytest
 
 import raykeras as rk
 from raykeras import reads
+from raykeras.blocks import gather_tasks, read_windows
 from raykeras.chunks import Feed
 from raykeras.cluster import connect, reading
 from raykeras.held import Held
-from raykeras.plan import PassPlan
+from raykeras.plan import Order, PassPlan
 from raykeras.specs import resolve
 from raykeras.stream import Stream
 from tests.cpus import all_held_but
@@ -41,6 +42,30 @@ def test_nothing_is_read_after_a_stream_was_closed_while_it_reads_ahead(tmp_path
     next(batches)  # and a thread makes the next ones
     stream.close()
     assert inspect.getgeneratorstate(stream._chunks) == inspect.GEN_CLOSED
+
+
+@pytest.mark.parametrize("width", [1, 200], ids=["small rows", "rows too large to be joined"])
+@pytest.mark.parametrize(("order", "num_ranks"), [("shuffled", 1), ("source", 2)])
+def test_windows_of_several_row_groups_hold_the_rows_of_the_plan(
+    tmp_path: Path, order: Order, num_ranks: int, width: int
+) -> None:
+    x = np.arange(101 * width, dtype=np.float32).reshape(101, width)
+    pq.write_table(pa.table({"x": list(x), "y": np.arange(101)}), tmp_path / "x.parquet", row_group_size=7)
+    source = rk.parquet(tmp_path, x="x", y="y")
+    opened = source.open()
+    layout = resolve(source, opened)
+    plan = PassPlan(opened.unit_rows, global_batch_size=8, window_rows=20, order=order)
+    read = []
+    for rank in range(num_ranks):
+        windows = list(plan.windows(rank, num_ranks))
+        assert any(len(window.pieces) > 2 for window in windows)
+        for task in gather_tasks(((0, window) for window in windows), opened, layout.row_nbytes):
+            rows = np.concatenate([plan.source_rows(window) for _, window in task.windows])
+            features, labels = read_windows(opened.reader, layout, task)
+            np.testing.assert_array_equal(features.reshape(-1, width), x[rows])
+            np.testing.assert_array_equal(labels, rows)
+            read.append(rows)
+    assert sorted(np.concatenate(read)) == list(range(101))
 
 
 class Clock(reads.Bell):
