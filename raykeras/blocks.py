@@ -25,7 +25,7 @@ import pyarrow as pa
 from raykeras.columns import Layout
 from raykeras.errors import RaykerasError, root_cause
 from raykeras.plan import Window
-from raykeras.reads import Bell, Reading, planned_dataset
+from raykeras.reads import Consumer, Reading, planned_dataset
 from raykeras.sources import OpenSource, Reader, UnitRef
 
 TASK_NBYTES = 24 << 20
@@ -218,7 +218,8 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
             if len(segment) == SEGMENT_TASKS or task.pass_index - segment[0].pass_index == SEGMENT_PASSES:
                 break
         if segment:
-            ahead.append((segment, _Execution(shared, segment, layout.row_nbytes, reading)))
+            previous = ahead[-1][1] if ahead else None
+            ahead.append((segment, _Execution(shared, segment, layout.row_nbytes, reading, previous)))
 
     start()
     try:
@@ -276,26 +277,37 @@ class _Tables:
 
 
 class _Execution:
-    """One Ray Data execution, begun at once in a thread."""
+    """One Ray Data execution, begun at once in a thread.
 
-    def __init__(self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> None:
+    Args:
+        shared, segment, row_nbytes, reading: As `planned_dataset` takes them.
+        previous: The execution before, whose tables are taken first: together they hold no more than one may.
+    """
+
+    def __init__(
+        self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading, previous: _Execution | None
+    ) -> None:
         self._arguments = (shared, segment, row_nbytes, reading)
-        self._bell = Bell()
+        self._left = len(segment)
+        self._next: Consumer | None = None
+        self._consumer = Consumer(previous._left if previous else 0, reading.store_nbytes // TASK_NBYTES)
+        if previous:
+            previous._next = self._consumer
         self._iterator: Any = None
         self._first: list[pa.Table] = []
         self._failure: BaseException | None = None
-        self._closed = False
         self._thread = threading.Thread(target=self._begin, name="raykeras-read", daemon=True)
         self._thread.start()
 
     def tables(self) -> _Tables:
+        self._consumer.set_first(0)
         return _Tables(self._tables())
 
     def close(self) -> None:
         """Ends the execution; its tasks are cancelled."""
-        self._closed = True
+        self._consumer.set_first(0)
         self._thread.join()
-        self._bell.ring()
+        self._consumer.take()
         if self._iterator is not None:
             self._iterator.close()
 
@@ -304,7 +316,7 @@ class _Execution:
             shared, segment, row_nbytes, reading = self._arguments
             num_rows = [task.num_rows for task in segment]
             dataset = planned_dataset(
-                _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, bell=self._bell
+                _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, consumer=self._consumer
             )
             batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
             self._iterator = iter(batches)
@@ -313,7 +325,10 @@ class _Execution:
             self._failure = error
 
     def _taken(self, table: pa.Table) -> pa.Table:
-        self._bell.ring()
+        self._consumer.take()
+        self._left -= 1
+        if self._next:
+            self._next.set_first(self._left)
         return table
 
     def _tables(self) -> Iterator[pa.Table]:

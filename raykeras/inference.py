@@ -43,7 +43,7 @@ from raykeras.predictor import (
     read_piece,
     split_name,
 )
-from raykeras.reads import Bell, planned_dataset
+from raykeras.reads import Consumer, planned_dataset
 from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import resolve
@@ -265,7 +265,7 @@ def _predictions(
             return
     import ray
 
-    cpus_per_worker, bell = _connect(scale, opened), Bell()
+    cpus_per_worker, consumer = _connect(scale, opened), Consumer()
     shared = ray.put((opened.reader, layout, columns))
     dataset = planned_dataset(
         read_piece,
@@ -274,7 +274,7 @@ def _predictions(
         [piece.stop - piece.start for piece in pieces],
         row_nbytes=layout.row_nbytes,
         reading=reading(Scale(), 0, 1, cpus_to_be_taken=0 if in_process else cpus_per_worker * scale.workers),
-        bell=bell,
+        consumer=consumer,
     )
     if not in_process:
         dataset = dataset.map_batches(
@@ -288,7 +288,7 @@ def _predictions(
         )
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            bell.ring()
+            consumer.take()
             yield predict_table(table) if predict_table else table
         return
     except Exception as error:

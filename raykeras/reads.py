@@ -57,7 +57,7 @@ def planned_dataset(
     *,
     row_nbytes: int,
     reading: Reading,
-    bell: Bell,
+    consumer: Consumer,
 ) -> Any:
     """A dataset that is read item by item.
 
@@ -68,9 +68,13 @@ def planned_dataset(
         num_rows: Rows of each.
         row_nbytes: Bytes of a row.
         reading: Limits.
-        bell: Rung by the consumer, who keeps it as long as it reads.
+        consumer: Told of each table that is taken; to be kept as long as there are any.
     """
     import ray
+    from ray.data._internal.execution.backpressure_policy import (
+        ENABLED_BACKPRESSURE_POLICIES,
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    )
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -101,71 +105,133 @@ def planned_dataset(
     context.target_max_block_size = None  # what is read together stays one block
     context.raise_original_map_exception = True  # what is mapped over the tables raises errors of ours, too
     context.memory_usage_poll_interval_s = None  # else each task starts a thread that looks at its memory
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _pacing(bell.number)]
+    context.downstream_capacity_backpressure_ratio = None  # of 16 CPUs 4 more rested; the limits below suffice
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _pacing(consumer.number)]
+    policies = context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ENABLED_BACKPRESSURE_POLICIES)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [_turn(consumer.number), *policies])
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(cpu=reading.cpus, object_store_memory=reading.store_nbytes)
     return dataset
 
 
-class Bell:
-    """Wakes Ray Data's loop over the tasks of one dataset, in the process that consumes it. Thread-safe."""
+class Consumer:
+    """What Ray Data's loop over the tasks of a dataset knows of what takes its tables, in its process. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        first: Tables of another dataset that are taken before.
+        most: Tables of both that may be made, or have been and wait, as long as there are such.
+    """
+
+    def __init__(self, first: int = 0, most: int = 1) -> None:
         self.number = next(_numbers)
-        self._condition, self._rung = threading.Condition(), 0
-        _bells[self.number] = self
+        self._changed = threading.Condition()
+        self._taken, self._started, self._first, self._most = 0, 0, first, most
+        _consumers[self.number] = self
 
-    def ring(self) -> None:
+    def take(self) -> None:
         """To be called when a table was taken, or no more are wanted."""
-        with self._condition:
-            self._rung += 1
-            self._condition.notify_all()
+        with self._changed:
+            self._taken += 1
+            self._changed.notify_all()
 
-    def wait(self, heard: int, timeout_s: float) -> int:
-        """Waits until it was rung more often than `heard`; returns how often it was."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._rung != heard, timeout_s)
-            return self._rung
+    def set_first(self, num_tables: int) -> None:
+        """To be called when a table of the other dataset was taken: so many are left."""
+        with self._changed:
+            self._first = num_tables
+            self._changed.notify_all()
+
+    def wait(self, taken: int, timeout_s: float) -> int:
+        """Waits until other than so many tables were taken; returns how many were."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken != taken, timeout_s)
+            return self._taken
+
+    def wait_for_room(self) -> None:
+        """Waits until another task may start."""
+        with self._changed:
+            self._changed.wait_for(self._has_room)
+
+    def may_start(self, num_started: int) -> bool:
+        """Whether another task may start, where so many have."""
+        with self._changed:
+            self._started = max(self._started, num_started)
+            return self._has_room()
+
+    def _has_room(self) -> bool:
+        return not self._first or self._first + self._started < self._most
 
 
 _numbers = itertools.count()
-_bells: weakref.WeakValueDictionary[int, Bell] = weakref.WeakValueDictionary()
+_consumers: weakref.WeakValueDictionary[int, Consumer] = weakref.WeakValueDictionary()
 
 
-def _bell(number: int) -> Bell:  # a function, which pickle finds by its name
-    return _bells.get(number) or Bell()
+def _consumer(number: int) -> Consumer:  # a function, which pickle finds by its name
+    return _consumers.get(number) or Consumer()
 
 
 def _pacing(number: int) -> Any:
-    """Makes Ray Data's loop over its tasks pause while there is nothing for it to do.
+    """Makes Ray Data's loop over its tasks pause while there is nothing for it to do, and else begin at once.
 
     While the consumer has all that it may hold, tasks with something to hand over make `ray.wait` return at once, and
     the loop, which runs in the consumer's process, takes half a core and Python's lock: a training in that process
     took four times as long. A turn that did not wait pauses, for longer each time, until a table is taken: it takes
     more than a millisecond of Python's lock, and most slow steps of a training were slow beside one.
 
+    What the cluster has is asked of an actor, and until the answer is looked at, a second later, a dataset has one
+    task at a time.
+
     Args:
-        number: Of the `Bell` that says so, which Ray could not pickle with the class.
+        number: Of the `Consumer`, which Ray could not pickle with the class.
     """
     from ray.data._internal.execution.execution_callback import ExecutionCallback
 
     class Pacing(ExecutionCallback):
         def __init__(self) -> None:
-            self._bell, self._heard = _bell(number), 0
+            self._consumer, self._taken = _consumer(number), 0
             self._pause_s, self._ended = 0.0, 0.0
 
+        def before_execution_starts(self, executor: Any) -> None:
+            _ask_for_limits(executor)
+            self._consumer.wait_for_room()
+
         def on_execution_step(self, executor: Any) -> None:
+            _ask_for_limits(executor)
+            self._consumer.wait_for_room()
             if time.monotonic() - self._ended >= _WAITED_S:
                 self._pause_s = 0.0
             else:
                 self._pause_s = min(max(_PAUSE_FACTOR * self._pause_s, _FIRST_PAUSE_S), _LAST_PAUSE_S)
-                heard = self._bell.wait(self._heard, self._pause_s)
-                if heard != self._heard:
-                    self._heard, self._pause_s = heard, 0.0
+                taken = self._consumer.wait(self._taken, self._pause_s)
+                if taken != self._taken:
+                    self._taken, self._pause_s = taken, 0.0
             self._ended = time.monotonic()
 
     return Pacing
+
+
+def _ask_for_limits(executor: Any) -> None:
+    """Has Ray Data look again for what it may use, as long as that is nothing."""
+    manager = executor._resource_manager
+    if not manager.get_global_limits().cpu:
+        manager._global_limits_last_update_time = 0
+
+
+def _turn(number: int) -> Any:
+    """Lets a dataset start a task for each table that is taken of the dataset before.
+
+    Each would otherwise hold as much as one may: a dataset's limits are for itself, and are set when it begins.
+
+    Args:
+        number: Of the `Consumer` of both.
+    """
+    from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
+
+    class Turn(BackpressurePolicy):
+        def can_add_input(self, op: Any) -> bool:
+            return _consumer(number).may_start(op.metrics.num_tasks_submitted)
+
+    return Turn
 
 
 def _read_task(read: Callable[..., pa.Table], shared: Any, item: Any) -> Iterator[pa.Table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras import reads
+from raykeras import blocks, reads
 from raykeras.blocks import gather_tasks, read_windows
 from raykeras.chunks import Feed
 from raykeras.cluster import connect, reading
@@ -68,7 +69,7 @@ def test_windows_of_several_row_groups_hold_the_rows_of_the_plan(
     assert sorted(np.concatenate(read)) == list(range(101))
 
 
-class Clock(reads.Bell):
+class Clock(reads.Consumer):
     """Time that passes only in pauses."""
 
     def __init__(self) -> None:
@@ -78,29 +79,30 @@ class Clock(reads.Bell):
     def monotonic(self) -> float:
         return self.now
 
-    def wait(self, heard: int, timeout_s: float) -> int:
+    def wait(self, taken: int, timeout_s: float) -> int:
         self.pauses.append(timeout_s)
         self.now += timeout_s
-        return super().wait(heard, 0)
+        return super().wait(taken, 0)
 
 
 def test_turns_that_did_not_wait_for_a_task_are_followed_by_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(reads, "time", clock)
+    executor = SimpleNamespace(_resource_manager=SimpleNamespace(get_global_limits=lambda: SimpleNamespace(cpu=1)))
     callback = reads._pacing(clock.number)()
-    callback.on_execution_step(None)
+    callback.on_execution_step(executor)
     for _ in range(8):
-        callback.on_execution_step(None)
+        callback.on_execution_step(executor)
     assert clock.pauses[:3] == pytest.approx([0.001, 0.005, 0.025])
     assert clock.pauses[-1] == 0.5
     clock.now += 0.06  # a turn that waited
-    callback.on_execution_step(None)
+    callback.on_execution_step(executor)
     assert len(clock.pauses) == 8
-    callback.on_execution_step(None)
+    callback.on_execution_step(executor)
     assert clock.pauses[-1] == 0.001
-    clock.ring()
+    clock.take()
     for _ in range(3):
-        callback.on_execution_step(None)
+        callback.on_execution_step(executor)
     assert clock.pauses[-3:] == pytest.approx([0.005, 0.001, 0.005])
 
 
@@ -141,6 +143,44 @@ def test_the_loop_of_a_stream_that_nobody_takes_from_rests(tmp_path: Path, monke
         next(batches)
     stream.close()
     assert len(turns) > resting
+
+
+def test_an_execution_begins_tasks_as_the_tables_of_the_one_before_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both hold no more than one may."""
+    segment, row_group, allowed = 8, 1 << 17, 4
+    monkeypatch.setattr(blocks, "SEGMENT_TASKS", segment)
+    monkeypatch.setattr(blocks, "TASK_NBYTES", 4 * row_group)
+    begun = tmp_path / "begun"
+
+    def tells(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with open(begun, "a") as file:
+            file.write(".")
+        return columns
+
+    pq.write_table(
+        pa.table({"x": np.arange(2 * segment * row_group)}), tmp_path / "x.parquet", row_group_size=row_group
+    )
+    source = rk.parquet(tmp_path / "x.parquet", x="x", transform=tells)
+    opened = source.open()
+    layout = resolve(source, opened)
+    plan = PassPlan(opened.unit_rows, global_batch_size=1 << 10, window_rows=row_group)
+    connect(rk.Scale(), in_process=True)
+    windows = ((0, window) for window in plan.windows(0, 1))
+    tasks = list(blocks.gather_tasks(windows, opened, layout.row_nbytes))
+    assert len(tasks) == 2 * segment
+    begun.write_text("")
+    taken, ahead = 0, []
+    limits = reads.Reading(cpus=allowed - 2, store_nbytes=allowed * blocks.TASK_NBYTES)
+    for block in blocks.ray_blocks(opened.reader, layout, tasks, limits):
+        assert block.num_rows == row_group
+        taken += 1
+        time.sleep(0.3)  # in which all begin that may
+        ahead.append(len(begun.read_text()) - taken)
+    assert taken == 2 * segment
+    assert max(ahead) <= allowed
+    assert min(ahead[segment - allowed : segment]) >= allowed - 1  # and the next are there when they are needed
 
 
 def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> None:
