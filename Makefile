@@ -19,7 +19,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-test
-	set -e; for name in ingest fit start callbacks feed planning memory; do \
+	set -e; for name in ingest fit start callbacks feed latency planning memory; do \
 		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json; \
 	done; for name in exactness object_store saving soak; do \
 		$(BIN)/python -m benchmarks.$$name; \

@@ -290,7 +290,8 @@ class _Execution:
         self._arguments = (shared, segment, row_nbytes, reading)
         self._left = len(segment)
         self._next: Consumer | None = None
-        self._consumer = Consumer(previous._left if previous else 0, reading.store_nbytes // TASK_NBYTES)
+        most = max(1, reading.store_nbytes // TASK_NBYTES)
+        self._consumer = Consumer(previous._left if previous else 0, most)
         if previous:
             previous._next = self._consumer
         self._iterator: Any = None

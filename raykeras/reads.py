@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import threading
 import time
 import weakref
@@ -120,10 +121,10 @@ class Consumer:
 
     Args:
         first: Tables of another dataset that are taken before.
-        most: Tables of both that may be made, or have been and wait, as long as there are such.
+        most: Tables of both that may be made, or have been and wait, until one of this dataset's is taken.
     """
 
-    def __init__(self, first: int = 0, most: int = 1) -> None:
+    def __init__(self, first: int = 0, most: float = math.inf) -> None:
         self.number = next(_numbers)
         self._changed = threading.Condition()
         self._taken, self._started, self._first, self._most = 0, 0, first, most
@@ -148,18 +149,18 @@ class Consumer:
             return self._taken
 
     def wait_for_room(self) -> None:
-        """Waits until another task may start."""
+        """Waits until another task may start, or the other dataset's tables are all taken."""
         with self._changed:
-            self._changed.wait_for(self._has_room)
+            self._changed.wait_for(lambda: not self._first or not self._is_full())
 
     def may_start(self, num_started: int) -> bool:
         """Whether another task may start, where so many have."""
         with self._changed:
             self._started = max(self._started, num_started)
-            return self._has_room()
+            return self._taken > 0 or not self._is_full()
 
-    def _has_room(self) -> bool:
-        return not self._first or self._first + self._started < self._most
+    def _is_full(self) -> bool:
+        return self._first + self._started >= self._most
 
 
 _numbers = itertools.count()
