@@ -72,10 +72,6 @@ def planned_dataset(
         consumer: Told of each table that is taken; to be kept as long as there are any.
     """
     import ray
-    from ray.data._internal.execution.backpressure_policy import (
-        ENABLED_BACKPRESSURE_POLICIES,
-        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    )
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
 
@@ -100,7 +96,17 @@ def planned_dataset(
     dataset = ray.data.read_datasource(
         PlannedDatasource(), num_cpus=reading.cpus_per_task, override_num_blocks=len(items)
     )
-    context = dataset.context
+    _configure(dataset.context, reading, consumer)
+    return dataset
+
+
+def _configure(context: Any, reading: Reading, consumer: Consumer) -> None:
+    """Sets how a dataset is executed, in a context of its own."""
+    from ray.data._internal.execution.backpressure_policy import (
+        ENABLED_BACKPRESSURE_POLICIES,
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    )
+
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # what is read together stays one block
@@ -113,7 +119,6 @@ def planned_dataset(
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(cpu=reading.cpus, object_store_memory=reading.store_nbytes)
-    return dataset
 
 
 class Consumer:
