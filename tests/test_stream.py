@@ -180,7 +180,7 @@ def test_an_execution_begins_tasks_as_the_tables_of_the_one_before_are_taken(
         while len(begun.read_text()) < min(taken + allowed - 1, len(tasks)):
             assert time.monotonic() < deadline, f"{len(begun.read_text())} tasks have begun, {taken} are taken"
             time.sleep(0.01)
-        time.sleep(0.2)  # more that must not begin would
+        time.sleep(0.3)  # in which more begin, if they may
         ahead.append(len(begun.read_text()) - taken)
     assert taken == 2 * segment
     assert max(ahead) <= allowed
