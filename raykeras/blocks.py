@@ -37,6 +37,8 @@ SEGMENT_TASKS = 512
 SEGMENT_PASSES = 16
 """Most passes of one execution: what is small is not read ahead without end."""
 
+_RAY_DATA_THREAD, _THREAD_ENDS_S = "iter_threaded", 1  # of `iter_batches`; ends up to 0.2 s after it is closed
+
 _JOINED_ROW_NBYTES = 512
 """Pieces of rows up to this size are joined before their rows are taken: that is faster than to scatter them."""
 
@@ -296,6 +298,7 @@ class _Execution:
             previous._next = self._consumer
         self._iterator: Any = None
         self._first: list[pa.Table] = []
+        self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._begin, name="raykeras-read", daemon=True)
         self._thread.start()
@@ -311,6 +314,8 @@ class _Execution:
         self._consumer.take()
         if self._iterator is not None:
             self._iterator.close()
+        for thread in self._threads:  # one that met a Ray that was shut down meanwhile would end the process
+            thread.join(_THREAD_ENDS_S)
 
     def _begin(self) -> None:
         try:
@@ -321,7 +326,10 @@ class _Execution:
             )
             batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
             self._iterator = iter(batches)
+            before = set(threading.enumerate())
             self._first = list(itertools.islice(self._iterator, 1))
+            started = set(threading.enumerate()) - before
+            self._threads = [thread for thread in started if thread.name == _RAY_DATA_THREAD]
         except BaseException as error:  # raised in the thread that reads
             self._failure = error
 

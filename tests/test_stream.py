@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,3 +204,23 @@ def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> Non
         seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
         stream.close()
     assert sorted(seen) == list(range(64))
+
+
+def test_a_closed_stream_leaves_no_thread_that_asks_ray(tmp_path: Path) -> None:
+    """One that asks when Ray is shut down ends the process."""
+    pq.write_table(pa.table({"x": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
+    source = rk.parquet(tmp_path, x="x")
+    opened = source.open()
+
+    def plan(epoch: int) -> PassPlan:
+        return PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, epoch=epoch)
+
+    connect(rk.Scale(), in_process=True)
+    for _ in range(3):
+        before = set(threading.enumerate())
+        stream = Stream(Feed(opened, resolve(source, opened), plan, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+        next(iter(stream.endless_dataset()))
+        names = {thread.name for thread in set(threading.enumerate()) - before}
+        assert blocks._RAY_DATA_THREAD in names
+        stream.close()
+        assert blocks._RAY_DATA_THREAD not in {thread.name for thread in set(threading.enumerate()) - before}
