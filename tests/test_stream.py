@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ from raykeras import blocks, reads
 from raykeras.blocks import gather_tasks, read_windows
 from raykeras.chunks import Feed
 from raykeras.cluster import connect, reading
+from raykeras.columns import Layout
 from raykeras.held import Held
 from raykeras.plan import Order, PassPlan
+from raykeras.sources import OpenSource
 from raykeras.specs import resolve
 from raykeras.stream import Stream
 from tests.cpus import all_held_but
@@ -189,20 +192,26 @@ def test_an_execution_begins_tasks_as_the_tables_of_the_one_before_are_taken(
     assert max(ahead) <= allowed
 
 
-def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> None:
-    """It would wait for a whole one for ever."""
-    pq.write_table(pa.table({"x": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
-    source = rk.parquet(tmp_path, x="x")
+def small_source(folder: Path) -> tuple[OpenSource, Layout, Callable[[int], PassPlan]]:
+    """Of eight row groups; its layout and its plan."""
+    pq.write_table(pa.table({"x": np.arange(64.0)}), folder / "x.parquet", row_group_size=8)
+    source = rk.parquet(folder, x="x")
     opened = source.open()
 
     def plan(epoch: int) -> PassPlan:
         return PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, epoch=epoch)
 
+    return opened, resolve(source, opened), plan
+
+
+def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> None:
+    """It would wait for a whole one for ever."""
+    small = small_source(tmp_path)
     connect(rk.Scale(), in_process=True)
     with all_held_but(0.25):
         given = reading(rk.Scale(), 0, 1)
         assert given.cpus_per_task == pytest.approx(0.25)
-        stream = Stream(Feed(opened, resolve(source, opened), plan, 0, 1, 1, reading=given))
+        stream = Stream(Feed(*small, 0, 1, 1, reading=given))
         seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
         stream.close()
     assert sorted(seen) == list(range(64))
@@ -210,17 +219,11 @@ def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> Non
 
 def test_a_closed_stream_leaves_no_thread_that_asks_ray(tmp_path: Path) -> None:
     """One that asks when Ray is shut down ends the process."""
-    pq.write_table(pa.table({"x": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
-    source = rk.parquet(tmp_path, x="x")
-    opened = source.open()
-
-    def plan(epoch: int) -> PassPlan:
-        return PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, epoch=epoch)
-
+    small = small_source(tmp_path)
     connect(rk.Scale(), in_process=True)
     for _ in range(3):
         before = set(threading.enumerate())
-        stream = Stream(Feed(opened, resolve(source, opened), plan, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+        stream = Stream(Feed(*small, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
         next(iter(stream.endless_dataset()))
         names = {thread.name for thread in set(threading.enumerate()) - before}
         assert blocks._RAY_DATA_THREAD in names
