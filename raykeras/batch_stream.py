@@ -17,7 +17,7 @@ import tensorflow as tf
 from raykeras.batches import part_of
 from raykeras.columns import Tensor
 from raykeras.epochs import too_few
-from raykeras.iterated import iterated_dataset
+from raykeras.iterated import as_it_is, iterated_dataset
 from raykeras.keras_api import KerasAPI
 from raykeras.orders import BatchOrders
 from raykeras.plan import replica_cuts
@@ -57,6 +57,9 @@ class BatchStream:
         """Calls what hooks of a Sequence are due."""
         with contextlib.suppress(ValueError):  # its iterator runs in a thread that was left behind
             self._iterator.close()
+
+    def begin(self) -> None:
+        """Nothing to do: what the driver sends is read ahead by it, and of the user's own iterators nothing is."""
 
     def waited_s(self, step: int, since: float) -> float:
         """Not measured: the batches are the user's own."""
@@ -162,6 +165,7 @@ class BatchStream:
         """Tensors in the order of the layout, of a dataset of the user's."""
         layout = self._batches.layout
 
+        @as_it_is
         def flat(*batch: Any) -> Any:
             return tuple(part_of(batch, tensor, layout) for tensor in layout.tensors)
 
@@ -169,8 +173,9 @@ class BatchStream:
 
     def _from_flat(self, flat: tf.data.Dataset) -> tf.data.Dataset:
         if self._num_replicas == self._num_ranks == 1:
-            return flat.map(lambda *tensors: self._structured(tensors))
+            return flat.map(as_it_is(lambda *tensors: self._structured(tensors)))
 
+        @as_it_is
         def cut(*tensors: Any) -> tf.data.Dataset:
             rows = tf.shape(tensors[0], tf.int64)[0]
             return self._elements(tensors, tf.stack(replica_cuts(rows, self._num_replicas)), rows[None])
@@ -191,11 +196,12 @@ class BatchStream:
         specs = [tf.TensorSpec((None, *t.shape), dtype_of(t)) for t in tensors]
         numbers = tf.TensorSpec((None,), tf.int64)
         dataset = iterated_dataset(elements, [*specs, numbers, numbers])
-        return dataset.flat_map(lambda *components: self._elements(components[:-2], *components[-2:]))
+        return dataset.flat_map(as_it_is(lambda *components: self._elements(components[:-2], *components[-2:])))
 
     def _elements(self, tensors: Sequence[tf.Tensor], cuts: tf.Tensor, global_rows: tf.Tensor) -> tf.data.Dataset:
         """One for each replica and batch."""
 
+        @as_it_is
         def element(i: tf.Tensor) -> Any:
             batch = self._structured([tensor[cuts[i] : cuts[i + 1]] for tensor in tensors])
             if self._num_replicas == self._num_ranks == 1:

@@ -16,7 +16,7 @@ from raykeras.blocks import TASK_NBYTES
 from raykeras.errors import ResourceError
 from raykeras.noise import quiet
 from raykeras.options import Scale
-from raykeras.reads import Reading
+from raykeras.reads import Consumer, Reading, configure
 
 _STORE_SHARE = 0.5  # of the object store, for rows on their way
 
@@ -67,16 +67,18 @@ def connect(scale: Scale, *, in_process: bool) -> float:
         ResourceError: If it can never give the workers, CPUs or GPUs.
     """
     import ray
-    import ray.data  # sets log levels of its own when it is imported
 
-    quiet()
     started = False
     if not ray.is_initialized():
         started = _start(scale)
+    if in_process and started:
+        # of all CPUs, so that the first task that reads waits for this process instead of starting in another one
+        ray.remote(num_cpus=ray.cluster_resources()["CPU"])(_import_what_reads).remote()
+    import ray.data  # sets log levels of its own when it is imported
+
+    quiet()
     if not in_process:
         _start_coordinator()
-    elif started:
-        ray.remote(num_cpus=1)(_import_what_reads).remote()  # while the model is built
     limit = _most_resources() or ray.cluster_resources()
     num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
     cpus_per_worker = scale.cpus_per_worker
@@ -127,9 +129,12 @@ def _start_coordinator() -> None:
 
 
 def _import_what_reads() -> None:
-    """What a process that reads needs: its first block is there in one second instead of two."""
-    import pyarrow.parquet  # noqa: F401
-    import ray.data  # noqa: F401
+    """What a task that reads imports, its context unpickled, which takes a second."""
+    from ray.data import DataContext
+
+    import raykeras.sources.parquet  # noqa: F401
+
+    configure(DataContext.get_current().copy(), Reading(), Consumer())
 
 
 def _most_resources() -> dict[str, float] | None:

@@ -18,6 +18,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+as_it_is = tf.autograph.experimental.do_not_convert
+"""For functions of datasets: AutoGraph looks for half a second for what it could convert in ours, and finds nothing."""
+
 
 def iterated_dataset(make: Callable[[], Iterator[Sequence[np.ndarray]]], specs: Sequence[tf.TensorSpec]) -> Any:
     """A dataset of what iterators give.
@@ -47,6 +50,7 @@ def iterated_dataset(make: Callable[[], Iterator[Sequence[np.ndarray]]], specs: 
             raise
         return [np.bool_(arrays is not None), *(nothing if arrays is None else arrays)]
 
+    @as_it_is
     def element(number: tf.Tensor) -> Any:
         is_there, *tensors = tf.numpy_function(following, [number], [tf.bool, *(spec.dtype for spec in specs)])
         is_there.set_shape(())
@@ -54,5 +58,5 @@ def iterated_dataset(make: Callable[[], Iterator[Sequence[np.ndarray]]], specs: 
             tensor.set_shape(spec.shape)
         return is_there, tuple(tensors)
 
-    dataset = tf.data.Dataset.counter().map(element).take_while(lambda is_there, tensors: is_there)
-    return dataset.map(lambda is_there, tensors: tensors)
+    dataset = tf.data.Dataset.counter().map(element).take_while(as_it_is(lambda is_there, tensors: is_there))
+    return dataset.map(as_it_is(lambda is_there, tensors: tensors))

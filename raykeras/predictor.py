@@ -99,9 +99,12 @@ class Predictor:
         """Predictions of batches, which go through the model as they are."""
         import tensorflow as tf
 
+        from raykeras.iterated import as_it_is
+
         ends = tf.constant(np.append(0, np.cumsum(chunk.rows)))
         tensors = [tf.constant(array) for array in chunk.arrays]
 
+        @as_it_is
         def batch(i: tf.Tensor) -> Any:
             return (self._layout.structure([tensor[ends[i] : ends[i + 1]] for tensor in tensors])[0],)
 

@@ -96,12 +96,12 @@ def planned_dataset(
     dataset = ray.data.read_datasource(
         PlannedDatasource(), num_cpus=reading.cpus_per_task, override_num_blocks=len(items)
     )
-    _configure(dataset.context, reading, consumer)
+    configure(dataset.context, reading, consumer)
     return dataset
 
 
-def _configure(context: Any, reading: Reading, consumer: Consumer) -> None:
-    """Sets how a dataset is executed, in a context of its own."""
+def configure(context: Any, reading: Reading, consumer: Consumer) -> None:
+    """Sets how a dataset is executed, in its context."""
     from ray.data._internal.execution.backpressure_policy import (
         ENABLED_BACKPRESSURE_POLICIES,
         ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,

@@ -10,16 +10,18 @@ worker in turn; one may be empty.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import tensorflow as tf
 
 from raykeras.chunks import Chunk, Feed, chunks_of, components
 from raykeras.columns import Layout, Tensor
-from raykeras.iterated import iterated_dataset
+from raykeras.iterated import as_it_is, iterated_dataset
 
 PREFETCHED_CHUNKS = 2  # an execution of many steps begins in one chunk and ends in the next
 _CLOSE_S = 10.0
@@ -33,10 +35,18 @@ class Stream:
         self.failure: Exception | None = None
         self._is_closed = False
         self._handed: deque[tuple[int, float, float]] = deque()  # first step, asked for, there
-        self._chunks = self._guarded()
+        self._read = self._guarded()
+        self._begun: Future[Chunk | None] | None = None
+        self._chunks = self._following()
+
+    def begin(self) -> None:
+        """Begins to read, before the first batch is asked for."""
+        self._begun = Future()
+        # of a thread that is no daemon an interrupted program would wait for the end
+        threading.Thread(target=self._read_first, args=(self._begun,), name="raykeras-begin", daemon=True).start()
 
     def close(self) -> None:
-        """Ends what still reads ahead, once a thread of tf.data has the chunk that it waits for.
+        """Ends what still reads ahead, once a thread has the chunk that it waits for.
 
         Such a thread would wait for ever for a Ray that is gone, and Python, at its exit, for the thread.
         """
@@ -44,7 +54,7 @@ class Stream:
         deadline = time.monotonic() + _CLOSE_S
         while time.monotonic() < deadline:
             try:
-                self._chunks.close()
+                self._read.close()
                 return
             except ValueError:  # the thread is in it
                 time.sleep(0.01)
@@ -116,6 +126,23 @@ class Stream:
             self.failure = error
             raise
 
+    def _read_first(self, begun: Future[Chunk | None]) -> None:
+        try:
+            begun.set_result(next(self._read, None))
+        except Exception as error:
+            begun.set_exception(error)
+
+    def _following(self) -> Iterator[Chunk]:
+        """The chunks in order; the first may have been begun."""
+        if self._begun is not None:
+            first = self._begun.result()
+            self._begun = None
+            if first is None:
+                return
+            yield first
+            del first
+        yield from self._read
+
     def _dataset(self, chunks: Callable[[], Iterator[Chunk]]) -> tf.data.Dataset:
         layout, replicas = self.feed.layout, self.feed.num_replicas
         specs = []
@@ -128,6 +155,7 @@ class Stream:
             lambda: ((*c.arrays, c.cuts, c.global_rows) for c in chunks()), [*specs, numbers, numbers]
         )
 
+        @as_it_is
         def elements(*components: tf.Tensor) -> tf.data.Dataset:
             *arrays, cuts, global_rows = components
             batches = _batches(layout, arrays, cuts)
@@ -148,6 +176,7 @@ def _batches(layout: Layout, arrays: Sequence[Any], cuts: tf.Tensor) -> tf.data.
         # a fifth of the time that a function for each batch takes
         return tf.data.Dataset.from_tensors(layout.structure(arrays)).rebatch(cuts[1:] - cuts[:-1])
 
+    @as_it_is
     def batch(i: tf.Tensor) -> Any:
         flat, component = [], iter(arrays)
         for tensor in layout.tensors:

@@ -2,17 +2,20 @@
 
 Enters: a function for every worker, and how many there are. Leaves: Ray Train's `DataParallelTrainer`.
 
-It comes with four things that are not there by default:
+It comes with five things that are not there by default:
 
     TensorFlowBackend   sets TF_CONFIG and nothing else. `ray.train.tensorflow`'s also sets
                         TF_USE_LEGACY_KERAS, and imports TensorFlow in the driver and in the controller
     DataContextOnly     hands on the driver's `DataContext`, and starts no actor for datasets that are none
     NamedGroups         names the workers' placement groups, so that the driver can remove what is left of
                         them when the controller is lost, and no actor needs to
+    Controller          has no environment variables of its own, and neither have the workers: only then does Ray
+                        take processes for them that it started ahead, as it does with its nodes
     CONTROLLER          how often it looks at the workers, and that it need not watch nodes that are about
                         to go: `raykeras.world` does
 
-Each actor that is not started saves two seconds of a core, of those that the workers need to start.
+Each actor that is not started saves two seconds of a core, of those that the workers need to start, and each process
+that was not started in vain one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +34,9 @@ from ray.exceptions import RayError
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError
 
@@ -38,7 +44,7 @@ CONTROLLER: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker's end waits for a look, by default up to 2 s
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-"""Environment variables that Ray Train hands to its controller."""
+"""Environment variables that Ray Train's controller reads when it is made."""
 
 
 class WorkersTrainer(DataParallelTrainer):
@@ -46,12 +52,26 @@ class WorkersTrainer(DataParallelTrainer):
 
     def fit(self) -> Any:
         try:
-            with _set_by_default(CONTROLLER):
-                return super().fit()
+            return super().fit()
         except (ControllerError, RayError):
             with contextlib.suppress(Exception):  # what is raised tells more
                 _remove_groups(self.run_config.name)
             raise
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        """As Ray Train's, but for the class; the user's own variables are handed on."""
+        env_vars = get_env_vars_to_propagate()
+        controller = (
+            ray.remote(Controller)
+            .options(
+                num_cpus=0,
+                label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+                runtime_env={"env_vars": env_vars} if env_vars else None,
+            )
+            .remote(**arguments)
+        )
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
     def _create_default_callbacks(self) -> list[Any]:
         return [self._instead_of(callback) for callback in super()._create_default_callbacks()]
@@ -62,6 +82,16 @@ class WorkersTrainer(DataParallelTrainer):
         if isinstance(callback, PlacementGroupCleanerCallback):
             return NamedGroups(self.run_config.name)
         return callback
+
+
+class Controller(TrainController):
+    """Ray Train's, in a process without environment variables of its own: they would be the workers', too."""
+
+    def __init__(self, **arguments: Any) -> None:
+        # which Ray Train has a variable for
+        logging.getLogger("ray._private.worker").addFilter(lambda record: "inside async actor" not in record.msg)
+        with _set_by_default(CONTROLLER):
+            super().__init__(**arguments)
 
 
 class DataContextOnly(DatasetsCallback):

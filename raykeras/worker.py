@@ -68,6 +68,7 @@ def evaluate(
             data = data.laid_out(check_model(model, api, data.layout))
         stream = _open_stream(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps)
         streams.append(stream)
+        stream.begin()
         rows = [] if strategy is None else stream.sample()
         dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
         executions = _executions(model, api, strategy, None, data.num_steps)
@@ -133,6 +134,7 @@ def _run(
     last_step = None if orders.num_steps is None else max(orders.epochs, epoch + 1) * orders.num_steps
     train = open_stream(train_data, num_steps=last_step, first_step=first_step)
     streams.append(train)
+    train.begin()  # while the model is compiled
     data, steps, counts = _train_dataset(orders, train, model, api)
     validation: dict[str, Any] = {}
     if validation_data is not None:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
 import raykeras as rk
 from raykeras import blocks, reads
@@ -46,7 +47,7 @@ def test_nothing_is_read_after_a_stream_was_closed_while_it_reads_ahead(tmp_path
     batches = iter(stream.endless_dataset())
     next(batches)  # and a thread makes the next ones
     stream.close()
-    assert inspect.getgeneratorstate(stream._chunks) == inspect.GEN_CLOSED
+    assert inspect.getgeneratorstate(stream._read) == inspect.GEN_CLOSED
 
 
 @pytest.mark.parametrize("width", [1, 200], ids=["small rows", "rows too large to be joined"])
@@ -229,3 +230,52 @@ def test_a_closed_stream_leaves_no_thread_that_asks_ray(tmp_path: Path) -> None:
         assert blocks._RAY_DATA_THREAD in names
         stream.close()
         assert blocks._RAY_DATA_THREAD not in {thread.name for thread in set(threading.enumerate()) - before}
+
+
+def test_a_stream_begins_to_read_before_it_is_asked(tmp_path: Path) -> None:
+    opened, layout, plan = small_source(tmp_path)
+    connect(rk.Scale(), in_process=True)
+
+    def stream(first_step: int = 3) -> Stream:
+        given = reading(rk.Scale(), 0, 1)
+        return Stream(Feed(opened, layout, plan, 0, 1, 1, num_steps=16, first_step=first_step, reading=given))
+
+    asked, begun = stream(), stream()
+    begun.begin()
+    deadline = time.monotonic() + 60
+    while not begun._handed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert begun._handed, "the first rows were not read"
+    passes = asked.pass_dataset(), begun.pass_dataset()
+    for num_steps in (5, 8):
+        batches = [[x.numpy().ravel().tolist() for (x,) in batches] for batches in passes]
+        assert batches[0] == batches[1]
+        assert len(batches[0]) == num_steps
+    asked.close()
+    begun.close()
+
+
+def test_what_fails_as_a_stream_begins_is_raised_when_it_is_asked(tmp_path: Path) -> None:
+    small = small_source(tmp_path)
+    connect(rk.Scale(), in_process=True)
+    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+    pq.write_table(pa.table({"other": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
+    stream.begin()
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        next(iter(stream.pass_dataset()))
+    assert isinstance(stream.failure, rk.SourceError)
+    assert "has no column 'x' now. Start again." in str(stream.failure)
+    stream.close()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_stream_may_be_closed_as_soon_as_it_began(tmp_path: Path, asked: bool) -> None:
+    small = small_source(tmp_path)
+    connect(rk.Scale(), in_process=True)
+    before = set(threading.enumerate())
+    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+    stream.begin()
+    iterator = iter(stream.pass_dataset()) if asked else None
+    stream.close()
+    assert not {"raykeras-begin", "raykeras-read"} & {t.name for t in set(threading.enumerate()) - before}
+    del iterator

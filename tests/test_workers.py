@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,7 @@ def test_only_workers_import_tensorflow_and_only_what_is_used_is_started(tmp_pat
     former is started beside, is still handed on.
     """
     script = f"""
-    import os, sys
+    import os, ray, sys
     import numpy as np
     import raykeras as rk
     from ray.data import DataContext
@@ -45,6 +46,7 @@ def test_only_workers_import_tensorflow_and_only_what_is_used_is_started(tmp_pat
     def build():
         import keras
         assert DataContext.get_current().get_config("mine") == 7
+        assert not ray.get_runtime_context().runtime_env.get("env_vars"), "takes no process that was started ahead"
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         model.compile("sgd", "mse")
         return model
@@ -72,8 +74,14 @@ def test_only_workers_import_tensorflow_and_only_what_is_used_is_started(tmp_pat
     actors = sorted(name[5:].split(".")[0] for name, _ in found.values() if name.startswith("ray::"))
     print("PROCESSES", sum(loaded for _, loaded in found.values()), *actors)
     """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_TRAIN_")}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     *shown, last = done.stdout.splitlines()

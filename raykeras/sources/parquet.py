@@ -130,17 +130,19 @@ class ParquetReader:
         partition = dict(unit.partition)
         stored = [name for name in columns if name not in partition]
         try:
-            table = _read(self._file(unit.path), unit.group, stored)
+            file = self._file(unit.path)
+            schema = file.schema_arrow
+            gone = [name for name in stored if schema.get_field_index(name) < 0]
+            if gone or unit.group >= file.num_row_groups:
+                raise _changed(unit, f"has {f'no column {gone[0]!r}' if gone else 'no such row group'} now")
+            table = _read(file, schema, unit.group, stored)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(
                 f"Every row group must be readable; {unit} is not: {first_line(error)} "
                 "The file may be truncated or corrupt: write it again or leave it out."
             ) from None
         if table.num_rows < unit.start + stop:
-            raise SourceError(
-                f"A file must stay as it is while it is used; {unit} had at least {unit.start + stop:,} rows and has "
-                f"{table.num_rows:,} now. Start again."
-            )
+            raise _changed(unit, f"had at least {unit.start + stop:,} rows and has {table.num_rows:,} now")
         table = table.slice(unit.start + start, stop - start)
         result: Columns = {name: table.column(name) for name in stored}
         for name in columns:
@@ -168,22 +170,25 @@ def _mapped(path: str, *_: int) -> pq.ParquetFile:
     return pq.ParquetFile(path, memory_map=True)
 
 
-def _read(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+def _changed(unit: UnitRef, how: str) -> SourceError:
+    return SourceError(f"A file must stay as it is while it is used; {unit} {how}. Start again.")
+
+
+def _read(file: pq.ParquetFile, schema: pa.Schema, group: int, columns: Sequence[str]) -> pa.Table:
     """Columns of a row group; some rows at a time where that is faster.
 
     Parquet holds numbers of 8 and 16 bits as 32, and for each value of a list two levels of 16 bits. So many at a time
     that all stay in a core's cache take a seventh less time. Wider numbers gain nothing:
     putting the parts together takes as long as they save.
     """
-    if not any(_is_narrow_list(file.schema_arrow.field(name).type) for name in columns):
+    if not any(_is_narrow_list(schema.field(name).type) for name in columns):
         return file.read_row_group(group, columns=columns, use_threads=False)
     stored = file.metadata.row_group(group)
     chunks, paths = map(stored.column, range(stored.num_columns)), tuple(f"{name}." for name in columns)
     most = max(chunk.num_values for chunk in chunks if f"{chunk.path_in_schema}.".startswith(paths))
     rows = max(1, _VALUES_AT_ONCE * stored.num_rows // max(1, most))
     batches = file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
-    schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-    return pa.Table.from_batches(batches, schema)
+    return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns]))
 
 
 def _is_narrow_list(kind: pa.DataType) -> bool:
