@@ -37,13 +37,17 @@ class Stream:
         self._handed: deque[tuple[int, float, float]] = deque()  # first step, asked for, there
         self._read = self._guarded()
         self._begun: Future[Chunk | None] | None = None
+        self._beginning: threading.Thread | None = None
         self._chunks = self._following()
 
     def begin(self) -> None:
         """Begins to read, before the first batch is asked for."""
         self._begun = Future()
         # of a thread that is no daemon an interrupted program would wait for the end
-        threading.Thread(target=self._read_first, args=(self._begun,), name="raykeras-begin", daemon=True).start()
+        self._beginning = threading.Thread(
+            target=self._read_first, args=(self._begun,), name="raykeras-begin", daemon=True
+        )
+        self._beginning.start()
 
     def close(self) -> None:
         """Ends what still reads ahead, once a thread has the chunk that it waits for.
@@ -55,9 +59,11 @@ class Stream:
         while time.monotonic() < deadline:
             try:
                 self._read.close()
-                return
+                break
             except ValueError:  # the thread is in it
                 time.sleep(0.01)
+        if self._beginning is not None:
+            self._beginning.join(max(0.0, deadline - time.monotonic()))
 
     def sample(self, num_rows: int = 8) -> list[Any]:
         """The first rows of the source, at most so many, as tensors in the order of the layout."""
@@ -129,7 +135,7 @@ class Stream:
     def _read_first(self, begun: Future[Chunk | None]) -> None:
         try:
             begun.set_result(next(self._read, None))
-        except Exception as error:
+        except BaseException as error:  # or one that waits for it would wait for ever
             begun.set_exception(error)
 
     def _following(self) -> Iterator[Chunk]:
