@@ -69,7 +69,7 @@ def test_a_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
 
     def on_event(event: rk.events.Event) -> None:
         if isinstance(event, rk.events.CheckpointSaved) and not any(isinstance(e, type(event)) for e in seen):
-            os.kill(youngest_process_of("ray::TrainController"), signal.SIGKILL)
+            os.kill(youngest_process_of("ray::Controller"), signal.SIGKILL)
         seen.append(event)
 
     scale = rk.Scale(workers=2, cpus_per_worker=0.5)  # there is room for the next attempt, whatever is left behind
