@@ -59,7 +59,7 @@ class BatchStream:
             self._iterator.close()
 
     def begin(self) -> None:
-        """Nothing to do: what the driver sends is read ahead by it, and of the user's own iterators nothing is."""
+        """Nothing to do: the driver reads ahead of what it sends, and the user's own iterators begin with Keras."""
 
     def waited_s(self, step: int, since: float) -> float:
         """Not measured: the batches are the user's own."""

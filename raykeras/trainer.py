@@ -88,8 +88,9 @@ class Controller(TrainController):
     """Ray Train's, in a process without environment variables of its own: they would be the workers', too."""
 
     def __init__(self, **arguments: Any) -> None:
-        # which Ray Train has a variable for
-        logging.getLogger("ray._private.worker").addFilter(lambda record: "inside async actor" not in record.msg)
+        # a warning that Ray Train turns off by a variable
+        logger = logging.getLogger("ray._private.worker")
+        logger.addFilter(lambda record: "ray.get inside async actor" not in record.getMessage())
         with _set_by_default(CONTROLLER):
             super().__init__(**arguments)
 

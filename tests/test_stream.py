@@ -236,9 +236,9 @@ def test_a_stream_begins_to_read_before_it_is_asked(tmp_path: Path) -> None:
     opened, layout, plan = small_source(tmp_path)
     connect(rk.Scale(), in_process=True)
 
-    def stream(first_step: int = 3) -> Stream:
+    def stream() -> Stream:
         given = reading(rk.Scale(), 0, 1)
-        return Stream(Feed(opened, layout, plan, 0, 1, 1, num_steps=16, first_step=first_step, reading=given))
+        return Stream(Feed(opened, layout, plan, 0, 1, 1, num_steps=16, first_step=3, reading=given))
 
     asked, begun = stream(), stream()
     begun.begin()
