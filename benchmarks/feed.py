@@ -22,7 +22,7 @@ from benchmarks import side_by_side
 from benchmarks.ingest import CASES, generate
 from raykeras.blocks import gather_tasks
 from raykeras.chunks import Feed
-from raykeras.cluster import connect, reading
+from raykeras.cluster import Room, connect, reading
 from raykeras.data import open_data, train_orders
 from raykeras.orders import DataOrders
 from raykeras.stream import Stream
@@ -40,7 +40,7 @@ def orders_for(folder: Path, batch_size: int) -> DataOrders:
 
 def take(orders: DataOrders, rank: int, num_ranks: int, begin: float) -> int:
     """Rows that one rank gets in so many seconds, of which the first are not counted."""
-    limits = reading(rk.Scale(workers=num_ranks), 0.1, 1)
+    limits = reading(Room(0.1), num_ranks, 1)
     stream = Stream(Feed(orders.opened, orders.layout, orders.plan, rank, num_ranks, 1, reading=limits))
     batches = iter(stream.endless_dataset())
     next(batches)

@@ -190,7 +190,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
     from raykeras.worker import _open_stream
 
     scale = rk.Scale()
-    cpus = connect(scale, in_process=True)
+    room = connect(scale, in_process=True)
     given = open_data(rk.parquet(str(folder), **case.options, cache=cache), None, None, "float32")
     orders = train_orders(
         given,
@@ -203,7 +203,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
         floatx="float32",
     )
     make_strategy(scale)  # as a worker begins
-    stream = _open_stream(orders, scale, cpus, 0, None)
+    stream = _open_stream(orders, scale, room, 0, None)
     try:
         return steady(stream.endless_dataset(), orders.num_steps)
     finally:

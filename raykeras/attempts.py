@@ -14,6 +14,7 @@ from typing import Any
 
 from raykeras import events
 from raykeras.checkpoint import FOLDER, Checkpoint, RunFolder
+from raykeras.cluster import room_beside
 from raykeras.errors import CheckpointError, OptionError, WorkerLostError
 from raykeras.events import Event
 from raykeras.interrupt import Interrupt
@@ -67,6 +68,7 @@ def train(orders: Orders, attempt: Attempt, send: Callable[[Event], None], inter
 def _fitted(orders: Orders, send: Callable[[Event], None], has_left: bool) -> Orders:
     """With as many workers as there is room for, which may have to be waited for."""
     workers = wait_for_room(orders)
+    orders = dataclasses.replace(orders, room=room_beside(orders.room.cpus_per_worker, workers))
     if not orders.attempt:
         return dataclasses.replace(orders, scale=orders.scale.of(workers))
     if workers != orders.scale.workers:

@@ -2,6 +2,10 @@
 
 Enters: a `Scale`. Leaves: a Ray that can give what the run needs, or a `ResourceError`; and, once the
 workers run, the share of it that each of their streams may use to read.
+
+A task that makes data takes a whole CPU, or, where all nodes have only parts of one to spare, such a part: it would
+wait for the rest for ever. What is to spare can be seen only while no such task runs. So it is found out once for all
+that read, before any does: with several workers by the first of them, once all have their places.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ import contextlib
 import logging
 import math
 import os
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raykeras.blocks import TASK_NBYTES
@@ -19,49 +25,86 @@ from raykeras.options import Scale
 from raykeras.reads import Consumer, Reading, configure
 
 _STORE_SHARE = 0.5  # of the object store, for rows on their way
+_LEAST_CPUS, _BUSY_S, _POLL_S = 0.01, 5.0, 0.05
 
 
-def reading(scale: Scale, cpus_per_worker: float, num_streams: int, *, cpus_to_be_taken: float = 0.0) -> Reading:
+@dataclass(frozen=True)
+class Room:
+    """Logical CPUs of what a run starts.
+
+    Attributes:
+        cpus_per_worker: Of each worker; none where it is a process that runs anyway.
+        cpus_per_task: Of each task that makes data.
+    """
+
+    cpus_per_worker: float = 0.0
+    cpus_per_task: float = 1.0
+
+
+def room_beside(cpus_per_worker: float, num_workers: int) -> Room:
+    """Room for tasks beside so many workers that are still to be started."""
+    return Room(cpus_per_worker, _cpus_per_task(cpus_per_worker * num_workers))
+
+
+def room_found(room: Room, rank: int) -> Room:
+    """The room as the workers find it, who all must call this before any of them reads."""
+    from ray.train.collective import broadcast_from_rank_zero
+
+    return broadcast_from_rank_zero(None if rank else replace(room, cpus_per_task=_cpus_per_task()))
+
+
+def reading(room: Room, num_workers: int, num_streams: int) -> Reading:
     """What one stream of one rank may use to read.
 
     Called where the workers run, since an autoscaled cluster has its nodes only when they do.
 
     Args:
-        scale, cpus_per_worker: The workers, and the logical CPUs of each, if they are processes of their own.
+        room: As they found it.
+        num_workers: How many there are.
         num_streams: Of each worker.
-        cpus_to_be_taken: Logical CPUs that are still free, and will not be.
     """
     import ray
 
     resources = ray.cluster_resources()
-    taken = cpus_per_worker * scale.workers if scale.workers > 1 else 0
-    cpus_per_task = cpus_per_data_task(cpus_to_be_taken)
-    cpus = max(cpus_per_task, (resources.get("CPU", 1) - taken) // scale.workers)
-    share = resources.get("object_store_memory", 0) * _STORE_SHARE / scale.workers / num_streams
-    wanted = (cpus + 2) * TASK_NBYTES  # one table being made for each CPU, one waiting, one being used
-    return Reading(cpus=cpus, store_nbytes=int(min(wanted, share)), cpus_per_task=cpus_per_task)
+    cpus = resources.get("CPU", 1) - room.cpus_per_worker * num_workers
+    tasks = max(1, int((cpus + 1e-6) // num_workers))
+    share = resources.get("object_store_memory", 0) * _STORE_SHARE / num_workers / num_streams
+    wanted = (tasks + 2) * TASK_NBYTES  # one table being made for each CPU, one waiting, one being used
+    return Reading(tasks * room.cpus_per_task, int(min(wanted, share)), room.cpus_per_task)
 
 
-def cpus_per_data_task(to_be_taken: float = 0.0) -> float:
-    """Logical CPUs of a task that makes data: one, or the part of one that is left where others hold parts.
-
-    A task would wait for the rest of it for ever.
+def _cpus_per_task(to_be_taken: float = 0.0) -> float:
+    """Logical CPUs that each task may take: one, or a part that some node has to spare.
 
     Args:
         to_be_taken: Logical CPUs that are still free, and will not be when the tasks run.
     """
+    import ray
     from ray._private.state import available_resources_per_node
 
-    free = [node.get("CPU", 0.0) for node in available_resources_per_node().values()]
-    left = round(min(max(free, default=0.0), sum(free) - to_be_taken), 4)  # in units of Ray's
-    return left if 0 < left < 1 else 1.0
+    until = time.monotonic() + _BUSY_S
+    while True:
+        free = [node.get("CPU", 0.0) for node in available_resources_per_node().values()]
+        most = round(max(free, default=0.0), 4)  # in units of Ray's
+        if most or not ray.cluster_resources().get("CPU"):
+            left = round(min(most, sum(free) - to_be_taken), 4)
+            if left <= 0:  # there is more to come; what will be left of this is not a whole one
+                left = round(most % 1, 4) or 1.0
+            return min(left, 1.0)
+        if time.monotonic() > until:  # others' tasks follow each other; one of ours fits between them, however little
+            return _LEAST_CPUS  # they leave
+        time.sleep(_POLL_S)
 
 
-def connect(scale: Scale, *, in_process: bool) -> float:
+def connect(scale: Scale, *, in_process: bool) -> Room:
     """Uses the Ray that is connected, or one that runs here, or starts one.
 
+    Args:
+        scale: The workers.
+        in_process: Whether the only one is this process.
+
     Returns:
-        Logical CPUs that each worker takes.
+        What the workers, and the tasks beside them, take.
 
     Raises:
         ResourceError: If it can never give the workers, CPUs or GPUs.
@@ -71,24 +114,26 @@ def connect(scale: Scale, *, in_process: bool) -> float:
     started = False
     if not ray.is_initialized():
         started = _start(scale)
-    if in_process and started:
-        # of all CPUs, so that the first task that reads waits for this process instead of starting in another one
-        ray.remote(num_cpus=ray.cluster_resources()["CPU"])(_import_what_reads).remote()
+    if in_process:
+        room = Room(cpus_per_task=1.0 if started else _cpus_per_task())
+        if started:
+            # of all CPUs, so that the first task that reads waits for this process instead of starting in another one
+            ray.remote(num_cpus=ray.cluster_resources()["CPU"])(_import_what_reads).remote()
     import ray.data  # sets log levels of its own when it is imported
 
     quiet()
-    if not in_process:
-        _start_coordinator()
+    if in_process:
+        return room
+    _start_coordinator()
     limit = _most_resources() or ray.cluster_resources()
     num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
     cpus_per_worker = scale.cpus_per_worker
     if cpus_per_worker is None:
         # data tasks wait for ever where workers hold all CPUs
-        room = (num_cpus - 1) / scale.workers
-        cpus_per_worker = min(1.0, room if room >= 1 else max(round(room - 0.005, 2), 0.01))
-    if not in_process:
-        _require(scale, cpus_per_worker, num_cpus, num_gpus, started)
-    return cpus_per_worker
+        share = (num_cpus - 1) / scale.workers
+        cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
+    _require(scale, cpus_per_worker, num_cpus, num_gpus, started)
+    return room_beside(cpus_per_worker, scale.workers)
 
 
 def num_gpus_here() -> int:

@@ -13,7 +13,6 @@ from typing import Any
 
 from raykeras.arguments import as_source, as_validation, check_batch_size, check_positive, split_rows
 from raykeras.batches import Batches, as_batches
-from raykeras.cluster import cpus_per_data_task
 from raykeras.columns import Layout, Role, Tensor
 from raykeras.errors import OptionError
 from raykeras.held import Held, is_held
@@ -133,10 +132,10 @@ def _held(source: Source, opened: OpenSource, layout: Layout) -> Held | None:
 
 
 @contextlib.contextmanager
-def for_workers(orders: DataOrders | BatchOrders | None, scale: Scale, cpus_per_worker: float) -> Iterator[Any]:
+def for_workers(orders: DataOrders | BatchOrders | None, num_workers: int, cpus_per_task: float) -> Iterator[Any]:
     """The same orders, to be pickled for workers: arrays lie in the object store, batches come through a pump."""
     if isinstance(orders, BatchOrders):
-        pump = Pump(orders, scale.workers, cpus_per_data_task(cpus_per_worker * scale.workers))
+        pump = Pump(orders, num_workers, cpus_per_task)
         try:
             yield replace(orders, batches=orders.batches.without_data(), pipes=pump.pipes)
         finally:

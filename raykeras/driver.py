@@ -20,7 +20,7 @@ from raykeras.arguments import (
 from raykeras.attempts import resumed
 from raykeras.attempts import train as train_run
 from raykeras.checkpoint import RunFolder
-from raykeras.cluster import connect
+from raykeras.cluster import Room, connect
 from raykeras.data import (
     Given,
     Rows,
@@ -136,9 +136,9 @@ def fit(
 
     in_process = runs_here(scale)
     read_ahead([train, validate])
-    cpus_per_worker = 0.0
+    room = Room()
     if not in_process or not in_memory([train, validate]):
-        cpus_per_worker = connect(scale, in_process=in_process)
+        room = connect(scale, in_process=in_process)
     packed = None if in_process else pack_for_workers(model, worker_callbacks)
     folder = _folder(run)
     orders = Orders(
@@ -151,7 +151,7 @@ def fit(
         scale,
         run,
         folder,
-        cpus_per_worker,
+        room,
         token=uuid.uuid4().hex,
         widest=scale,
     )

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from raykeras.arguments import as_source, check_batch_size, check_positive
 from raykeras.batches import Batches, as_batches
 from raykeras.checkpoint import RunFolder
-from raykeras.cluster import connect, cpus_per_data_task, reading
+from raykeras.cluster import Room, connect, reading, room_found
 from raykeras.columns import Layout
 from raykeras.data import check_picklable, for_workers, in_memory, open_data, read_ahead, validation_orders
 from raykeras.errors import OptionError, RaykerasError, loading, root_cause
@@ -94,16 +94,16 @@ def evaluate(
     data = validation_orders(given, batch_size=batch_size, steps=steps, steps_name="steps", **common)
     here = runs_here(scale)
     read_ahead([data])
-    cpus_per_worker = 0.0 if here and in_memory([data]) else connect(scale, in_process=here)
-    orders = EvaluationOrders(data, scale, seed, cpus_per_worker)
+    room = Room() if here and in_memory([data]) else connect(scale, in_process=here)
+    orders = EvaluationOrders(data, scale, seed, room)
     if here:
         logs, values = _evaluate_here(orders, model)
     else:
         import ray
 
-        with for_workers(data, scale, cpus_per_worker) as shared:
+        with for_workers(data, scale.workers, room.cpus_per_task) as shared:
             task = ray.put((dataclasses.replace(orders, data=shared), *pack_model(model)))
-            logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=cpus_per_worker)
+            logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=room.cpus_per_worker)
     if return_dict:
         return logs
     return values if len(values) > 1 else values[0]
@@ -139,6 +139,8 @@ def _evaluate(config: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
     rank = ray.train.get_context().get_world_rank()
     with loading(rank):
         orders, api, build = ray.get(config["task"])
+    if not in_memory([orders.data]):
+        orders = dataclasses.replace(orders, room=room_found(orders.room, rank))
     return worker.evaluate(orders, rank=rank, api=api, build=lambda: unpack_model(build, rank))
 
 
@@ -235,14 +237,14 @@ def _batch_predictions(model: Any, batches: Batches, scale: Scale) -> Generator[
         yield from predicted_here(batches, cloudpickle.loads(build) if build else lambda: model)
         return
     _, build = pack_model(model)
-    cpus_per_worker = connect(scale, in_process=runs_here(scale))
+    room = connect(scale, in_process=False)
     yield from predicted_by_actors(
         batches,
         build,
         num_models=scale.num_replicas,
-        num_cpus=cpus_per_worker / scale.replicas,
+        num_cpus=room.cpus_per_worker / scale.replicas,
         num_gpus=1 if scale.gpus_per_worker else 0,
-        cpus_per_task=cpus_per_data_task(cpus_per_worker * scale.workers),
+        cpus_per_task=room.cpus_per_task,
     )
 
 
@@ -265,7 +267,12 @@ def _predictions(
             return
     import ray
 
-    cpus_per_worker, consumer = _connect(scale, opened), Consumer()
+    room, consumer = connect(scale, in_process=in_process), Consumer()
+    if not runs_here(scale) and isinstance(opened.reader, ArrayReader):
+        opened.reader.share()
+    limits = reading(dataclasses.replace(room, cpus_per_worker=0.0), 1, 1)
+    if not in_process:  # of which Ray Data counts the actors, too
+        limits = dataclasses.replace(limits, cpus=limits.cpus + room.cpus_per_worker * scale.workers)
     shared = ray.put((opened.reader, layout, columns))
     dataset = planned_dataset(
         read_piece,
@@ -273,7 +280,7 @@ def _predictions(
         pieces,
         [piece.stop - piece.start for piece in pieces],
         row_nbytes=layout.row_nbytes,
-        reading=reading(Scale(), 0, 1, cpus_to_be_taken=0 if in_process else cpus_per_worker * scale.workers),
+        reading=limits,
         consumer=consumer,
     )
     if not in_process:
@@ -283,7 +290,7 @@ def _predictions(
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=scale.num_replicas),
-            num_cpus=cpus_per_worker / scale.replicas,
+            num_cpus=room.cpus_per_worker / scale.replicas,
             num_gpus=1 if scale.gpus_per_worker else 0,
         )
     try:
@@ -296,17 +303,6 @@ def _predictions(
         failure = cause if isinstance(cause, RaykerasError) else error
     gc.collect()  # what Ray Data raises and the models' actors hold each other, and their CPUs and GPUs
     raise failure
-
-
-def _connect(scale: Scale, opened: OpenSource) -> float:
-    """Ray, if the source or the workers need it; the logical CPUs of each worker."""
-    here = runs_here(scale)
-    cpus_per_worker = 0.0
-    if not here or not opened.reader.in_memory or scale.num_replicas > 1:
-        cpus_per_worker = connect(scale, in_process=here)
-    if not here and isinstance(opened.reader, ArrayReader):
-        opened.reader.share()
-    return cpus_per_worker
 
 
 def _as_returned(tables: list[pa.Table]) -> Any:

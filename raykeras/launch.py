@@ -16,7 +16,8 @@ from typing import Any
 
 from raykeras.agreement import Agreement, Alone
 from raykeras.artifacts import Artifacts
-from raykeras.data import for_workers
+from raykeras.cluster import room_found
+from raykeras.data import for_workers, in_memory
 from raykeras.desk import Desk
 from raykeras.errors import WorkerLostError, loading
 from raykeras.events import EventSender
@@ -150,10 +151,10 @@ def fit_on_workers(
     import ray
     from ray import cloudpickle
 
-    scale, desk = orders.scale, Desk(orders.scale.workers)
+    scale, room, desk = orders.scale, orders.room, Desk(orders.scale.workers)
     with contextlib.ExitStack() as stack:
         train, validation = (
-            stack.enter_context(for_workers(o, scale, orders.cpus_per_worker))
+            stack.enter_context(for_workers(o, scale.workers, room.cpus_per_task))
             for o in (orders.train, orders.validation)
         )
         shared = dataclasses.replace(orders, train=train, validation=validation)
@@ -166,7 +167,7 @@ def fit_on_workers(
                 # through the store: references inside of a pickle of our own would never be let go
                 {"task": ray.put((shared, packed, "tensorflow" in sys.modules)), "desk": desk},
                 scale=scale,
-                cpus_per_worker=orders.cpus_per_worker,
+                cpus_per_worker=room.cpus_per_worker,
                 folder=orders.folder,
                 waits=orders.widest.least == orders.widest.workers,
             )
@@ -211,6 +212,8 @@ def _work(config: dict[str, Any]) -> Outcome | None:
         callbacks = cloudpickle.loads(packed.callbacks)
     desk = config["desk"]
     desk.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
+    if not in_memory([orders.train, orders.validation]):
+        orders = dataclasses.replace(orders, room=room_found(orders.room, rank))
     artifacts = Artifacts(orders.folder)
     with contextlib.ExitStack() as stack:
         stack.callback(artifacts.close)

@@ -11,6 +11,7 @@ import numpy as np
 
 from raykeras.batches import Batches
 from raykeras.checkpoint import RunFolder
+from raykeras.cluster import Room
 from raykeras.columns import Layout
 from raykeras.epochs import Epochs
 from raykeras.held import Held
@@ -166,7 +167,7 @@ class Orders:
         scale: Of the workers that there are.
         run: As the user gave it.
         folder: The run's folder.
-        cpus_per_worker: Logical CPUs that each worker takes.
+        room: Logical CPUs of the workers and of tasks.
         token: What this driver claimed the folder with.
         resumption: Where to go on; None for a training that begins.
         attempt: How often workers were started for it before.
@@ -183,7 +184,7 @@ class Orders:
     scale: Scale
     run: Run
     folder: RunFolder
-    cpus_per_worker: float
+    room: Room
     token: str
     widest: Scale
     grow_after_s: float = 5.0
@@ -216,13 +217,13 @@ class EvaluationOrders:
         data: What is evaluated on.
         scale: As the user gave it.
         seed: Seeds random layers.
-        cpus_per_worker: Logical CPUs that each worker takes.
+        room: Logical CPUs of the workers and of tasks.
     """
 
     data: DataOrders | BatchOrders
     scale: Scale
     seed: int
-    cpus_per_worker: float
+    room: Room
 
 
 @dataclass(frozen=True)

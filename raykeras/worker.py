@@ -15,7 +15,7 @@ from raykeras.batch_stream import BatchStream
 from raykeras.built import make_variables
 from raykeras.checks import check_execution, check_model
 from raykeras.chunks import Feed
-from raykeras.cluster import reading
+from raykeras.cluster import Room, reading
 from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
 from raykeras.executions import counted_executions, is_countable
@@ -66,7 +66,7 @@ def evaluate(
             check_execution(model, scale)
             _lower_steps_per_execution(model, api, strategy, [data.num_steps])
             data = data.laid_out(check_model(model, api, data.layout))
-        stream = _open_stream(data, scale, orders.cpus_per_worker, rank, num_steps=data.num_steps)
+        stream = _open_stream(data, scale, orders.room, rank, num_steps=data.num_steps)
         streams.append(stream)
         stream.begin()
         rows = [] if strategy is None else stream.sample()
@@ -125,7 +125,7 @@ def _run(
     open_stream = functools.partial(
         _open_stream,
         scale=scale,
-        cpus_per_worker=orders.cpus_per_worker,
+        room=orders.room,
         rank=links.rank,
         num_streams=1 if orders.validation is None else 2,
     )
@@ -184,7 +184,7 @@ def _train_dataset(
 def _open_stream(
     data: DataOrders | BatchOrders,
     scale: Scale,
-    cpus_per_worker: float,
+    room: Room,
     rank: int,
     num_steps: int | None,
     first_step: int = 0,
@@ -203,7 +203,7 @@ def _open_stream(
         num_replicas=scale.replicas,
         num_steps=num_steps,
         first_step=first_step,
-        reading=None if data.in_memory else reading(scale, cpus_per_worker, num_streams),
+        reading=None if data.in_memory else reading(room, scale.workers, num_streams),
     )
     return Stream(feed)
 

@@ -32,7 +32,7 @@ def wait_for_room(orders: Orders) -> int:
     from ray.autoscaler.sdk import request_resources
 
     scale = orders.widest
-    bundle = {"CPU": orders.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
+    bundle = {"CPU": orders.room.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
     with contextlib.suppress(Exception):  # where nothing scales by itself
         request_resources(bundles=[bundle] * scale.workers)
     seen, warned, begun = -1, False, time.monotonic()
@@ -92,7 +92,7 @@ def _room(orders: Orders, *, in_parts: bool = False) -> int:
     import ray
     from ray._private.state import available_resources_per_node
 
-    gpus_each, cpus_each = orders.scale.gpus_per_worker, orders.cpus_per_worker
+    gpus_each, cpus_each = orders.scale.gpus_per_worker, orders.room.cpus_per_worker
     usable = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - _draining()
     found, fewest = 0, math.inf  # fewest workers less that leave room for a task on some node
     for node, resources in available_resources_per_node().items():

@@ -15,7 +15,7 @@ import pytest
 
 import raykeras as rk
 from raykeras.checkpoint import RunFolder
-from raykeras.cluster import connect
+from raykeras.cluster import Room, connect
 from raykeras.world import _room, wait_for_room
 from tests.cpus import all_held_but
 from tests.resuming import fit
@@ -104,7 +104,7 @@ def test_failures_without_progress_are_counted_and_then_the_run_fails(tmp_path: 
 def test_workers_have_room_beside_the_part_of_a_cpu_that_another_job_holds() -> None:
     """They would wait for the rest of it for ever."""
     scale = rk.Scale(workers=2)
-    orders: Any = SimpleNamespace(widest=scale, scale=scale, cpus_per_worker=1.0)
+    orders: Any = SimpleNamespace(widest=scale, scale=scale, room=Room(1.0))
     connect(scale, in_process=False)
     with all_held_but(2.75):
         assert wait_for_room(orders) == 2

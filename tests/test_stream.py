@@ -19,7 +19,7 @@ import raykeras as rk
 from raykeras import blocks, reads
 from raykeras.blocks import gather_tasks, read_windows
 from raykeras.chunks import Feed
-from raykeras.cluster import connect, reading
+from raykeras.cluster import Room, connect, reading, room_beside
 from raykeras.columns import Layout
 from raykeras.held import Held
 from raykeras.plan import Order, PassPlan
@@ -210,7 +210,7 @@ def test_a_task_takes_the_part_of_a_cpu_that_others_leave(tmp_path: Path) -> Non
     small = small_source(tmp_path)
     connect(rk.Scale(), in_process=True)
     with all_held_but(0.25):
-        given = reading(rk.Scale(), 0, 1)
+        given = reading(room_beside(0.0, 0), 1, 1)
         assert given.cpus_per_task == pytest.approx(0.25)
         stream = Stream(Feed(*small, 0, 1, 1, reading=given))
         seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
@@ -224,7 +224,7 @@ def test_a_closed_stream_leaves_no_thread_that_asks_ray(tmp_path: Path) -> None:
     connect(rk.Scale(), in_process=True)
     for _ in range(3):
         before = set(threading.enumerate())
-        stream = Stream(Feed(*small, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+        stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
         next(iter(stream.endless_dataset()))
         names = {thread.name for thread in set(threading.enumerate()) - before}
         assert blocks._RAY_DATA_THREAD in names
@@ -237,7 +237,7 @@ def test_a_stream_begins_to_read_before_it_is_asked(tmp_path: Path) -> None:
     connect(rk.Scale(), in_process=True)
 
     def stream() -> Stream:
-        given = reading(rk.Scale(), 0, 1)
+        given = reading(Room(), 1, 1)
         return Stream(Feed(opened, layout, plan, 0, 1, 1, num_steps=16, first_step=3, reading=given))
 
     asked, begun = stream(), stream()
@@ -258,7 +258,7 @@ def test_a_stream_begins_to_read_before_it_is_asked(tmp_path: Path) -> None:
 def test_what_fails_as_a_stream_begins_is_raised_when_it_is_asked(tmp_path: Path) -> None:
     small = small_source(tmp_path)
     connect(rk.Scale(), in_process=True)
-    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
     pq.write_table(pa.table({"other": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
     stream.begin()
     with pytest.raises(tf.errors.InvalidArgumentError):
@@ -273,7 +273,7 @@ def test_a_stream_may_be_closed_as_soon_as_it_began(tmp_path: Path, asked: bool)
     small = small_source(tmp_path)
     connect(rk.Scale(), in_process=True)
     before = set(threading.enumerate())
-    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(rk.Scale(), 0, 1)))
+    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
     stream.begin()
     iterator = iter(stream.pass_dataset()) if asked else None
     stream.close()

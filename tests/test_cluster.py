@@ -1,0 +1,87 @@
+"""Tasks that make data find room beside what others hold of a cluster."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+import raykeras as rk
+from raykeras import cluster
+from raykeras.cluster import connect, room_beside
+from tests.cpus import all_held_but, free_cpus
+from tests.kept import TWO
+
+BATCH = 16
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(240, 4)).astype(np.float32), RNG.integers(0, 3, 240)
+NAMES = ["a", "b", "c", "d"]
+
+
+def build() -> Any:
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, "softmax")])
+    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+@pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["1 worker", "2 workers"])
+@pytest.mark.parametrize("made", ["rows", "batches"])
+def test_all_that_read_share_the_part_of_a_cpu_that_is_left(
+    tmp_path: Path, scale: rk.Scale, made: str, two_workers: None
+) -> None:
+    """One that reads already holds it: another would want a whole CPU, and wait for it for ever."""
+
+    class Sequence(keras.utils.PyDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, index: int) -> Any:
+            return X[index * BATCH : (index + 1) * BATCH], Y[index * BATCH : (index + 1) * BATCH]
+
+    pd.DataFrame(X, columns=NAMES).assign(y=Y).to_parquet(tmp_path / "rows.parquet", row_group_size=10)
+    source = rk.parquet(tmp_path / "rows.parquet", x=NAMES, y="y")
+    options: dict[str, Any] = {"batch_size": BATCH, "validation_split": 0.2}
+    if made == "batches":
+        options = {"validation_data": Sequence()}
+    connect(scale, in_process=scale.workers == 1)
+    with all_held_but(0.98):
+        run = rk.Run(storage=str(tmp_path / "runs"))
+        data = source if made == "rows" else Sequence()
+        result = rk.fit(build, data, **options, epochs=2, shuffle=False, scale=scale, run=run, verbose=0)
+    if made == "rows":
+        expected = build().fit(X, Y, **options, epochs=2, shuffle=False, verbose=0)
+    else:
+        expected = build().fit(Sequence(), **options, epochs=2, shuffle=False, verbose=0)
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_what_others_hold_for_a_moment_is_waited_for() -> None:
+    import ray
+
+    connect(rk.Scale(), in_process=True)
+    there = free_cpus()
+
+    @ray.remote(num_cpus=there)
+    def hold() -> None:
+        time.sleep(2)
+
+    held = hold.remote()
+    while ray.available_resources().get("CPU", 0) > 0.001:
+        time.sleep(0.01)
+    assert room_beside(0.0, 0).cpus_per_task == min(1.0, there)
+    ray.get(held)
+
+
+def test_where_nothing_is_free_tasks_take_hardly_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tasks that follow each other one of a whole CPU would only ever see the parts."""
+    connect(rk.Scale(), in_process=True)
+    monkeypatch.setattr(cluster, "_BUSY_S", 0.5)
+    with all_held_but(0.0):
+        assert room_beside(0.0, 0).cpus_per_task == 0.01
