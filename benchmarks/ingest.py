@@ -166,8 +166,8 @@ def rate(epoch: Callable[[], int]) -> float:
     return rows / (time.perf_counter() - begun)
 
 
-def steady(dataset: Any, num_batches: int) -> float:
-    """Rows per second, taken as `fit` takes batches."""
+def steady(dataset: Any, num_batches: int, following: Callable[[Any], Any] = next) -> float:
+    """Rows per second, taken as Keras' `fit` takes batches; `following` is how raykeras' does."""
     import tensorflow as tf
 
     iterator = iter(dataset)
@@ -176,7 +176,7 @@ def steady(dataset: Any, num_batches: int) -> float:
     def take(num: tf.Tensor) -> tf.Tensor:
         rows = tf.constant(0)
         for _ in tf.range(num):
-            rows += tf.shape(tf.nest.flatten(next(iterator))[-1])[0]
+            rows += tf.shape(tf.nest.flatten(following(iterator))[-1])[0]
         return rows
 
     return rate(lambda: int(take(tf.constant(num_batches))))
@@ -186,6 +186,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
     import raykeras as rk
     from raykeras.cluster import connect
     from raykeras.data import open_data, train_orders
+    from raykeras.executions import next_in_this_thread
     from raykeras.strategy import make_strategy
     from raykeras.worker import _open_stream
 
@@ -205,7 +206,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
     make_strategy(scale)  # as a worker begins
     stream = _open_stream(orders, scale, room, 0, None)
     try:
-        return steady(stream.endless_dataset(), orders.num_steps)
+        return steady(stream.endless_dataset(), orders.num_steps, next_in_this_thread)
     finally:
         stream.close()
 

@@ -6,6 +6,11 @@ model, with functions for `fit` and `evaluate` that make exactly these.
 Keras 3 loops over batches that it gets as optionals. TensorFlow cannot run this loop with several replicas ("You must
 feed a value for placeholder tensor"), and data that does not end makes whole executions, so that an epoch runs on into
 the next. The loop here is tf_keras', which has neither fault: it is told how many steps to make.
+
+It takes batches with `IteratorGetNextSync` where it can: `next(iterator)` has each made by another thread, and goes
+on in a third. Where waking a thread is slow, as on a virtual machine, that takes longer than the batch. The thread
+that waits is then one of those that run TensorFlow's functions, so that a dataset must have another one for its own
+(`private_threadpool_size`).
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.data.util import structure
 
 
 def is_countable(model: Any) -> bool:
@@ -78,11 +84,12 @@ def _function(model: Any, step: Callable[[Any], Any], num_steps: int, done: int)
         one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
 
     @tf.autograph.experimental.do_not_convert
-    def execution(iterator: Any, steps: tf.Tensor) -> Any:
+    def execution(iterator: Any, steps: tf.Tensor, has_its_threads: bool) -> Any:
+        following = next if model.run_eagerly or not has_its_threads else next_in_this_thread
         return tf.while_loop(
             lambda i, _: i < steps,
-            lambda i, _: (i + 1, one_step(next(iterator))),
-            (tf.constant(1), one_step(next(iterator))),
+            lambda i, _: (i + 1, one_step(following(iterator))),
+            (tf.constant(1), one_step(following(iterator))),
             parallel_iterations=1,
         )[1]
 
@@ -94,8 +101,24 @@ def _function(model: Any, step: Callable[[Any], Any], num_steps: int, done: int)
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return one_step(next(iterator))  # of `train_on_batch`
         steps = min(model.steps_per_execution, num_steps - done % num_steps)
-        logs = execution(iterator, tf.constant(steps))
+        logs = execution(iterator, tf.constant(steps), has_threads_of_its_own(iterator))
         done += steps
         return logs
 
     return function
+
+
+def has_threads_of_its_own(iterator: Any) -> bool:
+    """Whether the dataset of an iterator needs none of the threads that run TensorFlow's functions."""
+    dataset = getattr(iterator, "_dataset", None)  # of one over several replicas there is none
+    return dataset is not None and dataset.options().threading.private_threadpool_size is not None
+
+
+def next_in_this_thread(iterator: Any) -> Any:
+    """`next(iterator)` of a `tf.data.Iterator` in a `tf.function`, made by the thread that asks for it."""
+    tensors = tf.raw_ops.IteratorGetNextSync(
+        iterator=iterator._iterator_resource,
+        output_types=iterator._flat_output_types,
+        output_shapes=iterator._flat_output_shapes,
+    )
+    return structure.from_compatible_tensor_list(iterator.element_spec, tensors)

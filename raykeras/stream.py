@@ -173,6 +173,7 @@ class Stream:
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
         options.deterministic = True
         options.autotune.enabled = False  # there is nothing to tune, and watching costs as much as cutting
+        options.threading.private_threadpool_size = 1  # see `raykeras.executions`; it is for functions of ours only
         return dataset.prefetch(PREFETCHED_CHUNKS).flat_map(elements).with_options(options)
 
 
