@@ -3,7 +3,8 @@
     python -m benchmarks.ingest [narrow small large png]
 
 Writes Parquet files of random rows to a local disk, and consumes them inside a `tf.function`, as `fit` does with
-`steps_per_execution`; in alternation, each contender in a process of its own, in the steady state after some seconds:
+`steps_per_execution`, and raykeras in the thread that asks (see `raykeras.executions`); in alternation, each contender
+in a process of its own, in the steady state after some seconds:
 
     narrow   2,000,000 rows of 28 float32, a label and a weight; batches of 256
     small    60,000 images of 784 bytes; batches of 64
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default")
     parser.add_argument("--data", type=Path, help="where the files are made, and kept")
     parser.add_argument("--without-petastorm", action="store_true")
-    parser.add_argument("--only", help="one contender, to profile it")
+    parser.add_argument("--only", nargs="+", help="some contenders")
     arguments = parser.parse_args()
     measured = {}
     with contextlib.ExitStack() as stack:
@@ -306,7 +307,7 @@ def main() -> None:
                 generate(case, folder)
             contenders = contenders_of(name, case, folder, petastorm_at)
             if arguments.only:
-                contenders = {arguments.only: contenders[arguments.only]}
+                contenders = {only: contenders[only] for only in arguments.only}
             figures = side_by_side.alternate(contenders, arguments.rounds)
             measured[name] = figures
             print(f"\n{name}: {case.num_rows:,} rows, batches of {case.batch_size}\n")

@@ -50,7 +50,7 @@ def room_found(room: Room, rank: int) -> Room:
     """The room as the workers find it, who all must call this before any of them reads."""
     from ray.train.collective import broadcast_from_rank_zero
 
-    return broadcast_from_rank_zero(None if rank else replace(room, cpus_per_task=_cpus_per_task()))
+    return replace(room, cpus_per_task=broadcast_from_rank_zero(None if rank else _cpus_per_task()))
 
 
 def reading(room: Room, num_workers: int, num_streams: int) -> Reading:
@@ -91,8 +91,8 @@ def _cpus_per_task(to_be_taken: float = 0.0) -> float:
             if left <= 0:  # there is more to come; what will be left of this is not a whole one
                 left = round(most % 1, 4) or 1.0
             return min(left, 1.0)
-        if time.monotonic() > until:  # others' tasks follow each other; one of ours fits between them, however little
-            return _LEAST_CPUS  # they leave
+        if time.monotonic() > until:
+            return _LEAST_CPUS  # others' tasks follow each other, but a part as small fits between any two
         time.sleep(_POLL_S)
 
 
