@@ -229,7 +229,7 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
             segment, execution = ahead[0]
             tables = execution.tables()
             for i, task in enumerate(segment):
-                if i == max(0, len(segment) - 2 * int(reading.cpus) - 2):
+                if i == max(0, len(segment) - 2 * reading.num_tasks - 2):
                     start()  # an execution takes a second to start: have it ready when this one ends
                 yield from _blocks(task, (layout.unpack(table) for table in _rows_of(task, tables)))
             ahead.popleft()

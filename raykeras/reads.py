@@ -38,6 +38,11 @@ class Reading:
     store_nbytes: int = 256 << 20
     cpus_per_task: float = 1
 
+    @property
+    def num_tasks(self) -> int:
+        """How many may run at a time."""
+        return max(1, round(self.cpus / self.cpus_per_task))
+
 
 class TaskFailure(Exception):
     """Carries an exception of ours out of a task; Ray Data adds to the message of what it catches."""
