@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,19 +63,23 @@ def test_all_that_read_share_the_part_of_a_cpu_that_is_left(
         np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
 
 
-def test_what_others_hold_for_a_moment_is_waited_for() -> None:
+def test_what_others_hold_for_a_moment_is_waited_for(tmp_path: Path) -> None:
     import ray
 
     connect(rk.Scale(), in_process=True)
-    there = free_cpus()
+    while not (there := free_cpus()):  # what the first connection started still runs
+        pass
+    end = tmp_path / "end"
 
     @ray.remote(num_cpus=there)
     def hold() -> None:
-        time.sleep(2)
+        while not end.exists():
+            time.sleep(0.1)
 
     held = hold.remote()
     while ray.available_resources().get("CPU", 0) > 0.001:
         time.sleep(0.01)
+    threading.Timer(1.0, end.touch).start()
     assert room_beside(0.0, 0).cpus_per_task == min(1.0, there)
     ray.get(held)
 
