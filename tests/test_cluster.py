@@ -46,19 +46,16 @@ def test_all_that_read_share_the_part_of_a_cpu_that_is_left(
             return X[index * BATCH : (index + 1) * BATCH], Y[index * BATCH : (index + 1) * BATCH]
 
     pd.DataFrame(X, columns=NAMES).assign(y=Y).to_parquet(tmp_path / "rows.parquet", row_group_size=10)
-    source = rk.parquet(tmp_path / "rows.parquet", x=NAMES, y="y")
+    data: Any = rk.parquet(tmp_path / "rows.parquet", x=NAMES, y="y")
+    plain: tuple[Any, ...] = (X, Y)
     options: dict[str, Any] = {"batch_size": BATCH, "validation_split": 0.2}
     if made == "batches":
-        options = {"validation_data": Sequence()}
+        data, plain, options = Sequence(), (Sequence(),), {"validation_data": Sequence()}
     connect(scale, in_process=scale.workers == 1)
     with all_held_but(0.98):
         run = rk.Run(storage=str(tmp_path / "runs"))
-        data = source if made == "rows" else Sequence()
         result = rk.fit(build, data, **options, epochs=2, shuffle=False, scale=scale, run=run, verbose=0)
-    if made == "rows":
-        expected = build().fit(X, Y, **options, epochs=2, shuffle=False, verbose=0)
-    else:
-        expected = build().fit(Sequence(), **options, epochs=2, shuffle=False, verbose=0)
+    expected = build().fit(*plain, **options, epochs=2, shuffle=False, verbose=0)
     for name, values in expected.history.items():
         np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
 
