@@ -206,19 +206,19 @@ class _Loom:
                 return pieces[0]
         result: list[Any] = self._empty(stop - start)
         others: list[list[Any]] = [[] for _ in result]
-        order: list[np.ndarray] = []
+        places: list[slice] = []
         for lane in range(lanes):
             at = (lane - start) % lanes  # position, among the rows wanted, of the lane's first
             for tensors in self._take(lane, until[lane]):
-                size = len(tensors[0])
-                order.append(np.arange(at, at + size * lanes, lanes))
+                places.append(slice(at, at + len(tensors[0]) * lanes, lanes))
                 for target, other, tensor in zip(result, others, tensors, strict=True):
                     if target is None:
                         other.append(tensor)
                     else:
-                        target[at : at + size * lanes : lanes] = tensor
-                at += size * lanes
+                        target[places[-1]] = tensor
+                at = places[-1].stop
         if any(target is None for target in result):
+            order = [np.arange(place.start, place.stop, place.step) for place in places]
             back = pa.array(np.argsort(np.concatenate(order)) if order else np.zeros(0, np.int64))
             for i, target in enumerate(result):
                 if target is None:
@@ -256,16 +256,14 @@ def _rank_range(feed: Feed, plan: PassPlan, first: int, last: int) -> tuple[int,
 
 
 def _chunk(feed: Feed, plan: PassPlan, index: int, first: int, last: int, tensors: list[Any]) -> Chunk:
-    base = _rank_range(feed, plan, first, last)[0]
-    cuts = [0]
-    for step in range(first, last):
-        start, stop = plan.batch_range(step, feed.rank, feed.num_ranks)
-        cuts += [start - base + cut for cut in replica_cuts(stop - start, feed.num_replicas)[1:]]
+    batches = plan.batch_cuts(first, last, feed.rank, feed.num_ranks)
+    parts = np.stack(replica_cuts(np.diff(batches), feed.num_replicas)[:-1], axis=1)
+    cuts = np.append(batches[:-1, None] + parts, batches[-1]) - batches[0]
+    rows = np.minimum(plan.num_rows - plan.global_batch_size * np.arange(first, last), plan.global_batch_size)
     arrays: list[np.ndarray] = []
     for tensor, value in zip(feed.layout.tensors, tensors, strict=True):
         arrays += components(tensor, value)
-    rows = [plan.batch_num_rows(step) for step in range(first, last)]
-    return Chunk(index * plan.num_steps + first, tuple(arrays), np.array(cuts, np.int64), np.array(rows, np.int64))
+    return Chunk(index * plan.num_steps + first, tuple(arrays), cuts, rows)
 
 
 def components(tensor: Tensor, value: Any) -> list[np.ndarray]:

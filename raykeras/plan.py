@@ -24,9 +24,9 @@ Resuming at a step is arithmetic: `windows(first_step=…)` starts at the window
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -134,18 +134,16 @@ class PassPlan:
 
     def rank_offset(self, position: int, rank: int, num_ranks: int) -> int:
         """How many of the rank's rows lie before a position of the pass."""
-        position = min(position, self.num_rows)
-        lanes = len(range(rank, self.num_shards, num_ranks))
-        rounds, shard = divmod(position, self.num_shards)
-        return rounds * lanes + len(range(rank, shard, num_ranks))
+        return int(self._rank_offsets(np.array(position), rank, num_ranks))
 
     def batch_range(self, step: int, rank: int, num_ranks: int) -> tuple[int, int]:
         """First and past-the-last of the rank's rows that belong to a step's batch."""
-        first = step * self.global_batch_size
-        return (
-            self.rank_offset(first, rank, num_ranks),
-            self.rank_offset(first + self.global_batch_size, rank, num_ranks),
-        )
+        start, stop = self.batch_cuts(step, step + 1, rank, num_ranks).tolist()
+        return start, stop
+
+    def batch_cuts(self, first: int, last: int, rank: int, num_ranks: int) -> np.ndarray:
+        """Where the rank's rows are cut into its parts of the batches `first` to `last`: int64 (last - first + 1,)."""
+        return self._rank_offsets(self.global_batch_size * np.arange(first, last + 1), rank, num_ranks)
 
     def batch_num_rows(self, step: int) -> int:
         """Rows of a global batch; fewer than `global_batch_size` in the last only."""
@@ -202,6 +200,11 @@ class PassPlan:
         """Row numbers in the source of global batch `step`, in order: int64 (rows,). O(rows)."""
         first = step * self.global_batch_size
         return self.rank_rows(0, 1)[first : first + self.global_batch_size]
+
+    def _rank_offsets(self, positions: np.ndarray, rank: int, num_ranks: int) -> np.ndarray:
+        lanes = len(range(rank, self.num_shards, num_ranks))
+        rounds, shards = np.divmod(np.minimum(positions, self.num_rows), self.num_shards)
+        return rounds * lanes + np.maximum(shards - rank + num_ranks - 1, 0) // num_ranks
 
     @functools.cached_property
     def _source_starts(self) -> np.ndarray:
@@ -281,8 +284,13 @@ class PassPlan:
         return tuple(pieces)
 
 
-def replica_cuts(num_rows: int, num_replicas: int) -> Sequence[int]:
-    """Where a rank's slice of a batch is cut for its replicas: `num_replicas + 1` offsets."""
+def replica_cuts(num_rows: Any, num_replicas: int) -> list[Any]:
+    """Where a rank's slice of a batch is cut for its replicas: `num_replicas + 1` offsets.
+
+    Args:
+        num_rows: Rows of the slice, or an array of them; the offsets are of the same kind.
+        num_replicas: Of the worker.
+    """
     return [num_rows * i // num_replicas for i in range(num_replicas + 1)]
 
 

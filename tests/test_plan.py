@@ -36,8 +36,11 @@ def test_every_row_comes_once_a_pass(plan: PassPlan) -> None:
 @given(plans(), st.integers(2, 8))
 def test_batches_are_the_same_for_every_number_of_ranks(plan: PassPlan, num_ranks: int) -> None:
     rows = [plan.rank_rows(rank, num_ranks) for rank in range(num_ranks)]
+    cuts = [plan.batch_cuts(0, plan.num_steps, rank, num_ranks) for rank in range(num_ranks)]
     for step in range(plan.num_steps):
-        slices = [rows[rank][slice(*plan.batch_range(step, rank, num_ranks))] for rank in range(num_ranks)]
+        ranges = [plan.batch_range(step, rank, num_ranks) for rank in range(num_ranks)]
+        assert ranges == [(cut[step], cut[step + 1]) for cut in cuts]
+        slices = [rows[rank][start:stop] for rank, (start, stop) in enumerate(ranges)]
         joined = np.concatenate(slices)
         assert len(joined) == plan.batch_num_rows(step)
         assert sorted(joined) == sorted(plan.batch_rows(step))
