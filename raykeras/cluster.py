@@ -69,7 +69,7 @@ def reading(room: Room, num_workers: int, num_streams: int) -> Reading:
     cpus = resources.get("CPU", 1) - room.cpus_per_worker * num_workers
     tasks = max(1, int((cpus + 1e-6) // num_workers))
     share = resources.get("object_store_memory", 0) * _STORE_SHARE / num_workers / num_streams
-    wanted = (tasks + 3) * TASK_NBYTES  # a table being made for each CPU, one waiting, one fetched, one in use
+    wanted = (tasks + 2) * TASK_NBYTES  # one table being made for each CPU, one waiting, one being used
     return Reading(tasks * room.cpus_per_task, int(min(wanted, share)), room.cpus_per_task)
 
 
