@@ -210,13 +210,14 @@ class _Loom:
         for lane in range(lanes):
             at = (lane - start) % lanes  # position, among the rows wanted, of the lane's first
             for tensors in self._take(lane, until[lane]):
-                places.append(slice(at, at + len(tensors[0]) * lanes, lanes))
+                place = slice(at, at + len(tensors[0]) * lanes, lanes)
+                places.append(place)
                 for target, other, tensor in zip(result, others, tensors, strict=True):
                     if target is None:
                         other.append(tensor)
                     else:
-                        target[places[-1]] = tensor
-                at = places[-1].stop
+                        target[place] = tensor
+                at = place.stop
         if any(target is None for target in result):
             order = [np.arange(place.start, place.stop, place.step) for place in places]
             back = pa.array(np.argsort(np.concatenate(order)) if order else np.zeros(0, np.int64))
@@ -259,10 +260,10 @@ def _chunk(feed: Feed, plan: PassPlan, index: int, first: int, last: int, tensor
     batches = plan.batch_cuts(first, last, feed.rank, feed.num_ranks)
     parts = np.stack(replica_cuts(np.diff(batches), feed.num_replicas)[:-1], axis=1)
     cuts = np.append(batches[:-1, None] + parts, batches[-1]) - batches[0]
-    rows = np.minimum(plan.num_rows - plan.global_batch_size * np.arange(first, last), plan.global_batch_size)
     arrays: list[np.ndarray] = []
     for tensor, value in zip(feed.layout.tensors, tensors, strict=True):
         arrays += components(tensor, value)
+    rows = np.diff(plan.batch_cuts(first, last, 0, 1))  # of a single rank's batches
     return Chunk(index * plan.num_steps + first, tuple(arrays), cuts, rows)
 
 
