@@ -304,12 +304,12 @@ class _Execution:
         self._thread.start()
 
     def tables(self) -> _Tables:
-        self._consumer.set_first(0)
+        self._consumer.begin()
         return _Tables(self._tables())
 
     def close(self) -> None:
         """Ends the execution; its tasks are cancelled."""
-        self._consumer.set_first(0)
+        self._consumer.begin()
         self._thread.join()
         self._consumer.take()
         if self._iterator is not None:

@@ -138,6 +138,7 @@ class Consumer:
         self.number = next(_numbers)
         self._changed = threading.Condition()
         self._taken, self._started, self._first, self._most = 0, 0, first, most
+        self._is_its_turn = False
         _consumers[self.number] = self
 
     def take(self) -> None:
@@ -152,6 +153,12 @@ class Consumer:
             self._first = num_tables
             self._changed.notify_all()
 
+    def begin(self) -> None:
+        """To be called when the first of this dataset's tables is asked for, or none is wanted."""
+        with self._changed:
+            self._first, self._is_its_turn = 0, True
+            self._changed.notify_all()
+
     def wait(self, taken: int, timeout_s: float) -> int:
         """Waits until other than so many tables were taken; returns how many were."""
         with self._changed:
@@ -159,9 +166,12 @@ class Consumer:
             return self._taken
 
     def wait_for_room(self) -> None:
-        """Waits until another task may start, or the other dataset's tables are all taken."""
+        """Waits until another task may start, or this dataset's tables are asked for.
+
+        Ray Data starts a task whatever its policies say, where none runs and no table waits that it has not handed on.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._first or not self._is_full())
+            self._changed.wait_for(lambda: self._is_its_turn or not self._is_full())
 
     def may_start(self, num_started: int) -> bool:
         """Whether another task may start, where so many have."""

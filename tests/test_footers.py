@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -15,7 +18,7 @@ from click.testing import CliRunner
 
 import raykeras as rk
 from raykeras.cli import main
-from raykeras.sources import OpenSource
+from raykeras.sources import OpenSource, footers
 
 NUM_FILES = 70
 
@@ -54,6 +57,25 @@ def test_what_was_kept_is_what_would_be_read(folder: Path, cache: Path) -> None:
     assert kept.kept_footers == NUM_FILES
     assert described(kept) == described(read)
     assert kept.fields["series"].shape == (3,)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_files_that_are_waited_for_are_read_in_more_threads(
+    waits: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would keep the memory of what it parsed."""
+    readers, read = set(), footers._read
+
+    def watched(*arguments: Any) -> footers.Footer:
+        readers.add(threading.get_ident())
+        time.sleep(0.01 * waits)
+        return read(*arguments)
+
+    monkeypatch.setattr(footers, "_read", watched)
+    if not waits:  # for a CPU neither, as on a busy machine
+        monkeypatch.setattr(time, "thread_time", time.perf_counter)
+    rk.parquet(folder, x="x").open()
+    assert (readers == {threading.get_ident()}) == (not waits)
 
 
 def test_only_files_that_changed_are_read_again(folder: Path) -> None:

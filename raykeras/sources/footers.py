@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import sqlite3
 import time
@@ -111,13 +110,19 @@ def first_line(error: BaseException) -> str:
 
 
 def _read_all(read: Callable[[int], Footer], places: Sequence[int], may_be_at_hand: bool) -> dict[int, Footer]:
-    """In as many threads as keep a CPU busy: files at hand are read twice as fast by one as by several."""
+    """In as many threads as keep a CPU busy: files at hand are read twice as fast by one as by several.
+
+    Where one is enough it is this one: each other would keep what it has freed, as much as a parsed footer takes.
+    """
     probed = places[:_PROBED] if may_be_at_hand else []
     begun, worked = time.perf_counter(), time.thread_time()
     made = {i: read(i) for i in probed}
     waiting = (time.perf_counter() - begun) / max(time.thread_time() - worked, 1e-6)
+    num_threads = min(round(waiting), _MAX_THREADS) if probed else _MAX_THREADS
     rest = places[len(probed) :]
-    with ThreadPoolExecutor(min(math.ceil(waiting), _MAX_THREADS) if probed else _MAX_THREADS) as pool:
+    if num_threads == 1:
+        return made | {i: read(i) for i in rest}
+    with ThreadPoolExecutor(num_threads) as pool:
         return made | dict(zip(rest, pool.map(read, rest), strict=True))
 
 
