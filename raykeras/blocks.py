@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,6 @@ SEGMENT_TASKS = 512
 
 SEGMENT_PASSES = 16
 """Most passes of one execution: what is small is not read ahead without end."""
-
-_RAY_DATA_THREAD, _THREAD_ENDS_S = "iter_threaded", 1  # of `iter_batches`; ends up to 0.2 s after it is closed
 
 _JOINED_ROW_NBYTES = 512
 """Pieces of rows up to this size are joined before their rows are taken: that is faster than to scatter them."""
@@ -212,6 +212,7 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
     shared = ray.put((reader, layout))
     tasks = iter(tasks)
     ahead: deque[tuple[list[Task], _Execution]] = deque()
+    ended: tuple[_Execution, ...] = ()  # it may still ask Ray
 
     def start() -> None:
         segment: list[Task] = []
@@ -227,14 +228,15 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
     try:
         while ahead:
             segment, execution = ahead[0]
-            tables = execution.tables()
+            execution.begin()
+            tables = _Tables(execution)
             for i, task in enumerate(segment):
                 if i == max(0, len(segment) - 2 * reading.num_tasks - 2):
                     start()  # an execution takes a second to start: have it ready when this one ends
                 yield from _blocks(task, (layout.unpack(table) for table in _rows_of(task, tables)))
-            ahead.popleft()
+            ended = (ahead.popleft()[1],)
     finally:
-        for _, execution in ahead:
+        for execution in (*ended, *(execution for _, execution in ahead)):
             execution.close()
 
 
@@ -278,8 +280,10 @@ class _Tables:
         return table.slice(0, num_rows)
 
 
-class _Execution:
-    """One Ray Data execution, begun at once in a thread.
+class _Execution(Iterator[pa.Table]):
+    """The tables of one Ray Data execution, begun at once in a thread, which has the next one ready while one is used.
+
+    Ray Data's own iterator does so too, but has three tables in hand, which it takes from those that may be made.
 
     Args:
         shared, segment, row_nbytes, reading: As `planned_dataset` takes them.
@@ -292,67 +296,66 @@ class _Execution:
         self._arguments = (shared, segment, row_nbytes, reading)
         self._left = len(segment)
         self._next: Consumer | None = None
-        most = max(1, reading.store_nbytes // TASK_NBYTES)
+        most = max(1, reading.store_nbytes // TASK_NBYTES - 1)  # beside the one that is used
         self._consumer = Consumer(previous._left if previous else 0, most)
         if previous:
             previous._next = self._consumer
-        self._iterator: Any = None
-        self._first: list[pa.Table] = []
-        self._threads: list[threading.Thread] = []
-        self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._begin, name="raykeras-read", daemon=True)
+        self._executor: Any = None
+        self._is_closed = False
+        self._wanted = threading.Semaphore()
+        self._ready = SimpleQueue[pa.Table | BaseException | None]()
+        self._thread = threading.Thread(target=self._run, name="raykeras-read", daemon=True)
         self._thread.start()
 
-    def tables(self) -> _Tables:
+    def begin(self) -> None:
+        """To be called before the first table is taken."""
         self._consumer.begin()
-        return _Tables(self._tables())
 
-    def close(self) -> None:
-        """Ends the execution; its tasks are cancelled."""
-        self._consumer.begin()
-        self._thread.join()
-        self._consumer.take()
-        if self._iterator is not None:
-            self._iterator.close()
-        for thread in self._threads:  # one that met a Ray that was shut down meanwhile would end the process
-            thread.join(_THREAD_ENDS_S)
-
-    def _begin(self) -> None:
-        try:
-            shared, segment, row_nbytes, reading = self._arguments
-            num_rows = [task.num_rows for task in segment]
-            dataset = planned_dataset(
-                _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, consumer=self._consumer
-            )
-            batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-            self._iterator = iter(batches)
-            before = set(threading.enumerate())
-            self._first = list(itertools.islice(self._iterator, 1))
-            started = set(threading.enumerate()) - before
-            self._threads = [thread for thread in started if thread.name == _RAY_DATA_THREAD]
-        except BaseException as error:  # raised in the thread that reads
-            self._failure = error
-
-    def _taken(self, table: pa.Table) -> pa.Table:
+    def __next__(self) -> pa.Table:
+        table = self._ready.get()
+        self._wanted.release()
+        if isinstance(table, BaseException):
+            cause = root_cause(table)
+            raise (cause if isinstance(cause, RaykerasError) else table) from None
+        if table is None:
+            raise StopIteration
         self._consumer.take()
         self._left -= 1
         if self._next:
             self._next.set_first(self._left)
         return table
 
-    def _tables(self) -> Iterator[pa.Table]:
-        self._thread.join()
+    def close(self) -> None:
+        """Ends the execution; its tasks are cancelled."""
+        self._is_closed = True
+        self._consumer.begin()
+        self._consumer.take()
+        self._wanted.release()
+        if self._executor is not None:
+            self._executor.shutdown(force=False)
+        self._thread.join()  # one that met a Ray that was shut down meanwhile would end the process
+
+    def _run(self) -> None:
+        import ray
+
         try:
-            if self._failure is not None:
-                raise self._failure
-            yield from map(self._taken, self._first)
-            self._first = []
-            yield from map(self._taken, self._iterator)
-        except Exception as error:
-            cause = root_cause(error)
-            if cause is error or not isinstance(cause, RaykerasError):
-                raise
-            raise cause from None
+            shared, segment, row_nbytes, reading = self._arguments
+            num_rows = [task.num_rows for task in segment]
+            dataset = planned_dataset(
+                _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, consumer=self._consumer
+            )
+            bundles, _, self._executor = dataset._execute_to_iterator()
+            refs = itertools.chain.from_iterable(map(operator.attrgetter("block_refs"), bundles))
+            tables = map(ray.get, refs)  # which holds none that was handed on
+            self._wanted.acquire()
+            while not self._is_closed:
+                self._ready.put(next(tables))
+                self._wanted.acquire()
+            self._executor.shutdown(force=False)
+        except StopIteration:
+            self._ready.put(None)
+        except BaseException as error:  # raised in the thread that reads
+            self._ready.put(error)
 
 
 def _read(reader: Reader, layout: Layout, task: Task) -> pa.Table:

@@ -158,7 +158,7 @@ def test_an_execution_begins_tasks_as_the_tables_of_the_one_before_are_taken(
     """Both hold no more than one may."""
     segment, row_group, allowed = 8, 1 << 17, 4
     monkeypatch.setattr(blocks, "SEGMENT_TASKS", segment)
-    monkeypatch.setattr(blocks, "TASK_NBYTES", 4 * row_group)
+    monkeypatch.setattr(blocks, "TASK_NBYTES", 9 * row_group)  # a table takes more than its rows' 8
     begun = tmp_path / "begun"
 
     def tells(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -190,7 +190,7 @@ def test_an_execution_begins_tasks_as_the_tables_of_the_one_before_are_taken(
         time.sleep(0.3)  # in which more begin, if they may
         ahead.append(len(begun.read_text()) - taken)
     assert taken == 2 * segment
-    assert max(ahead) <= allowed
+    assert max(ahead) < allowed  # one is used
 
 
 def small_source(folder: Path) -> tuple[OpenSource, Layout, Callable[[int], PassPlan]]:
@@ -227,9 +227,9 @@ def test_a_closed_stream_leaves_no_thread_that_asks_ray(tmp_path: Path) -> None:
         stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
         next(iter(stream.endless_dataset()))
         names = {thread.name for thread in set(threading.enumerate()) - before}
-        assert blocks._RAY_DATA_THREAD in names
+        assert "raykeras-read" in names
         stream.close()
-        assert blocks._RAY_DATA_THREAD not in {thread.name for thread in set(threading.enumerate()) - before}
+        assert "raykeras-read" not in {thread.name for thread in set(threading.enumerate()) - before}
 
 
 def test_a_stream_begins_to_read_before_it_is_asked(tmp_path: Path) -> None:
