@@ -131,7 +131,7 @@ class Consumer:
 
     Args:
         first: Tables of another dataset that are taken before.
-        most: Tables of both that may be made, or have been and wait, until one of this dataset's is taken.
+        most: Tables of both that may be made, or have been and wait.
     """
 
     def __init__(self, first: int = 0, most: float = math.inf) -> None:
@@ -177,10 +177,10 @@ class Consumer:
         """Whether another task may start, where so many have."""
         with self._changed:
             self._started = max(self._started, num_started)
-            return self._taken > 0 or not self._is_full()
+            return not self._is_full()
 
     def _is_full(self) -> bool:
-        return self._first + self._started >= self._most
+        return self._first + self._started - self._taken >= self._most
 
 
 _numbers = itertools.count()
@@ -239,7 +239,7 @@ def _ask_for_limits(executor: Any) -> None:
 
 
 def _turn(number: int) -> Any:
-    """Lets a dataset start a task for each table that is taken of the dataset before.
+    """Lets a dataset start a task for each table that is taken, of the dataset before or its own.
 
     Each would otherwise hold as much as one may: a dataset's limits are for itself, and are set when it begins.
 
