@@ -316,7 +316,9 @@ class _Execution(Iterator[pa.Table]):
         self._wanted.release()
         if isinstance(table, BaseException):
             cause = root_cause(table)
-            raise (cause if isinstance(cause, RaykerasError) else table) from None
+            if isinstance(cause, RaykerasError):
+                raise cause from None
+            raise table
         if table is None:
             raise StopIteration
         self._consumer.take()
