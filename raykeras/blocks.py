@@ -293,7 +293,6 @@ class _Execution(Iterator[pa.Table]):
     def __init__(
         self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading, previous: _Execution | None
     ) -> None:
-        self._arguments = (shared, segment, row_nbytes, reading)
         self._left = len(segment)
         self._next: Consumer | None = None
         most = max(1, reading.store_nbytes // TASK_NBYTES - 1)  # beside the one that is used
@@ -304,7 +303,8 @@ class _Execution(Iterator[pa.Table]):
         self._is_closed = False
         self._wanted = threading.Semaphore()
         self._ready = SimpleQueue[pa.Table | BaseException | None]()
-        self._thread = threading.Thread(target=self._run, name="raykeras-read", daemon=True)
+        arguments = (shared, segment, row_nbytes, reading)  # which the thread does not keep when it has ended
+        self._thread = threading.Thread(target=self._run, args=arguments, name="raykeras-read", daemon=True)
         self._thread.start()
 
     def begin(self) -> None:
@@ -333,15 +333,15 @@ class _Execution(Iterator[pa.Table]):
         self._consumer.begin()
         self._consumer.take()
         self._wanted.release()
-        if self._executor is not None:
-            self._executor.shutdown(force=False)
+        executor = self._executor
+        if executor is not None:
+            executor.shutdown(force=False)
         self._thread.join()  # one that met a Ray that was shut down meanwhile would end the process
 
-    def _run(self) -> None:
+    def _run(self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> None:
         import ray
 
         try:
-            shared, segment, row_nbytes, reading = self._arguments
             num_rows = [task.num_rows for task in segment]
             dataset = planned_dataset(
                 _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, consumer=self._consumer
@@ -358,6 +358,8 @@ class _Execution(Iterator[pa.Table]):
             self._ready.put(None)
         except BaseException as error:  # raised in the thread that reads
             self._ready.put(error)
+        finally:
+            self._executor = None
 
 
 def _read(reader: Reader, layout: Layout, task: Task) -> pa.Table:
