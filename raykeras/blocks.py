@@ -333,8 +333,7 @@ class _Execution(Iterator[pa.Table]):
         self._consumer.begin()
         self._consumer.take()
         self._wanted.release()
-        executor = self._executor
-        if executor is not None:
+        if (executor := self._executor) is not None:
             executor.shutdown(force=False)
         self._thread.join()  # one that met a Ray that was shut down meanwhile would end the process
 
@@ -349,17 +348,18 @@ class _Execution(Iterator[pa.Table]):
             bundles, _, self._executor = dataset._execute_to_iterator()
             refs = itertools.chain.from_iterable(map(operator.attrgetter("block_refs"), bundles))
             tables = map(ray.get, refs)  # which holds none that was handed on
-            self._wanted.acquire()
-            while not self._is_closed:
-                self._ready.put(next(tables))
+            try:
                 self._wanted.acquire()
-            self._executor.shutdown(force=False)
+                while not self._is_closed:
+                    self._ready.put(next(tables))
+                    self._wanted.acquire()
+            finally:
+                self._executor.shutdown(force=False)
+                self._executor = None
         except StopIteration:
             self._ready.put(None)
         except BaseException as error:  # raised in the thread that reads
             self._ready.put(error)
-        finally:
-            self._executor = None
 
 
 def _read(reader: Reader, layout: Layout, task: Task) -> pa.Table:

@@ -200,16 +200,15 @@ class _Loom:
             block = next(self._blocks)
             self._held[block.lane].append(block)
             self._end[block.lane] = block.start + block.num_rows
-        if lanes == 1:
-            pieces = self._take(0, until[0])
-            if len(pieces) == 1:
-                return pieces[0]
+        taken = [self._take(lane, wanted) for lane, wanted in enumerate(until)]
+        if lanes == 1 and len(taken[0]) == 1:
+            return taken[0][0]
         result: list[Any] = self._empty(stop - start)
         others: list[list[Any]] = [[] for _ in result]
         places: list[slice] = []
-        for lane in range(lanes):
+        for lane, pieces in enumerate(taken):
             at = (lane - start) % lanes  # position, among the rows wanted, of the lane's first
-            for tensors in self._take(lane, until[lane]):
+            for tensors in pieces:
                 place = slice(at, at + len(tensors[0]) * lanes, lanes)
                 places.append(place)
                 for target, other, tensor in zip(result, others, tensors, strict=True):

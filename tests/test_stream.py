@@ -74,6 +74,31 @@ def test_windows_of_several_row_groups_hold_the_rows_of_the_plan(
     assert sorted(np.concatenate(read)) == list(range(101))
 
 
+@pytest.mark.parametrize(("order", "num_ranks"), [("source", 1), ("source", 2), ("shuffled", 3), ("shuffled", 8)])
+def test_chunks_hold_the_rows_of_the_plan_also_where_they_end_in_other_windows_than_they_began(
+    tmp_path: Path, order: Order, num_ranks: int
+) -> None:
+    """Of one lane, too: eight ranks have one each."""
+    names, number = [f"row {i}" for i in range(1003)], np.arange(1003.0, dtype=np.float32)
+    lists = pa.array([[i] * (i % 3) for i in range(1003)], pa.list_(pa.int64()))
+    pq.write_table(pa.table({"number": number, "name": names, "list": lists}), tmp_path / "x.parquet", row_group_size=7)
+    source = rk.parquet(tmp_path, x={name: name for name in ("number", "name", "list")}, ragged=["list"])
+    opened = source.open()
+    layout = resolve(source, opened)
+
+    def plan(epoch: int) -> PassPlan:
+        return PassPlan(opened.unit_rows, global_batch_size=48, window_rows=20, order=order, epoch=epoch)
+
+    for rank in range(num_ranks):
+        assert len(list(plan(0).windows(rank, num_ranks))) > 4
+        dataset = Stream(Feed(opened, layout, plan, rank, num_ranks, 1)).pass_dataset()
+        batches = [x for (x,) in dataset] if num_ranks == 1 else [x for (x,), _ in dataset]
+        rows = plan(0).rank_rows(rank, num_ranks)
+        np.testing.assert_array_equal(np.concatenate([x["number"].numpy().ravel() for x in batches]), number[rows])
+        assert [name.decode() for x in batches for name in x["name"].numpy().ravel()] == [names[i] for i in rows]
+        assert [values for x in batches for values in x["list"].to_list()] == [lists[i].as_py() for i in rows]
+
+
 class Clock(reads.Consumer):
     """Time that passes only in pauses."""
 

@@ -120,7 +120,7 @@ def _read_all(read: Callable[[int], Footer], places: Sequence[int], may_be_at_ha
     waiting = (time.perf_counter() - begun) / max(time.thread_time() - worked, 1e-6)
     num_threads = min(round(waiting), _MAX_THREADS) if probed else _MAX_THREADS
     rest = places[len(probed) :]
-    if num_threads == 1:
+    if num_threads <= 1:
         return made | {i: read(i) for i in rest}
     with ThreadPoolExecutor(num_threads) as pool:
         return made | dict(zip(rest, pool.map(read, rest), strict=True))
