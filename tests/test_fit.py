@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import raykeras as rk
 from raykeras.cluster import connect
-from raykeras.plan import PassPlan
+from raykeras.plan import PassPlan, window_rows_for
 from raykeras.sources.arrays import from_arrays
 
 ROWS, BATCH = 103, 16
@@ -100,6 +100,28 @@ def test_without_shuffle_it_is_plain_fit_of_the_arrays(fit: Fit) -> None:
     keras.utils.set_random_seed(0)
     model = build()()
     history = model.fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0)
+    assert_same(result, (history.history, model.get_weights()))
+
+
+def test_without_shuffle_many_windows_that_are_streamed_are_plain_fit_of_the_arrays(fit: Fit, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(6_001, 1_000)).astype(np.float32)
+    y, weight = rng.integers(0, 2, len(x)), rng.uniform(0.2, 2, len(x)).astype(np.float32)
+    lists = pa.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1])
+    pq.write_table(pa.table({"x": lists, "y": y, "weight": weight}), tmp_path / "x.parquet", row_group_size=490)
+    assert window_rows_for(x[0].nbytes) < len(x) / 2
+
+    def wide() -> keras.Model:
+        model = keras.Sequential([keras.Input((1_000,)), keras.layers.Dense(2, activation="softmax")])
+        model.compile("adam", "sparse_categorical_crossentropy", weighted_metrics=["accuracy"])
+        return model
+
+    source = rk.parquet(tmp_path / "x.parquet", x="x", y="y", sample_weight="weight", cache=None)
+    options = {"batch_size": 50, "epochs": 2, "shuffle": False, "verbose": 0}
+    result = fit(wide, source, **options)
+    keras.utils.set_random_seed(0)
+    model = wide()
+    history = model.fit(x, y, sample_weight=weight, **options)
     assert_same(result, (history.history, model.get_weights()))
 
 
