@@ -303,7 +303,7 @@ class _Execution(Iterator[pa.Table]):
         self._is_closed = False
         self._wanted = threading.Semaphore()
         self._ready = SimpleQueue[pa.Table | BaseException | None]()
-        arguments = (shared, segment, row_nbytes, reading)  # which the thread does not keep when it has ended
+        arguments = (shared, list(segment), row_nbytes, reading)  # which the thread does not keep when it has ended
         self._thread = threading.Thread(target=self._run, args=arguments, name="raykeras-read", daemon=True)
         self._thread.start()
 
@@ -337,7 +337,7 @@ class _Execution(Iterator[pa.Table]):
             executor.shutdown(force=False)
         self._thread.join()  # one that met a Ray that was shut down meanwhile would end the process
 
-    def _run(self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading) -> None:
+    def _run(self, shared: Any, segment: list[Task], row_nbytes: int, reading: Reading) -> None:
         import ray
 
         try:
@@ -360,6 +360,8 @@ class _Execution(Iterator[pa.Table]):
             self._ready.put(None)
         except BaseException as error:  # raised in the thread that reads
             self._ready.put(error)
+        finally:
+            segment.clear()  # Ray Data's objects, which have it, refer to one another: Python keeps them for long
 
 
 def _read(reader: Reader, layout: Layout, task: Task) -> pa.Table:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -216,6 +218,31 @@ def test_an_execution_begins_tasks_as_the_tables_of_the_one_before_are_taken(
         ahead.append(len(begun.read_text()) - taken)
     assert taken == 2 * segment
     assert max(ahead) < allowed  # one is used
+
+
+def test_an_execution_that_ended_keeps_none_of_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while Python does not look for objects that refer to one another, as Ray Data's do."""
+    segment, num_executions = 2, 4
+    monkeypatch.setattr(blocks, "SEGMENT_TASKS", segment)
+    monkeypatch.setattr(blocks, "TASK_NBYTES", 1)
+    opened, layout, plan = small_source(tmp_path)
+    connect(rk.Scale(), in_process=True)
+    made: list[weakref.ref[blocks.Task]] = []
+
+    def tasks() -> Iterator[blocks.Task]:
+        windows = ((0, window) for window in plan(0).windows(0, 1))
+        for task in blocks.gather_tasks(windows, opened, layout.row_nbytes):
+            made.append(weakref.ref(task))
+            yield task
+
+    gc.disable()
+    try:
+        read = blocks.ray_blocks(opened.reader, layout, tasks(), reading(Room(), 1, 1))
+        assert sum(block.num_rows for block in read) == 64
+        assert len(made) == segment * num_executions
+        assert [ref() for ref in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 def small_source(folder: Path) -> tuple[OpenSource, Layout, Callable[[int], PassPlan]]:
