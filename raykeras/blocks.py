@@ -211,11 +211,11 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
 
     shared = ray.put((reader, layout))
     tasks = iter(tasks)
-    ahead: deque[tuple[list[Task], _Execution]] = deque()
+    ahead: deque[tuple[deque[Task], _Execution]] = deque()
     ended: tuple[_Execution, ...] = ()  # it may still ask Ray
 
     def start() -> None:
-        segment: list[Task] = []
+        segment: deque[Task] = deque()
         for task in tasks:
             segment.append(task)
             if len(segment) == SEGMENT_TASKS or task.pass_index - segment[0].pass_index == SEGMENT_PASSES:
@@ -230,9 +230,11 @@ def ray_blocks(reader: Reader, layout: Layout, tasks: Iterable[Task], reading: R
             segment, execution = ahead[0]
             execution.begin()
             tables = _Tables(execution)
-            for i, task in enumerate(segment):
-                if i == max(0, len(segment) - 2 * reading.num_tasks - 2):
+            early = min(len(segment), 2 * reading.num_tasks + 2)
+            while segment:
+                if len(segment) == early:
                     start()  # an execution takes a second to start: have it ready when this one ends
+                task = segment.popleft()  # no list keeps what was read: there are many, of many objects each
                 yield from _blocks(task, (layout.unpack(table) for table in _rows_of(task, tables)))
             ended = (ahead.popleft()[1],)
     finally:
@@ -291,9 +293,10 @@ class _Execution(Iterator[pa.Table]):
     """
 
     def __init__(
-        self, shared: Any, segment: Sequence[Task], row_nbytes: int, reading: Reading, previous: _Execution | None
+        self, shared: Any, segment: Iterable[Task], row_nbytes: int, reading: Reading, previous: _Execution | None
     ) -> None:
-        self._left = len(segment)
+        unread = list(segment)
+        self._left = len(unread)
         self._next: Consumer | None = None
         most = max(1, reading.store_nbytes // TASK_NBYTES - 1)  # beside the one that is used
         self._consumer = Consumer(previous._left if previous else 0, most)
@@ -303,7 +306,7 @@ class _Execution(Iterator[pa.Table]):
         self._is_closed = False
         self._wanted = threading.Semaphore()
         self._ready = SimpleQueue[pa.Table | BaseException | None]()
-        arguments = (shared, list(segment), row_nbytes, reading)  # which the thread does not keep when it has ended
+        arguments = (shared, unread, row_nbytes, reading)  # which the thread does not keep when it has ended
         self._thread = threading.Thread(target=self._run, args=arguments, name="raykeras-read", daemon=True)
         self._thread.start()
 
@@ -346,6 +349,7 @@ class _Execution(Iterator[pa.Table]):
                 _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, consumer=self._consumer
             )
             bundles, _, self._executor = dataset._execute_to_iterator()
+            segment.clear()  # Ray has them; its objects here refer to one another, and Python keeps such for long
             refs = itertools.chain.from_iterable(map(operator.attrgetter("block_refs"), bundles))
             tables = map(ray.get, refs)  # which holds none that was handed on
             try:
@@ -360,8 +364,6 @@ class _Execution(Iterator[pa.Table]):
             self._ready.put(None)
         except BaseException as error:  # raised in the thread that reads
             self._ready.put(error)
-        finally:
-            segment.clear()  # Ray Data's objects, which have it, refer to one another: Python keeps them for long
 
 
 def _read(reader: Reader, layout: Layout, task: Task) -> pa.Table:
