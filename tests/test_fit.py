@@ -18,6 +18,7 @@ import pytest
 import tensorflow as tf
 
 import raykeras as rk
+from raykeras.blocks import SEGMENT_PASSES
 from raykeras.cluster import connect
 from raykeras.plan import PassPlan, window_rows_for
 from raykeras.sources.arrays import from_arrays
@@ -58,11 +59,14 @@ def plain(
     return history.history, model.get_weights()
 
 
-def planned(epochs: int, arrays: tuple[np.ndarray, ...], num_rows: int = ROWS) -> Iterator[tuple[np.ndarray, ...]]:
-    """The batches of arrays in memory, as the plan orders them."""
-    opened = from_arrays(X, Y).open().slice(0, num_rows)
+def planned(
+    epochs: int, arrays: tuple[np.ndarray, ...], num_rows: int = ROWS, unit_rows: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """The batches of arrays in memory, or of such units, as the plan orders them."""
+    if unit_rows is None:
+        unit_rows = from_arrays(X, Y).open().slice(0, num_rows).unit_rows
     for epoch in range(epochs):
-        plan = PassPlan(opened.unit_rows, global_batch_size=BATCH, window_rows=1 << 62, epoch=epoch)
+        plan = PassPlan(unit_rows, global_batch_size=BATCH, window_rows=1 << 62, epoch=epoch)
         for step in range(plan.num_steps):
             yield tuple(array[plan.batch_rows(step)] for array in arrays)
 
@@ -123,6 +127,15 @@ def test_without_shuffle_many_windows_that_are_streamed_are_plain_fit_of_the_arr
     model = wide()
     history = model.fit(x, y, sample_weight=weight, **options)
     assert_same(result, (history.history, model.get_weights()))
+
+
+def test_epochs_of_several_executions_are_those_of_plain_keras(fit: Fit, tmp_path: Path) -> None:
+    rows = {"x": list(X), "y": Y, "weight": W}
+    pq.write_table(pa.table(rows), tmp_path / "x.parquet", row_group_size=9)
+    source = rk.parquet(tmp_path / "x.parquet", x="x", y="y", sample_weight="weight", cache=None)
+    epochs = 2 * SEGMENT_PASSES + 2
+    result = fit(build(), source, epochs=epochs)
+    assert_same(result, plain(planned(epochs, (X, Y, W), unit_rows=source.open().unit_rows), epochs, 7))
 
 
 def test_validation_split_is_keras_last_rows(fit: Fit) -> None:
