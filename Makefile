@@ -5,13 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-unit test-exhaustive lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
 
-test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test: lint test-unit
+	$(BIN)/python -m pytest tests/integration tests/system --numprocesses 2 --dist loadgroup
+
+test-exhaustive: lint
+	$(BIN)/python -m pytest --exhaustive --numprocesses 2 --dist loadgroup
+
+test-unit: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/unit
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check
@@ -21,7 +27,7 @@ lint: $(VENV)/installed-test
 bench: $(VENV)/installed-test
 	set -e; for name in ingest fit start callbacks feed latency planning memory; do \
 		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json; \
-	done; for name in exactness object_store saving soak; do \
+	done; for name in exactness kill_points object_store saving soak faults; do \
 		$(BIN)/python -m benchmarks.$$name; \
 	done
 

@@ -13,12 +13,17 @@ Allowed is: the bytes of a shuffle window × (canonical shards ÷ workers + 1), 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,41 +39,6 @@ SMALL, LARGE = 20_000, 2_000_000
 FILES_AND_EPOCHS = ((0, 2), (1, 2), (2, 1), (2, 20), (10, 1), (40, 1))
 ALLOWED_MIB = (8 * (default_num_shards(1) + 1) + 2 * TASK_NBYTES / 2**20) + 300e6 / 2**20
 
-WORKER = """
-import json, sys, threading, time
-import raykeras as rk
-
-peak = {"private": 0, "shared": 0, "store": 0}
-kinds = {"RssAnon": "private", "RssShmem": "shared"}
-
-def build():
-    import keras
-    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse")
-    return model
-
-def watch():
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
-    while not ray.is_initialized():
-        time.sleep(0.1)
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
-    while True:
-        used = get_memory_info_reply(state).store_stats.object_store_bytes_used
-        peak["store"] = max(peak["store"], used / 2**20)
-        for line in open("/proc/self/status"):
-            name, _, rest = line.partition(":")
-            if name in kinds:
-                peak[kinds[name]] = max(peak[kinds[name]], int(rest.split()[0]) / 1024)
-        time.sleep(0.02)
-
-threading.Thread(target=watch, daemon=True).start()
-source = rk.parquet(sys.argv[1], x=[f"f{i}" for i in range(64)], y="f0", cache=None)
-run = rk.Run(storage=sys.argv[2], checkpoint_every=None)
-rk.fit(build, source, batch_size=4096, epochs=int(sys.argv[3]), verbose=0, run=run)
-print(json.dumps(peak))
-"""
-
 
 def write(path: Path, num_rows: int) -> None:
     """Random rows, in row groups of 10,000."""
@@ -83,10 +53,61 @@ def write(path: Path, num_rows: int) -> None:
 
 
 def peak_mib(data: Path, epochs: int = 1) -> dict[str, float]:
-    """Most MiB, private, shared and of the store, of a worker that trains on the files of a folder."""
-    with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, "-c", WORKER, str(data), storage, str(epochs)]
-        done = subprocess.run(command, capture_output=True, text=True)
+    """Train on the files of a folder in this process, and watch it.
+
+    Returns:
+        The most MiB that it held, private and shared, and that the store held.
+    """
+    import raykeras as rk
+
+    names = [f"f{i}" for i in range(COLUMNS)]
+    source = rk.parquet(data, x=names, y=names[0], cache=None)
+    with tempfile.TemporaryDirectory() as storage, _watched() as peak:
+        run = rk.Run(storage=storage, checkpoint_every=None)
+        rk.fit(_build, source, batch_size=4096, epochs=epochs, verbose=0, run=run)
+    return peak
+
+
+def _build() -> Any:
+    import keras
+
+    model = keras.Sequential([keras.Input((COLUMNS,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[dict[str, float]]:
+    """Looks at this process's memory, and at the store's once there is one, 50 times a second."""
+    kinds = {"RssAnon": "private", "RssShmem": "shared"}
+    peak, ended = dict.fromkeys((*kinds.values(), "store"), 0.0), threading.Event()
+
+    def watch() -> None:
+        import ray
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        while not ended.wait(0.02):
+            if ray.is_initialized():
+                state = get_state_from_address(ray.get_runtime_context().gcs_address)
+                used = get_memory_info_reply(state).store_stats.object_store_bytes_used
+                peak["store"] = max(peak["store"], used / 2**20)
+            for line in Path("/proc/self/status").read_text().splitlines():
+                name, _, rest = line.partition(":")
+                if name in kinds:
+                    peak[kinds[name]] = max(peak[kinds[name]], int(rest.split()[0]) / 1024)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _peak_of_new_process(data: Path, epochs: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", str(data), str(epochs)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -94,7 +115,12 @@ def peak_mib(data: Path, epochs: int = 1) -> dict[str, float]:
 
 def main() -> None:
     parser = side_by_side.parser(__doc__)
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "EPOCHS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.measure:
+        folder, epochs = arguments.measure
+        print(json.dumps(peak_mib(Path(folder), int(epochs))))
+        return
     measured = []
     with tempfile.TemporaryDirectory() as temporary:
         small, large = Path(temporary) / "small", Path(temporary) / "large"
@@ -104,7 +130,7 @@ def main() -> None:
             for i in range(1, num_files):
                 if not (large / f"{i}.parquet").exists():
                     os.link(large / "0.parquet", large / f"{i}.parquet")
-            peak = peak_mib(large if num_files else small, epochs)
+            peak = _peak_of_new_process(large if num_files else small, epochs)
             measured.append({"bytes": (num_files * LARGE or SMALL) * ROW_NBYTES, "epochs": epochs, **peak})
     header = ("GB of Parquet", "epochs", "private MiB", "shared MiB", "store MiB", "allowed each, MiB")
     rows = [

@@ -1,5 +1,6 @@
 """Writes `digits/`: the 1,797 real handwritten digits that scikit-learn ships, as Parquet.
 
+    pip install scikit-learn
     python pipelines/make_digits.py
 
 They are the test set of the UCI "Optical Recognition of Handwritten Digits" data set (E. Alpaydin and

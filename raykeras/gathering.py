@@ -32,7 +32,8 @@ class RunLog:
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._local = folder.path if folder.is_local else tempfile.mkdtemp(prefix="raykeras-log-")
+        self._temporary = None if folder.is_local else tempfile.TemporaryDirectory(prefix="raykeras-log-")
+        self._local = self._temporary.name if self._temporary else folder.path
         if not folder.is_local:
             for name in (_EVENTS, _HISTORY):
                 if folder.fs.exists(folder / name):
@@ -55,6 +56,8 @@ class RunLog:
     def close(self) -> None:
         self._events.close()
         self._upload()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _read_history(self) -> list[dict[str, Any]]:
         path = os.path.join(self._local, _HISTORY)

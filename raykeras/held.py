@@ -22,11 +22,14 @@ import numpy as np
 import pyarrow as pa
 
 from raykeras.columns import Layout, Tensor
+from raykeras.errors import OptionError
 from raykeras.sources import Columns, Field, OpenSource, Source
 from raykeras.sources.arrays import ArrayReader
 
-AUTO_NBYTES = 1 << 30
-"""The most that is held without being asked for, if it is no more than an eighth of the machine's memory."""
+AUTO_CACHE_BYTES = "RAYKERAS_AUTO_CACHE_BYTES"
+"""Environment variable: the most bytes that `cache="auto"` keeps in memory, by default 1 GiB; 0 turns it off."""
+
+_AUTO_NBYTES = 1 << 30
 
 _MAX_THREADS = 8
 
@@ -39,8 +42,18 @@ def is_held(source: Source, opened: OpenSource, layout: Layout) -> bool:
         return True
     if layout.transform is not None or any(tensor.kind != "dense" for tensor in layout.tensors):
         return False  # of which it is not known how large they are
-    limit = min(AUTO_NBYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    limit = min(_auto_nbytes(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
     return opened.num_rows * layout.row_nbytes <= limit
+
+
+def _auto_nbytes() -> int:
+    text = os.environ.get(AUTO_CACHE_BYTES, str(_AUTO_NBYTES))
+    if not text.isdecimal():
+        raise OptionError(
+            f"The environment variable {AUTO_CACHE_BYTES} must be a number of bytes, 0 for no automatic cache; got "
+            f"{text!r}."
+        )
+    return int(text)
 
 
 class Held:

@@ -98,7 +98,8 @@ class Run:
         monitor: Metric by which a checkpoint is best.
         max_failures: Failures of workers, without a new checkpoint between them, after which the run
             fails; at least 0.
-        hang_timeout_s: Seconds without a step after which a worker is taken to hang; None for never.
+        hang_timeout_s: Seconds without a step after which a worker is taken to hang, at least half an hour before
+            its first step, for which the model is built and traced; None for never.
     """
 
     storage: str = "runs"

@@ -93,7 +93,7 @@ class Pump:
         self._number = 0
         self._gathered = _Gathered(self._stopped)
         runs = [self._make] if batches.kind == "sequence" else [self._iterate, self._send_gathered]
-        self.pipes = tuple(Pipe(self._capacity()) for _ in range(num_ranks))
+        self.pipes = make_pipes(num_ranks, self._capacity())
         self._threads = [threading.Thread(target=run, name="raykeras-pump", daemon=True) for run in runs]
         for thread in self._threads:
             thread.start()
@@ -101,8 +101,7 @@ class Pump:
     def close(self) -> None:
         """Ends the threads and the pipes."""
         self._stopped.set()
-        for pipe in self.pipes:
-            pipe.close()
+        self.pipes[0].close()
         for thread in self._threads:
             thread.join(_JOIN_S)
 
@@ -222,34 +221,56 @@ class _Gathered:
         return (taken, is_last) if taken else None
 
 
-class Pipe:
-    """Messages on their way to one rank, by number; picklable.
+def make_pipes(num_ranks: int, capacity: int) -> tuple[Pipe, ...]:
+    """A pipe for each rank; all are of one actor, whose process would cost as much as the start of a worker's.
 
     Args:
-        capacity: Messages that may wait in it.
+        num_ranks: How many.
+        capacity: Messages that may wait in each.
     """
+    import ray
 
-    def __init__(self, capacity: int) -> None:
-        import ray
+    actor = ray.remote(num_cpus=0)(_Mailboxes).remote(num_ranks, capacity)
+    return tuple(Pipe(actor, rank) for rank in range(num_ranks))
 
-        self._mailbox = ray.remote(num_cpus=0)(_Mailbox).remote(capacity)
+
+@dataclass(frozen=True)
+class Pipe:
+    """Messages on their way to one rank, by number; picklable."""
+
+    actor: Any
+    rank: int
 
     def put(self, number: int, message: Any) -> Any:
         """Gives a reference that is there once there was room for the message."""
-        return self._mailbox.put.remote(number, message)
+        return self.actor.put.remote(self.rank, number, message)
 
     def get(self, number: int) -> Any:
         """Gives a reference to a message."""
-        return self._mailbox.get.remote(number)
+        return self.actor.get.remote(self.rank, number)
 
     def close(self) -> None:
+        """Ends the pipes of all ranks."""
         import ray
 
-        ray.kill(self._mailbox)
+        ray.kill(self.actor)
+
+
+class _Mailboxes:
+    """The actor of all ranks' pipes."""
+
+    def __init__(self, num_ranks: int, capacity: int) -> None:
+        self._mailboxes = [_Mailbox(capacity) for _ in range(num_ranks)]
+
+    async def put(self, rank: int, number: int, message: Any) -> None:
+        await self._mailboxes[rank].put(number, message)
+
+    async def get(self, rank: int, number: int) -> Any:
+        return await self._mailboxes[rank].get(number)
 
 
 class _Mailbox:
-    """The actor of a `Pipe`. Numbered, since calls that wait at the same time are not served in order."""
+    """One rank's messages. Numbered, since calls that wait at the same time are not served in order."""
 
     def __init__(self, capacity: int) -> None:
         import asyncio

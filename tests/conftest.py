@@ -1,30 +1,77 @@
-"""One Ray and one TensorFlow, of two logical CPU devices, for the whole session."""
+"""What tests share: a folder for all temporary files, TensorFlow, Ray and kept workers, each started on first use.
+
+Nothing outlives the session: processes that do fail it, and the folder is removed. Pass `--basetemp=FOLDER` to keep
+what tests wrote.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import gc
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 
-from raykeras import cluster, held
-from raykeras.noise import import_tensorflow, quiet
-from raykeras.patching import replaced
-from tests.kept import TWO, KeptWorkers
+from tests.support import leftovers
+from tests.support.kept_workers import KeptWorkers
+
+NUM_CPUS = 4  # three new workers leave one for data tasks and the fractions that kept workers hold
+_LEFT = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "600"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="all combinations of packages, scales and forms of data")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def two_logical_cpus() -> None:
-    """TensorFlow makes logical devices only when it starts."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "exhaustive: runs only with --exhaustive")
+    config.addinivalue_line("markers", "fewer_scales: trains on fewer scales unless --exhaustive is given")
+    if hasattr(config, "workerinput"):  # xdist's workers inherit the folder
+        return
+    folder = tempfile.mkdtemp(prefix="rk", dir="/tmp")  # short, because Ray's socket paths lie under it
+    os.environ |= {leftovers.SESSION: folder, "TMPDIR": folder, "RAYKERAS_CACHE": f"{folder}/cache"}
+    tempfile.tempdir = None
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps tests that share processes in one of xdist's workers, and otherwise those of a module."""
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+    for item in items:
+        shared = {"kept_workers", "forked"} & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput"):
+        return
+    folder = os.environ.pop(leftovers.SESSION)
+    session.config.stash[_LEFT] = leftovers.end_processes(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    if session.config.stash[_LEFT]:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(_LEFT, []):
+        terminalreporter.write_line(f"ERROR: left behind by the tests: {line}", red=True)
+
+
+@pytest.fixture(scope="session")
+def tensorflow() -> None:
+    """TensorFlow with two logical CPU devices, which can be created only before it starts."""
+    from raykeras.noise import import_tensorflow, quiet
+
     quiet()
     import_tensorflow()
     import tensorflow as tf
@@ -34,49 +81,24 @@ def two_logical_cpus() -> None:
     )
 
 
-@pytest.fixture(autouse=True)
-def what_stays_is_frozen(two_logical_cpus: None) -> None:
-    """Or `clear_session` would look through all of TensorFlow, each time."""
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def footers_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What a run keeps of Parquet footers is not what another finds."""
-    os.environ["RAYKERAS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests are about streams, unless they ask for rows to be held."""
-    monkeypatch.setattr(held, "AUTO_NBYTES", 0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ray_of_its_own() -> Iterator[None]:
-    """The Ray that the first test which needs one starts ends with the session.
-
-    It has a CPU more than it would have: two workers leave one for data tasks beside the part that kept workers take.
-    Its folder is its own, or it would find the address that another Ray of this machine has left in the common one.
-    """
-    start = cluster._start
+@pytest.fixture(scope="session")
+def ray_cluster(tensorflow: None) -> Iterator[None]:
+    """A Ray in a folder that it shares with no other Ray of this machine, whose address it would find there."""
     with (
-        # short: Ray's sockets lie under it
-        tempfile.TemporaryDirectory(prefix="rk", dir="/tmp", ignore_cleanup_errors=True) as folder,
-        replaced(cluster, "_start", lambda scale: start(dataclasses.replace(scale, workers=scale.workers + 1))),
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as environment,
     ):
-        os.environ["RAY_TMPDIR"] = folder
-        yield
+        environment.setenv("RAY_TMPDIR", folder)
         import ray
 
+        ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        yield
         ray.shutdown()
 
 
 @pytest.fixture(scope="session")
-def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_of_its_own: None) -> Iterator[KeptWorkers]:
-    """Two worker processes for all tests that ask for them; see `tests.kept`."""
-    cluster.connect(TWO, in_process=False)
+def kept_workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptWorkers]:
+    """Two worker processes for all tests that ask for them."""
     workers = KeptWorkers(tmp_path_factory.mktemp("kept"))
     yield workers
     workers.close()
@@ -84,6 +106,6 @@ def kept_workers(tmp_path_factory: pytest.TempPathFactory, ray_of_its_own: None)
 
 @pytest.fixture
 def two_workers(kept_workers: KeptWorkers) -> Iterator[None]:
-    """Lets what two workers do in this test be done by those that are kept."""
+    """Runs what this test starts on two workers on the kept ones."""
     with kept_workers.used():
         yield

@@ -1,0 +1,195 @@
+"""Whether the tests catch faults that are put into the product on purpose, one at a time.
+
+    python -m benchmarks.faults [NUMBER ...]
+
+Each fault changes one place in a copy of the project, in which the tests that should catch it run; at least one of
+them has to fail. Without a fault all of them have to pass. Prints a table, which `docs/design/tests.md` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_COPIED = ("raykeras", "tests", "benchmarks", "pipelines", "pyproject.toml", "README.md")
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A mistake in the product.
+
+    Attributes:
+        name: What is wrong.
+        path: The file, below `raykeras/`.
+        old, new: The text that is replaced, which must be there once, and what replaces it.
+        tests: Those that should catch it.
+    """
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+EXACTNESS, RESUME = "tests/integration/test_exactness.py", "tests/integration/test_resume.py"
+FAULTS = (
+    Fault(
+        "a replica's share of the loss is wrong",
+        "shares.py",
+        "return value * tf.cast(current.share, value.dtype)",
+        "return value * tf.cast(0.5, value.dtype)",
+        (f"{EXACTNESS}::test_training_matches_keras[1x2 keras 257 rows, weights]",),
+    ),
+    Fault(
+        "a row is skipped at a resume",
+        "chunks.py",
+        "            (rows,) = loom.weave(*_rank_range(feed, plan, a, b))\n",
+        "            (rows,) = loom.weave(*_rank_range(feed, plan, a, b))\n"
+        "            if a == first and first > 0:\n"
+        "                rows[0] = rows[-1]\n",
+        (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
+    ),
+    Fault(
+        "the metrics of an epoch are reset at a resume",
+        "resumption.py",
+        "                put_metrics_back()\n",
+        "                pass\n",
+        (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
+    ),
+    Fault(
+        "a checkpoint is committed before its last file",
+        "checkpoint.py",
+        "key=lambda file: file == STATE_FILE",
+        "key=lambda file: file != STATE_FILE",
+        ("tests/unit/test_checkpoint.py::test_interrupted_upload_is_no_checkpoint",),
+    ),
+    Fault(
+        "the last short batch is dropped",
+        "plan.py",
+        "self.num_steps = -(-self.num_rows // global_batch_size)",
+        "self.num_steps = max(1, self.num_rows // global_batch_size)",
+        (
+            "tests/unit/test_plan.py::test_order_is_pinned",
+            "tests/integration/test_fit.py::test_arrays_match_keras",
+        ),
+    ),
+    Fault(
+        "the weights of the user's own batches are ignored",
+        "batches.py",
+        "            arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))\n",
+        '            array = array * 0 + 1 if tensor.role == "sample_weight" else array\n'
+        "            arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))\n",
+        ("tests/integration/test_batches.py::test_fit_with_validation_matches_keras[dataset-keras]",),
+    ),
+    Fault(
+        "events arrive out of order",
+        "events.py",
+        "                self._pending.append(event)\n",
+        "                self._pending.insert(0, event)\n",
+        ("tests/unit/test_events.py::test_events_arrive_once_and_in_order",),
+    ),
+    Fault(
+        "the state of callbacks is not handed back",
+        "placement.py",
+        "            vars(callback)[name] = loads(data)\n",
+        "            pass\n",
+        ("tests/system/test_workers.py::test_compiled_model_and_callbacks_come_back_trained",),
+    ),
+    Fault(
+        "validation rows are counted twice",
+        "worker.py",
+        "        stream = open_stream(validation_data, num_steps=None)\n",
+        "        stream = open_stream(validation_data, num_steps=None, rank=0)\n",
+        (f"{EXACTNESS}::test_training_on_two_workers_matches_keras[2x1 keras 257 rows, weights]",),
+    ),
+    Fault(
+        "the seed is ignored",
+        "plan.py",
+        "np.random.SeedSequence([purpose, *key])",
+        "np.random.SeedSequence([purpose, 0, *key[1:]])",
+        ("tests/unit/test_plan.py::test_order_differs_by_epoch_and_seed",),
+    ),
+    Fault(
+        "the batches of a Sequence come in another order",
+        "epochs.py",
+        "        return iter(order.tolist())\n",
+        "        return iter(order[::-1].tolist())\n",
+        ("tests/integration/test_batches.py::test_fit_with_validation_matches_keras[sequence-keras]",),
+    ),
+    Fault(
+        "a damaged checkpoint is used",
+        "checkpoint.py",
+        "                checkpoint.verify()\n",
+        "                pass\n",
+        (
+            "tests/unit/test_checkpoint.py::test_bit_flip_is_detected",
+            "tests/integration/test_checkpoint.py::test_damaged_checkpoint_is_reported_and_skipped",
+        ),
+    ),
+)
+
+
+def copy_with(fault: Fault | None, folder: Path) -> None:
+    """Copy the project, and put a fault into the copy."""
+    for name in _COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, folder / name)
+    if fault is not None:
+        path = folder / "raykeras" / fault.path
+        text = path.read_text()
+        if text.count(fault.old) != 1:
+            raise SystemExit(
+                f"{fault.path} must hold the text of {fault.name!r} once; it does {text.count(fault.old)}x"
+            )
+        path.write_text(text.replace(fault.old, fault.new))
+
+
+def failed_tests(folder: Path, tests: Sequence[str]) -> list[str]:
+    """Run tests of a copy; return those that failed."""
+    command = [sys.executable, "-m", "pytest", "--instafail", "-q", "-p", "no:cacheprovider", "--durations=0", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if done.returncode not in (0, 1) or bool(done.returncode) != bool(failed):
+        raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    return failed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", type=int, nargs="*", metavar="NUMBER", help="only these faults, from 1")
+    numbers = parser.parse_args().numbers or range(1, len(FAULTS) + 1)
+    faults = {number: FAULTS[number - 1] for number in numbers}
+    with tempfile.TemporaryDirectory() as folder:
+        copy_with(None, Path(folder))
+        tests = sorted({test for fault in faults.values() for test in fault.tests})
+        if failed := failed_tests(Path(folder), tests):
+            raise SystemExit(f"fail without a fault: {failed}")
+    print("| | fault | caught by |\n| --- | --- | --- |")
+    missed = 0
+    for number, fault in faults.items():
+        with tempfile.TemporaryDirectory() as folder:
+            copy_with(fault, Path(folder))
+            failed = failed_tests(Path(folder), fault.tests)
+        missed += not failed
+        caught = ", ".join(f"`{test.removeprefix('tests/')}`" for test in failed)
+        print(f"| {number} | {fault.name} | {caught or '**nothing**'} |", flush=True)
+    raise SystemExit(f"{missed} faults are not caught" if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Kills a training at every point, with SIGKILL, and compares how it ends with an undisturbed one.
+
+    python -m benchmarks.kill_points [--points "step 1 2" ...]
+
+The points are those of `tests/support/resuming.py`. At each, one worker in its driver's process is killed and the run
+resumed on one, two and three workers; and of two workers each is killed in turn. Prints the largest relative difference
+of any value in the history, and of any weight. With Dropout the runs must agree to 1e-6 on the same number of workers;
+on another number they are trained without, and must agree to 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import raykeras as rk
+from benchmarks.exactness import relative
+from tests.support.resuming import POINTS, fit, killer, steering
+
+DROPOUT = 0.3
+
+
+def killed_driver(point: str, storage: Path, dropout: float) -> None:
+    """Train on one worker in a process that is killed."""
+    plan = {"storage": str(storage), "points": [point], "dropout": dropout}
+    (storage / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "tests.support.resuming", str(storage / "plan.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != -signal.SIGKILL:
+        raise SystemExit(f"not killed at {point!r}:\n{done.stderr}")
+
+
+def resumed(point: str, workers: int, dropout: float, folder: Path) -> rk.Result:
+    """Kill one worker in its driver's process, and resume on a number of workers."""
+    interrupted = folder / "interrupted"
+    if not interrupted.exists():
+        interrupted.mkdir()
+        killed_driver(point, interrupted, dropout)
+    storage = folder / f"resumed by {workers}"
+    shutil.copytree(interrupted, storage)
+    return fit(str(storage), "run", steering(), scale=rk.Scale(workers=workers), dropout=dropout)
+
+
+def restarted(point: str, rank: int, folder: Path) -> rk.Result:
+    """Kill one of two workers, which are restarted."""
+    storage = folder / f"rank {rank}"
+    storage.mkdir()
+    callbacks = [*steering(), killer([point], str(storage), rank)]
+    result = fit(str(storage), "run", callbacks, scale=rk.Scale(workers=2), dropout=DROPOUT)
+    if not (storage / point).exists():
+        raise SystemExit(f"rank {rank} was not killed at {point!r}")
+    return result
+
+
+def differences(result: rk.Result, expected: rk.Result) -> tuple[float, float]:
+    """Return the largest relative difference of the history, and of the weights."""
+    weights = zip(expected.model().get_weights(), result.model().get_weights(), strict=True)
+    return (
+        max(relative(values, result.history[name]) for name, values in expected.history.items()),
+        max(relative(a, b) for a, b in weights),
+    )
+
+
+def cases(point: str, folder: Path, expected: dict[tuple[int, float], rk.Result]) -> Iterator[tuple[str, float, float]]:
+    """Yield for each way to be killed at a point its name, history difference and weights difference."""
+    for dropout, every_workers in ((DROPOUT, [1]), (0.0, [2, 3])):
+        for workers in every_workers:
+            result = resumed(point, workers, dropout, folder / f"dropout {dropout}")
+            yield f"1 worker, resumed on {workers}", *differences(result, expected[1, dropout])
+    if point != "write":
+        yield "2 workers, rank 1", *differences(restarted(point, 1, folder), expected[2, DROPOUT])
+    yield "2 workers, rank 0", *differences(restarted(point, 0, folder), expected[2, DROPOUT])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", nargs="*", default=POINTS, choices=POINTS)
+    arguments = parser.parse_args()
+    print("| killed at | workers | history differs | weights differ |\n| --- | --- | --- | --- |")
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        expected = {
+            (workers, dropout): fit(
+                folder, f"undisturbed-{workers}-{dropout}", steering(), scale=rk.Scale(workers=workers), dropout=dropout
+            )
+            for workers, dropout in ((1, DROPOUT), (1, 0.0), (2, DROPOUT))
+        }
+        for point in arguments.points:
+            for dropout in (DROPOUT, 0.0):
+                Path(folder, point, f"dropout {dropout}").mkdir(parents=True)
+            for name, history, weights in cases(point, Path(folder, point), expected):
+                limit = 1e-5 if name.endswith(("on 2", "on 3")) else 1e-6
+                too_large = max(history, weights) > limit
+                failed += too_large
+                mark = " **too large**" if too_large else ""
+                print(f"| {point} | {name} | {history:.1e} | {weights:.1e} |{mark}", flush=True)
+    raise SystemExit(f"{failed} differ by more than allowed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""An interrupted run resumes and ends like an undisturbed one; changed arguments are refused."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import raykeras as rk
+from raykeras.checkpoint import RunFolder
+from tests.support.kept_workers import KeptWorkers
+from tests.support.models import PACKAGES
+from tests.support.resuming import (
+    BATCH,
+    EPOCHS,
+    VALIDATION,
+    X,
+    Y,
+    assert_same,
+    build,
+    events_of,
+    fit,
+    recorder,
+    slow,
+    steering,
+)
+
+Point = tuple[int, int | None]
+"""An epoch, and a step in it or None for its end."""
+
+
+class Crash(Exception):
+    """Ends a training in this process."""
+
+
+def crash(package: str, point: Point) -> Any:
+    """A callback that raises after a step, or at an epoch's end."""
+
+    class Crashes(importlib.import_module(package).callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self.epoch = epoch
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if (self.epoch, batch) == point:
+                raise Crash
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if (epoch, None) == point:
+                raise Crash
+
+    return Crashes()
+
+
+def crashed_and_undisturbed(
+    folder: Path,
+    package: str,
+    make: Callable[[], Any],
+    points: Sequence[Point],
+    *,
+    data: Callable[[], Any] = lambda: (X, Y),
+    checkpoint_every: int = 1,
+    **options: Any,
+) -> tuple[rk.Result, rk.Result, list[Any], list[Any]]:
+    """Train once undisturbed, and once with a crash at each point.
+
+    Returns:
+        The result of the crashed run and of the undisturbed one, and the calls of a callback in each.
+    """
+
+    def run(name: str, *more: Any) -> tuple[rk.Result, list[Any]]:
+        calls = recorder(package)
+        x, y = data()
+        all_options = {"epochs": EPOCHS, "batch_size": BATCH, "validation_data": VALIDATION, "verbose": 0, **options}
+        kept = rk.Run(storage=str(folder), name=name, checkpoint_every=checkpoint_every)
+        return rk.fit(make, x, y, callbacks=[calls, *more], run=kept, **all_options), calls.calls
+
+    expected, expected_calls = run("undisturbed")
+    for point in points:
+        with pytest.raises(rk.UserCodeError, match="Crash"):
+            run("run", crash(package, point))
+    result, calls = run("run")
+    return result, expected, calls, expected_calls
+
+
+@PACKAGES
+@pytest.mark.parametrize("steps_per_execution", [1, 2])  # two do not divide an epoch's five
+def test_steps_per_execution_and_validation_freq(package: str, steps_per_execution: int, tmp_path: Path) -> None:
+    last = 5 if steps_per_execution == 2 and package == "keras" else 4  # Keras 3 counts whole executions
+    result, expected, calls, expected_calls = crashed_and_undisturbed(
+        tmp_path,
+        package,
+        lambda: build(package, dropout=0, steps_per_execution=steps_per_execution),
+        [(1, 3), (1, None), (2, last)],
+        checkpoint_every=2,
+        validation_freq=2,
+    )
+    assert_same(result, expected)
+    assert calls == expected_calls
+
+
+def test_steps_per_execution_on_two_replicas(tmp_path: Path) -> None:
+    result, expected, calls, expected_calls = crashed_and_undisturbed(
+        tmp_path,
+        "keras",
+        lambda: build(dropout=0, steps_per_execution=2),
+        [(1, 3)],
+        checkpoint_every=2,
+        scale=rk.Scale(replicas_per_worker=2),
+    )
+    assert_same(result, expected, rtol=1e-5)
+    for call, expected_call in zip(calls, expected_calls, strict=True):
+        for value, expected_value in zip(call, expected_call, strict=True):
+            assert value == (pytest.approx(expected_value) if isinstance(value, float) else expected_value)
+
+
+# each of the three with both values of the others once: what can go wrong concerns one or two of them
+@pytest.mark.parametrize(
+    ("package", "steps_per_epoch", "steps_per_execution"),
+    [("keras", 3, 1), ("keras", 7, 2), ("tf_keras", 3, 2), ("tf_keras", 7, 1)],
+)
+def test_steps_per_epoch_continues_in_stream(
+    package: str, steps_per_epoch: int, steps_per_execution: int, tmp_path: Path
+) -> None:
+    """A pass has five steps."""
+    result, expected, calls, expected_calls = crashed_and_undisturbed(
+        tmp_path,
+        package,
+        lambda: build(package, dropout=0, steps_per_execution=steps_per_execution),
+        [(2, 1)],
+        steps_per_epoch=steps_per_epoch,
+    )
+    assert_same(result, expected)
+    assert calls == expected_calls
+
+
+def sequence() -> Any:
+    import keras
+
+    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return -(-len(X) // BATCH)
+
+        def __getitem__(self, index: int) -> Any:
+            return X[index * BATCH :][:BATCH], Y[index * BATCH :][:BATCH]
+
+    return Batches(), None
+
+
+def dataset() -> Any:
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH), None
+
+
+def generator() -> Any:
+    def generate() -> Iterator[Any]:
+        while True:
+            for start in range(0, len(X), BATCH):
+                yield X[start : start + BATCH], Y[start : start + BATCH]
+
+    return generate(), None
+
+
+@pytest.mark.parametrize(
+    ("data", "steps"), [(sequence, None), (sequence, 3), (dataset, None), (dataset, 3), (generator, 4)]
+)
+def test_user_batches(data: Any, steps: int | None, tmp_path: Path) -> None:
+    result, expected, calls, expected_calls = crashed_and_undisturbed(
+        tmp_path, "keras", build, [(1, 2), (1, None)], data=data, batch_size=None, steps_per_epoch=steps
+    )
+    assert_same(result, expected)
+    assert calls == expected_calls
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_checkpoints_by_time(workers: int, two_workers: None, tmp_path: Path) -> None:
+    seen: list[rk.events.Event] = []
+    options = {"scale": rk.Scale(workers=workers), "dropout": 0, "on_event": seen.append}
+    run = {"checkpoint_every": "0.2s", "keep": 100}
+    result = fit(str(tmp_path), "timed", [slow(0.1)], run=run, **options)
+    saved = [event.step for event in seen if isinstance(event, rk.events.CheckpointSaved)]
+    assert any(saved)  # some of them in mid-epoch
+    assert_same(result, fit(str(tmp_path), "undisturbed", dropout=0), rtol=1e-5)
+
+
+def test_csv_logger_continues_its_file(tmp_path: Path) -> None:
+    import keras
+
+    def run(name: str, *more: Any) -> rk.Result:
+        logger = keras.callbacks.CSVLogger(str(tmp_path / f"{name}.csv"))
+        return fit(str(tmp_path), name, [logger, *more])
+
+    run("undisturbed")
+    with pytest.raises(rk.UserCodeError, match="Crash"):
+        run("run", crash("keras", (2, None)))
+    run("run")
+    assert (tmp_path / "run.csv").read_text() == (tmp_path / "undisturbed.csv").read_text()
+
+
+def test_finished_run_is_extended(tmp_path: Path) -> None:
+    undisturbed = fit(str(tmp_path), "undisturbed", epochs=EPOCHS)
+    fit(str(tmp_path), "run", epochs=2)
+    assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), undisturbed)
+    assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), undisturbed)  # no epoch is left
+
+
+def test_early_stopping_ends_a_run_for_good(tmp_path: Path) -> None:
+    stopped = fit(str(tmp_path), "stopped", steering(), epochs=30)
+    assert len(stopped.epoch) < 30
+    assert_same(fit(str(tmp_path), "stopped", steering(), epochs=30), stopped)
+
+
+# Refused
+
+
+def other_optimizer() -> Any:
+    import keras
+
+    model = build()
+    model.compile(keras.optimizers.SGD(0.02), "sparse_categorical_crossentropy")
+    return model
+
+
+def other_model() -> Any:
+    import keras
+
+    model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+    model.compile(keras.optimizers.Adam(0.02), "sparse_categorical_crossentropy")
+    return model
+
+
+def fit_for_two_epochs(
+    storage: Path, x: Any = X, make: Any = build, seed: int = 0, resume: str | None = "auto", **options: Any
+) -> rk.Result:
+    run = rk.Run(storage=str(storage), name="run", seed=seed, resume=resume)
+    return rk.fit(make, x, Y, run=run, verbose=0, **{"batch_size": BATCH, "epochs": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def first_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    """The storage of a run of one epoch, and its weights."""
+    storage = tmp_path_factory.mktemp("first_epoch")
+    return storage, fit_for_two_epochs(storage, epochs=1).model().get_weights()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": X + 1}, "fingerprint was .* and is now"),
+        ({"batch_size": 15}, "batch_size was 16 and is now 15"),
+        ({"seed": 1}, "seed was 0 and is now 1"),
+        ({"shuffle": False}, "order was 'shuffled' and is now 'source'"),
+        ({"steps_per_epoch": 3}, "steps_per_epoch was None and is now 3"),
+        ({"make": other_optimizer}, "optimizer that it began with; .* has Adam, this one has SGD"),
+        ({"make": other_model}, "model that it began with; .* this one has"),
+    ],
+)
+def test_changed_arguments_are_refused(
+    changed: dict[str, Any], message: str, first_epoch: tuple[Path, list[np.ndarray]], tmp_path: Path
+) -> None:
+    storage, weights = first_epoch
+    shutil.copytree(storage, tmp_path, dirs_exist_ok=True)
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises((rk.OptionError, rk.CheckpointError), match=message):
+        fit_for_two_epochs(tmp_path, **changed)
+    if "make" in changed:
+        return
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+    again = fit_for_two_epochs(tmp_path, **{**changed, "resume": "weights", "epochs": 1})
+    assert again.epoch == [0]
+    assert any(not np.array_equal(a, b) for a, b in zip(again.model().get_weights(), weights, strict=True))
+
+
+def test_folder_without_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    with pytest.raises(rk.OptionError, match="holds something that is no run"):
+        fit(str(tmp_path), "run")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_saves_and_resumes(workers: int, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    options = {"scale": rk.Scale(workers=workers), "epochs": 6}
+
+    class Interrupts(rk.DriverCallback):
+        def on_epoch_begin(self, epoch: int, logs: dict[str, float]) -> None:
+            if epoch == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with kept_workers.used():
+        undisturbed = fit(str(tmp_path), "undisturbed", **options)
+    with pytest.raises(KeyboardInterrupt, match="can go on"):  # new workers, which have to end
+        fit(str(tmp_path), "run", [Interrupts(), slow(0.1)], **options)
+    last = events_of(str(tmp_path / "run"))[-1]
+    assert (last["event"], last["status"]) == ("RunEnded", "interrupted")
+    saved = RunFolder(str(tmp_path / "run")).checkpoints()[-1].state
+    assert 1 <= saved["epoch"] < 6
+    with kept_workers.used():
+        resumed = fit(str(tmp_path), "run", **options)
+    assert_same(resumed, undisturbed)

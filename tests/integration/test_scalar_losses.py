@@ -1,0 +1,145 @@
+"""Scalar losses are weighted on several replicas as in plain Keras."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import raykeras as rk
+from tests.support.compare import assert_same_training
+from tests.support.models import PACKAGES
+
+ROWS, BATCH = 37, 8  # the last batch has an odd number of rows
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(ROWS, 4)).astype(np.float32)
+Y = (X @ [[0.5], [1.0], [-1.0], [0.2]] + 0.1).astype(np.float32)
+W = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
+
+
+def scalar_mean(y_true: Any, y_pred: Any) -> Any:
+    return tf.reduce_mean(tf.square(y_true - y_pred))
+
+
+def scalar_sum(y_true: Any, y_pred: Any) -> Any:
+    return tf.reduce_sum(tf.square(y_true - y_pred))
+
+
+def spread(y_true: Any, y_pred: Any) -> Any:
+    return tf.reduce_mean(tf.square(y_true - y_pred)) ** 2 + tf.sqrt(tf.reduce_sum(tf.square(y_pred)))
+
+
+def builder(
+    package: str,
+    *,
+    added: str | None = None,
+    clip: dict[str, Any] | None = None,
+    hidden: dict[str, Any] | None = None,
+    **compiled: Any,
+) -> Any:
+    """Return a function that builds a small regression, whose middle layer may add to the loss."""
+
+    def build() -> Any:
+        keras = importlib.import_module(package)
+
+        class Adding(keras.layers.Layer):  # type: ignore[name-defined, misc]
+            def call(self, inputs: Any) -> Any:
+                if added in ("sum", "both"):
+                    self.add_loss(tf.reduce_sum(inputs) * 0.1)
+                if added in ("mean", "both"):
+                    self.add_loss(tf.reduce_mean(tf.square(inputs)))
+                return inputs
+
+        inputs = keras.Input((4,), name="x")
+        middle = keras.layers.Dense(5, **{"activation": "relu", "kernel_regularizer": "l2", **(hidden or {})})
+        model = keras.Model(inputs, keras.layers.Dense(1)(Adding()(middle(inputs))))
+        options = {"optimizer": keras.optimizers.SGD(0.05, **(clip or {})), "loss": "mse", "metrics": ["mae"]}
+        model.compile(**{**options, **compiled})
+        return model
+
+    build.uses = package  # type: ignore[attr-defined]  # so that its pickle names the package
+    return build
+
+
+def assert_matches_keras(build: Callable[[], Any], package: str, folder: Path, *data: Any, **options: Any) -> None:
+    """Assert that training on two replicas gives what plain `fit` of the same arrays gives."""
+    options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0, **options}
+    importlib.import_module(package).utils.set_random_seed(0)
+    model = build()
+    expected = model.fit(*data, **options).history
+    scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(folder))
+    assert_same_training(rk.fit(build, *data, **options, scale=scale, run=run), expected, model)
+
+
+# of each grid the cases in which another mistake would show; the rest with `--exhaustive`
+REST = pytest.mark.exhaustive
+
+
+@PACKAGES
+@pytest.mark.parametrize(
+    ("loss", "weights"),
+    [
+        pytest.param(scalar_mean, None, id="mean"),
+        pytest.param(scalar_sum, W, id="weighted sum"),
+        pytest.param(scalar_mean, W, id="weighted mean", marks=REST),
+        pytest.param(scalar_sum, None, id="sum", marks=REST),
+    ],
+)
+def test_scalar_loss(package: str, loss: Any, weights: Any, tmp_path: Path) -> None:
+    build = builder(package, loss=loss, optimizer="adam")
+    assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=weights)
+
+
+@PACKAGES
+@pytest.mark.parametrize("added", ["both", pytest.param("mean", marks=REST), pytest.param("sum", marks=REST)])
+def test_add_loss(package: str, added: str, tmp_path: Path) -> None:
+    validation = (X[:13], Y[:13])
+    assert_matches_keras(builder(package, added=added), package, tmp_path, X, Y, validation_data=validation)
+
+
+@pytest.mark.parametrize(
+    ("package", "added"),
+    [("keras", "mean"), ("keras", "sum"), ("tf_keras", "sum"), pytest.param("tf_keras", "mean", marks=REST)],
+)
+def test_add_loss_that_is_zero_at_first(package: str, added: str, tmp_path: Path) -> None:
+    hidden = {"activation": "linear", "kernel_initializer": "zeros", "kernel_regularizer": None}
+    assert_matches_keras(builder(package, added=added, hidden=hidden), package, tmp_path, X, Y)
+
+
+@PACKAGES
+def test_add_loss_without_compiled_loss(package: str, tmp_path: Path) -> None:
+    compiled = {"loss": None, "metrics": None}
+    assert_matches_keras(builder(package, added="both", **compiled), package, tmp_path, X)
+
+
+@PACKAGES
+def test_loss_with_sum_reduction(package: str, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+    loss = keras.losses.MeanSquaredError(reduction="sum")
+    build = builder(package, added="mean", clip={"global_clipnorm": 1.0}, loss=loss)
+    assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=W)
+
+
+@PACKAGES
+@pytest.mark.parametrize(
+    ("clip", "limit"),
+    [("clipnorm", 0.1), pytest.param("global_clipnorm", 0.1, marks=REST), pytest.param("clipvalue", 0.05, marks=REST)],
+)
+def test_gradients_are_clipped_globally(package: str, clip: str, limit: float, tmp_path: Path) -> None:
+    assert_matches_keras(builder(package, clip={clip: limit}), package, tmp_path, X, Y)
+
+
+def test_scalar_loss_that_is_no_mean_or_sum_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(rk.ModelError, match=r"must be a mean or a sum over the rows.*number 0 of those from compiled"):
+        assert_matches_keras(builder("keras", loss=spread), "keras", tmp_path, X, Y)
+
+
+def test_gradient_accumulation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(rk.ModelError, match="gradient_accumulation_steps=2"):
+        build = builder("keras", clip={"gradient_accumulation_steps": 2})
+        assert_matches_keras(build, "keras", tmp_path, X, Y)

@@ -1,0 +1,43 @@
+"""Comparison of a training through raykeras with one in plain Keras."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import raykeras as rk
+
+
+def assert_same_training(
+    result: rk.Result,
+    history: Mapping[str, Sequence[float]],
+    model: Any,
+    *,
+    ignored: Sequence[str] = (),
+    message: str = "",
+) -> None:
+    """Assert that a run has the history and the weights of a plain `Model.fit`.
+
+    Args:
+        result: Of `rk.fit`.
+        history: `History.history` of the plain training: metric to its value in each epoch.
+        model: As the plain training left it.
+        ignored: Metrics whose values may differ.
+        message: Shown beside what differs.
+    """
+    assert set(result.history) == set(history)
+    for name in set(history) - set(ignored):
+        np.testing.assert_allclose(
+            result.history[name], history[name], rtol=1e-5, atol=1e-7, err_msg=f"{name} {message}"
+        )
+    assert_same_weights(result.model(), model, message=message)
+
+
+def assert_same_weights(
+    model: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-6, message: str = ""
+) -> None:
+    """Assert that two models have the same weights."""
+    for weights, expected_weights in zip(model.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_allclose(weights, expected_weights, rtol=rtol, atol=atol, err_msg=message)

@@ -1,0 +1,40 @@
+"""Logical CPUs that other work holds."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import ray
+
+_SETTLED_S = 0.5
+
+
+def free_cpus() -> float:
+    """Return the free CPUs, once Ray's count is stable."""
+    before, now = None, ray.available_resources().get("CPU", 0.0)
+    while now != before:
+        time.sleep(_SETTLED_S)
+        before, now = now, ray.available_resources().get("CPU", 0.0)
+    return now
+
+
+@contextlib.contextmanager
+def all_held_but(cpus: float) -> Iterator[None]:
+    """Let an actor hold all free CPUs but a number within the block."""
+
+    @ray.remote
+    class Holder:
+        def is_ready(self) -> bool:
+            return True
+
+    while (free := free_cpus()) <= cpus:  # earlier tests' tasks are still ending
+        pass
+    holder = Holder.options(num_cpus=round(free - cpus, 4)).remote()
+    assert ray.get(holder.is_ready.remote())
+    assert abs(free_cpus() - cpus) < 1e-3
+    try:
+        yield
+    finally:
+        ray.kill(holder)

@@ -1,0 +1,102 @@
+"""A run continues with the workers that there is room for, and with more once there is; hung workers are restarted."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import raykeras as rk
+from raykeras.checkpoint import RunFolder
+from raykeras.cluster import Room
+from raykeras.world import _room, wait_for_room
+from tests.support import two_nodes
+from tests.support.compare import assert_same_weights
+from tests.support.cpus import all_held_but
+from tests.support.fork_server import ForkServer
+from tests.support.kept_workers import TWO
+from tests.support.resuming import fit
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("elastic")
+
+
+@pytest.fixture(scope="module")
+def events_by_run(forked: ForkServer, storage: Path) -> dict[str, list[dict[str, Any]]]:
+    """Events of a run whose node is lost, and of one whose node is drained; the last one holds the history."""
+    ended = forked.run(two_nodes.main, str(storage), ["lost", "drained"], timeout_s=600)
+    assert ended.exit_code == 0, ended.output
+    lines = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+    first = 1 + next(i for i, line in enumerate(lines) if "history" in line)
+    return {"lost": lines[:first], "drained": lines[first:]}
+
+
+@pytest.mark.usefixtures("tensorflow")
+@pytest.mark.parametrize("how", ["lost", "drained"])
+def test_node_leaves_in_mid_epoch(how: str, events_by_run: dict[str, list[dict[str, Any]]], storage: Path) -> None:
+    undisturbed = fit(str(storage), f"{how}-undisturbed", epochs=two_nodes.EPOCHS[how], dropout=0)
+    *events, last = events_by_run[how]
+    for name, values in undisturbed.history.items():
+        np.testing.assert_allclose(last["history"][name], values, rtol=1e-5, err_msg=name)
+    newest = RunFolder(str(storage / how)).checkpoints()[-1]
+    assert_same_weights(newest.load_model(), undisturbed.model(), rtol=1e-4, atol=1e-5)
+
+    resized = [(e["before"], e["workers"]) for e in events if e["event"] == "WorldResized"]
+    assert resized[0] == (2, 1)
+    assert resized[-1] == ((1, 2) if how == "lost" else (2, 1))
+    restarted = [(e["epoch"], e["step"]) for e in events if e["event"] == "RunRestarted"]
+    assert restarted == sorted(restarted) and restarted[0] >= (1, 1)
+    failed = [event for event in events if event["event"] == "WorkerFailed"]
+    if how == "drained":  # all leave before the node goes
+        assert not failed
+    else:
+        assert failed and all(event["cause"] and event["next"] for event in failed)
+
+
+def hanging(folder: Path, rank: int) -> Any:
+    """A callback that hangs on one worker, once."""
+    import keras
+
+    class Hangs(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            import ray.train
+
+            once = folder / "hung"
+            if epoch == 1 and ray.train.get_context().get_world_rank() == rank and not once.exists():
+                once.touch()
+                time.sleep(600)
+
+    return Hangs()
+
+
+@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
+    seen: list[rk.events.Event] = []
+    run = {"hang_timeout_s": 6.0}
+    result = fit(str(tmp_path), "run", [hanging(tmp_path, 1)], scale=TWO, dropout=0, run=run, on_event=seen.append)
+    expected = fit(str(tmp_path), "undisturbed", dropout=0)
+    assert result.epoch == expected.epoch
+    for name, values in expected.history.items():
+        np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
+    failed = [event for event in seen if isinstance(event, rk.events.WorkerFailed)]
+    assert len(failed) == 1 and "no step for 6 s" in failed[0].cause
+    stacks = {path.name: path.read_text() for path in Path(result.path, "stacks").iterdir()}
+    assert "attempt-0-rank-1.txt" in stacks  # and that of rank 0, unless it was ended before
+    assert "on_epoch_begin" in stacks["attempt-0-rank-1.txt"]
+
+
+@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+def test_capacity_beside_partially_used_cpu() -> None:
+    """The workers and tasks that fit are counted, or they would never be scheduled."""
+    orders: Any = SimpleNamespace(widest=TWO, scale=TWO, room=Room(1.0))
+    with all_held_but(2.75):
+        assert wait_for_room(orders) == 2
+    with all_held_but(2.0):
+        assert _room(orders, in_parts=True) == 1  # the other CPU is for reading

@@ -1,0 +1,110 @@
+"""The README's example and commands run as they stand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    monkeypatch.chdir(tmp_path)
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert "epoch 3/3" in shown.getvalue()
+    assert "checkpoints/epoch-0000" in shown.getvalue()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head() -> Iterator[dict[str, str]]:
+    """Starts a Ray head with token authentication and a home of its own; gives the environment of its clients."""
+    home = tempfile.mkdtemp()
+    ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    bin_folder = os.path.dirname(sys.executable)
+    environment |= {
+        "RAY_AUTH_MODE": "token",
+        "HOME": home,
+        "PATH": f"{bin_folder}:{environment['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
+        "RAY_ADDRESS": f"127.0.0.1:{ports['port']}",
+    }
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    subprocess.run([*ray, "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    options = [f"--{name}={port}" for name, port in ports.items()]
+    options += [f"--temp-dir={home}/ray", "--num-cpus=4", "--object-store-memory=300000000"]
+    head = subprocess.Popen(
+        [*ray, "start", "--head", "--block", *options],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        _wait_for_jobs_api(environment["RAY_API_SERVER_ADDRESS"])
+        yield environment
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)  # asked to end, it would wait half a minute for its workers
+        head.wait(60)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait_for_jobs_api(address: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=10).close()
+        except urllib.error.HTTPError as error:
+            if error.code == 401:  # it answers, and wants the token
+                return
+        except OSError:
+            pass
+        assert time.monotonic() < deadline, "the head takes no jobs"
+        time.sleep(0.5)
+
+
+def test_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
+    assert "ray job submit --working-dir . -- raykeras fit pipelines/digits.py --workers 2" in README
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--"]
+    command = ["raykeras", "fit", "pipelines/digits.py", "--workers", "2", "--epochs", "2"]
+    options = ["--storage", str(tmp_path / "runs")]
+    done = subprocess.run(
+        [*submit, *command, *options], env=head, cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    assert "val_accuracy" in lines[1]
+    assert list((tmp_path / "runs").glob("digits-*/checkpoints/epoch-000002/model.keras"))
+    without_token = {**head, "HOME": "/nonexistent"}
+    refused = subprocess.run(
+        [*submit, *command], env=without_token, cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert refused.returncode != 0

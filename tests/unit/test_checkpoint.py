@@ -1,0 +1,177 @@
+"""Checkpoints are complete or not there: truncated, changed and half-written ones are detected."""
+
+from __future__ import annotations
+
+import collections
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+import raykeras as rk
+from raykeras import checkpoint
+from raykeras.archive import crc_of_archive, stored_member
+from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, STATE_FILE, Checkpoint, RunFolder
+from raykeras.plain import NotPlainError, from_plain, to_plain
+
+
+def store(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
+    """Write a checkpoint of a few hundred bytes."""
+    rng = np.random.default_rng(epoch)
+
+    def write(folder: str) -> None:
+        Path(folder, MODEL_FILE).write_bytes(rng.bytes(300))
+        Path(folder, ARRAYS_FILE).write_bytes(rng.bytes(200))
+        checkpoint.write_state(folder, {"epoch": epoch, "step": 0, "logs": logs}, {})
+
+    return checkpoint.store(run, checkpoint.checkpoint_name(epoch), write)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run's folder with two checkpoints."""
+    run = RunFolder(str(tmp_path / "run"))
+    for epoch in (1, 2):
+        store(run, epoch)
+    return run
+
+
+def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest complete checkpoint and the errors of newer ones."""
+    errors: list[str] = []
+    return run.newest_whole(lambda damaged, error: errors.append(str(error))), errors
+
+
+def files_in_order(path: str) -> list[Path]:
+    """A checkpoint's files in the order in which they are written."""
+    return sorted(Path(path).iterdir(), key=lambda file: file.name == STATE_FILE)
+
+
+def test_checkpoint_is_incomplete_until_its_last_byte(run: RunFolder) -> None:
+    """Storage without a rename is written file after file, byte after byte."""
+    before, last = run.checkpoints()
+    contents = {path: path.read_bytes() for path in files_in_order(last.path)}
+    assert newest(run) == (last, [])
+    for path in contents:
+        path.unlink()
+    for path, data in contents.items():
+        for size in range(len(data)):
+            path.write_bytes(data[:size])
+            assert newest(run)[0] == before
+        path.write_bytes(data)
+    assert newest(run) == (last, [])
+
+
+def test_truncated_file_is_detected(run: RunFolder) -> None:
+    _, last = run.checkpoints()
+    *files, _ = files_in_order(last.path)
+    for path in files:
+        data = path.read_bytes()
+        for size in range(len(data)):
+            path.write_bytes(data[:size])
+            with pytest.raises(rk.CheckpointError, match=f"{path.name} is damaged: its size is {size}; "):
+                last.verify()
+        path.write_bytes(data)
+    last.verify()
+
+
+def test_bit_flip_is_detected(run: RunFolder) -> None:
+    before, last = run.checkpoints()
+    for path in files_in_order(last.path):
+        data = path.read_bytes()
+        for at in range(len(data)):
+            changed = bytearray(data)
+            changed[at] ^= 1 << at % 8
+            path.write_bytes(changed)
+            with pytest.raises(rk.CheckpointError, match="damaged"):
+                last.verify()
+        found, errors = newest(run)
+        assert found == before
+        assert len(errors) == 1 and path.name in errors[0]
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("storage", ["local", "memory"])
+def test_failed_write_leaves_no_checkpoint(storage: str, tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path / "run") if storage == "local" else f"memory://{tmp_path.name}")
+
+    def write(folder: str) -> None:
+        Path(folder, MODEL_FILE).write_bytes(b"half")
+        raise OSError("no space left")
+
+    with pytest.raises(rk.CheckpointError, match="no space left"):
+        checkpoint.store(run, "epoch-000009", write)
+    assert run.checkpoints() == []
+    if storage == "local":
+        assert os.listdir(run / checkpoint.FOLDER) == []
+
+
+@pytest.mark.parametrize("num_uploaded", [0, 1, 2])
+def test_interrupted_upload_is_no_checkpoint(
+    num_uploaded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, uploads = fsspec.get_filesystem_class("memory"), iter(range(3))
+    original = memory.put_file
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if next(uploads) == num_uploaded:
+            raise OSError("connection lost")
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(memory, "put_file", interrupted)
+    run = RunFolder(f"memory://{tmp_path.name}")
+    with pytest.raises(rk.CheckpointError, match="connection lost"):
+        store(run, 1)
+    assert run.checkpoints() == []
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("val_loss", 2), ("val_accuracy", 1), ("missing", None)])
+def test_newest_and_best_checkpoints_are_kept(monitor: str, best: int | None, tmp_path: Path) -> None:
+    run = RunFolder(str(tmp_path / "run"))
+    for epoch, loss in enumerate([0.5, 0.2, 0.4, 0.3, 0.6], start=1):
+        store(run, epoch, val_loss=loss, val_accuracy=0.9 - 0.1 * epoch)
+        checkpoint.prune(run, 2, monitor)
+    assert [kept.epoch for kept in run.checkpoints()] == [*([] if best is None else [best]), 4, 5]
+
+
+def test_plain_values_round_trip() -> None:
+    values = {
+        "numbers": [1, 2.5, float("inf"), None, True],
+        ("a", 1): {"x", "y"},
+        "arrays": [np.arange(3), np.float32(0.5), (np.zeros((2, 2), np.int8),)],
+        "last": collections.deque([1, 2]),
+        "function": np.less,
+    }
+    arrays: dict[str, np.ndarray] = {}
+    back = from_plain(to_plain(values, arrays, "v"), arrays)
+    assert list(back) == list(values) and back["numbers"] == values["numbers"] and back["a", 1] == {"x", "y"}
+    np.testing.assert_array_equal(back["arrays"][0], np.arange(3))
+    assert back["arrays"][1] == np.float32(0.5) and back["arrays"][1].dtype == np.float32
+    assert isinstance(back["arrays"][2], tuple) and back["arrays"][2][0].dtype == np.int8
+    assert back["last"] == values["last"] and back["function"] is np.less
+    for value in (object(), lambda: 0, [object()], np.array([object()])):
+        with pytest.raises(NotPlainError):
+            to_plain(value, {}, "v")
+
+
+@pytest.mark.parametrize("size", [0, 1, 77, 70_000])
+def test_zip_member_written_in_place_is_valid(size: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(size).bytes(size)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("first", b"one")
+    with open(tmp_path / "a.zip", "r+b") as file:
+        with stored_member(file, "second") as member:
+            member.seek(size // 2)
+            member.write(data[size // 2 :])
+            member.seek(0)
+            member.write(data[: size // 2])
+        crc = crc_of_archive(file, member)
+    assert crc == zlib.crc32((tmp_path / "a.zip").read_bytes())
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        assert archive.testzip() is None and archive.namelist() == ["first", "second"]
+        assert archive.read("first") == b"one" and archive.read("second") == data

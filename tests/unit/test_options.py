@@ -1,0 +1,75 @@
+"""Validation of `Scale` and `Run`."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from raykeras import OptionError, Run, Scale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "`workers` must be a whole number of at least 1; got 0"),
+        ({"workers": True}, "`workers`"),
+        ({"workers": 1.5}, "`workers`"),
+        ({"workers": (1, 2, 3)}, "a number, or a pair"),
+        ({"workers": (3, 2)}, "`workers` must be a whole number of at least 3; got 2"),
+        ({"workers": (0, 2)}, "`least_workers` must be a whole number of at least 1"),
+        ({"gpus_per_worker": -1}, "`gpus_per_worker` must be a whole number of at least 0"),
+        ({"replicas_per_worker": 0}, "`replicas_per_worker`"),
+        ({"cpus_per_worker": 0}, "`cpus_per_worker` must be above 0"),
+        ({"gpus_per_worker": 4, "replicas_per_worker": 2}, "every GPU holds one replica; got 2 and 4"),
+    ],
+)
+def test_invalid_scale(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Scale(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"storage": ""}, "`storage`"),
+        ({"name": "a/b"}, "`name` must be one folder name"),
+        ({"name": "../up"}, "`name` must be one folder name"),
+        ({"seed": -1}, "`seed`"),
+        ({"seed": 2**32}, "below 2"),
+        ({"checkpoint_every": "day"}, "`checkpoint_every`"),
+        ({"checkpoint_every": 0}, "`checkpoint_every`"),
+        ({"checkpoint_every": "0s"}, "`checkpoint_every`"),
+        ({"resume": True}, "`resume` must be"),
+        ({"max_failures": -1}, "`max_failures`"),
+        ({"hang_timeout_s": 0}, "`hang_timeout_s` must be above 0"),
+        ({"keep": 0}, "`keep`"),
+    ],
+)
+def test_invalid_run(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Run(**options)
+
+
+def test_every_gpu_is_a_replica() -> None:
+    assert Scale(workers=3, gpus_per_worker=4).num_replicas == 12
+    assert Scale(workers=3, replicas_per_worker=2).num_replicas == 6
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Scale().workers = 2  # type: ignore[misc]
+
+
+def test_checkpoint_interval_as_text() -> None:
+    every = [Run(checkpoint_every=text).checkpoint_every for text in ("90s", "1.5 min", "2h")]
+    assert every == [timedelta(seconds=90), timedelta(seconds=90), timedelta(hours=2)]
+
+
+def test_workers_range() -> None:
+    scale = Scale(workers=(2, 8), gpus_per_worker=4)
+    assert (scale.least, scale.workers, scale.num_replicas) == (2, 8, 32)
+    assert scale.of(3) == Scale(workers=3, gpus_per_worker=4)
+    assert Scale(workers=(2, 2)).least == 2

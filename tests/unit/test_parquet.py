@@ -1,0 +1,231 @@
+"""Parquet sources: paths, schemas, row groups, and the error for each invalid input."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFile
+
+import raykeras as rk
+from raykeras.sources import OpenSource
+from raykeras.specs import resolve
+
+
+def write(path: Path, num_rows: int = 10, start: int = 0, group: int = 4, **columns: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"id": pa.array(np.arange(start, start + num_rows)), "x": pa.array(np.ones(num_rows, np.float32)), **columns}
+    pq.write_table(pa.table(made), path, row_group_size=group)
+    return path
+
+
+def ids(opened: OpenSource) -> list[int]:
+    read = []
+    for i, rows in enumerate(opened.unit_rows):
+        read += np.asarray(opened.reader.read(opened.unit(i), 0, int(rows), ["id"])["id"]).tolist()
+    return read
+
+
+def test_paths_are_read_in_name_order(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / "deep" / f"part-{i}.parquet", start=10 * i)
+    write(tmp_path / "deep" / "_hidden.parquet", start=900)
+    paths = [tmp_path / "deep", f"{tmp_path}/deep/part-*.parquet", f"file://{tmp_path}/deep", tmp_path]
+    paths.append([tmp_path / "deep" / f"part-{i}.parquet" for i in range(3)])  # type: ignore[arg-type]
+    for path in paths:
+        opened = rk.parquet(path, x="x").open()
+        assert ids(opened) == list(range(30))
+        assert opened.unit_rows.tolist() == [4, 4, 2] * 3
+
+
+def test_hive_partitions_become_columns(tmp_path: Path) -> None:
+    for year in (2023, 2024):
+        for place in ("a", "b"):
+            write(tmp_path / f"year={year}" / f"place={place}" / "p.parquet", 2)
+    opened = rk.parquet(tmp_path, x="year").open()
+    read = [opened.reader.read(opened.unit(i), 0, 2, ["year", "place"]) for i in range(4)]
+    assert [r["year"].tolist() for r in read] == [[2023, 2023], [2023, 2023], [2024, 2024], [2024, 2024]]
+    assert [r["place"][0] for r in read] == ["a", "b", "a", "b"]
+
+
+def test_slice_keeps_source_order(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"{i}.parquet", start=10 * i)
+    opened = rk.parquet(tmp_path, x="x").open()
+    assert ids(opened.slice(3, 17)) == list(range(3, 17))
+    assert ids(opened.slice(3, 17).slice(2, 9)) == list(range(5, 12))
+    assert opened.slice(3, 17).fingerprint != opened.fingerprint
+
+
+def test_empty_files_are_skipped(tmp_path: Path) -> None:
+    write(tmp_path / "0.parquet", 0)
+    write(tmp_path / "1.parquet", 5)
+    opened = rk.parquet(tmp_path, x="x").open()
+    assert opened.num_rows == 5
+    assert ids(opened) == list(range(5))
+
+
+def test_fingerprint_changes_with_data(tmp_path: Path) -> None:
+    before = rk.parquet(write(tmp_path / "a.parquet", 10), x="x").open().fingerprint
+    assert rk.parquet(write(tmp_path / "a.parquet", 10), x="x").open().fingerprint == before
+    assert rk.parquet(write(tmp_path / "a.parquet", 11), x="x").open().fingerprint != before
+
+
+def test_missing_path_suggests_nearest(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a.parquet")
+    with pytest.raises(rk.SourceError, match=r"there is no '.*/trian'. Did you mean 'train'\?"):
+        rk.parquet(tmp_path / "trian", x="x").open()
+
+
+def test_empty_folder_and_glob_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, f"{tmp_path}/*.parquet"):
+        with pytest.raises(rk.SourceError, match="at least one Parquet file"):
+            rk.parquet(path, x="x").open()
+
+
+def test_missing_column_suggests_nearest(tmp_path: Path) -> None:
+    source = rk.parquet(write(tmp_path / "a.parquet", image=pa.array([0.0] * 10)), x="imgae")
+    with pytest.raises(rk.ColumnError, match=r"got 'imgae'. Did you mean 'image'\?"):
+        resolve(source, source.open())
+
+
+def test_schema_mismatch_names_both_files(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b.parquet", x=pa.array(np.ones(10, np.float64)))
+    with pytest.raises(rk.ColumnError, match=r"'x' is float in .*a\.parquet and double in .*b\.parquet"):
+        rk.parquet(tmp_path, x="x").open()
+    assert rk.parquet(tmp_path, x="id").open().num_rows == 20  # unused columns may differ
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet")
+    broken = write(tmp_path / "b.parquet")
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(rk.SourceError, match=r"whole Parquet; '.*b\.parquet' is not"):
+        rk.parquet(tmp_path, x="x").open()
+
+
+def test_damaged_page_names_row_group(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 1000, group=500, x=pa.array(np.random.default_rng(0).random(1000)))
+    metadata = pq.read_metadata(path)
+    column = metadata.row_group(1).column(1)
+    data = bytearray(path.read_bytes())
+    at = column.dictionary_page_offset or column.data_page_offset
+    data[at : at + 12] = b"\xff" * 12
+    path.write_bytes(bytes(data))
+    opened = rk.parquet(path, x="x").open()
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 1 is not"):
+        opened.reader.read(opened.unit(1), 0, 500, ["x"])
+
+
+def test_rewritten_file_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet")
+    opened = rk.parquet(path, x="x").open()
+    assert ids(opened) == list(range(10))
+    write(path, start=100)
+    assert ids(opened) == list(range(100, 110))
+    write(path, num_rows=9)
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 2 had at least 2 rows and has 1 now"):
+        ids(opened)
+    write(path, num_rows=4)
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 1"):
+        ids(opened)
+    path.unlink()
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 0"):
+        ids(opened)
+
+
+def test_remote_footer_is_cached_until_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fs = fsspec.filesystem("memory")
+    reads: list[int] = []  # end offsets
+
+    class Watched(MemoryFile):  # type: ignore[misc]
+        def read(self, *size: int) -> bytes:
+            data = bytes(super().read(*size))
+            reads.append(self.tell())
+            return data
+
+    def put(start: int) -> int:
+        content = write(tmp_path / "0.parquet", start=start).read_bytes()
+        fs.pipe("memory://watched/0.parquet", content)
+        return len(content) - int.from_bytes(content[-8:-4], "little") - 8  # where the footer begins
+
+    def read() -> list[int]:
+        """Read with a new reader, as a task does."""
+        reader = pickle.loads(pickle.dumps(opened.reader))
+        return [int(v) for group in (0, 1) for v in reader.read(opened.unit(group), 0, 4, ["id"])["id"].to_numpy()]
+
+    footer = put(0)
+    opened = rk.parquet("memory://watched", x="x").open()
+    original = type(fs)._open
+
+    def watched(self: object, *args: object, **kwargs: object) -> object:
+        file = original(self, *args, **kwargs)
+        file.__class__ = Watched
+        return file
+
+    monkeypatch.setattr(type(fs), "_open", watched)
+    assert read() == list(range(8))
+    assert max(reads) > footer
+    reads.clear()
+    assert read() == list(range(8))
+    assert reads and max(reads) <= footer
+    put(100)
+    assert read() == list(range(100, 108))
+
+
+def test_null_names_row_group(tmp_path: Path) -> None:
+    values = pa.array([1.0] * 6 + [None] + [1.0] * 3)
+    path = write(tmp_path / "a.parquet", x=values)
+    with pytest.raises(rk.ColumnError, match=r"column 'x' has 1 in file .*a\.parquet, row group 1"):
+        rk.parquet(path, x="x").open()
+    rk.parquet(path, x="x", fill={"x": 0.0}).open()
+    rk.parquet(path, x="id").open()
+
+
+def test_varying_list_lengths_need_pad_or_ragged(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 3, series=pa.array([[1, 2], [3], [4, 5, 6]]))
+    for source in (rk.parquet(path, x="series"),):
+        with pytest.raises(rk.ColumnError, match=r"pad=\{'series': length\}"):
+            opened = source.open()
+            layout = resolve(source, opened)
+            layout.decode(opened.head(3, ["series"]), "here")
+    rk.parquet(path, x="series", pad={"series": 4}).open()
+
+
+def test_lists_read_in_parts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (900, 28, 28), np.uint8)
+    numbers = [rng.integers(-9, 9, rng.integers(0, 5)).tolist() for _ in range(900)]
+    columns = {
+        "text": pa.array(rng.choice(["a", "b"], 900)).dictionary_encode(),
+        "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),
+        "my.numbers": pa.array(numbers, pa.list_(pa.int16())),
+    }
+    opened = rk.parquet(write(tmp_path / "0.parquet", 900, group=450, **columns), x="image").open()
+    names = ["my.numbers", "id", "text", "image"]
+    read = opened.reader.read(opened.unit(1), 10, 440, names)
+    assert read["image"].num_chunks > 1
+    assert [read[name].to_pylist() for name in names[:3]] == [
+        numbers[460:890],
+        list(range(460, 890)),
+        columns["text"].to_pylist()[460:890],
+    ]
+    source = rk.parquet(tmp_path, x={"image": "image", "text": "text"})
+    layout = resolve(source, opened)
+    image, _ = layout.assemble(layout.decode(opened.reader.read(opened.unit(1), 10, 440, layout.columns), ""), "")
+    np.testing.assert_array_equal(image, images[460:890])
+
+
+def test_unsupported_type_is_refused_if_used(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", 2, when=pa.array([1, 2], pa.timestamp("s")))
+    source = rk.parquet(path, x="when")
+    with pytest.raises(rk.ColumnError, match=r"'when' is timestamp\[.*\]"):
+        resolve(source, source.open())
+    source = rk.parquet(path, x="x")
+    resolve(source, source.open())
