@@ -166,7 +166,7 @@ def failed_tests(folder: Path, tests: Sequence[str]) -> list[str]:
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or bool(done.returncode) != bool(failed):
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return failed
+    return list(dict.fromkeys(failed))  # those that fail are printed at once, and in the summary
 
 
 def main() -> None:
