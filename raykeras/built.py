@@ -7,6 +7,8 @@ and its metrics.
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -24,7 +26,10 @@ def make_variables(model: Any, api: KerasAPI, layout: Layout, strategy: tf.distr
     batch: tuple[Any, ...] = zeros(layout)
     with scope(strategy):
         if not api.is_legacy:
-            model._symbolic_build(data_batch=batch)
+            api.build_symbolically(model, batch)
+            return
+        if not api.has_call(model):
+            api.build_optimizer(model)
             return
         x, y = (*batch, None)[:2]
         predicted = model(x, training=False)
@@ -33,7 +38,18 @@ def make_variables(model: Any, api: KerasAPI, layout: Layout, strategy: tf.distr
                 model.compiled_loss.build(predicted)
             if not model.compiled_metrics._built:
                 model.compiled_metrics.build(predicted, y)
+            outputs = zip(tf.nest.flatten(y), tf.nest.flatten(predicted), strict=False)
+            for metrics, (true, output) in zip(_by_output(model.compiled_metrics), outputs, strict=False):
+                for metric in metrics:
+                    if not metric.variables and len(inspect.signature(metric.build).parameters) == 2:  # as of F1Score
+                        metric.build(true.shape, output.shape)
         api.build_optimizer(model)
+
+
+def _by_output(compiled: Any) -> Iterator[list[Any]]:
+    """Yield the metrics of tf_keras' container, output by output."""
+    for pair in zip(compiled._metrics, compiled._weighted_metrics, strict=True):
+        yield [metric for metric in tf.nest.flatten(pair) if metric is not None]
 
 
 def zeros(layout: Layout) -> Any:

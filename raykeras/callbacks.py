@@ -6,12 +6,13 @@ Enters: Keras' hooks on the chief. Leaves: events; and, in the driver, hooks aga
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from raykeras import events
 from raykeras.events import Event
 from raykeras.keras_api import KerasAPI
+from raykeras.logs import Logs, plain_logs
 
 BATCH_INTERVAL_S = 0.05
 """Batches within this time are told of together: reading a step's logs waits for the step."""
@@ -21,21 +22,21 @@ class DriverCallback:
     """A callback whose hooks run in the driver, on the event stream.
 
     Pass it to `fit` among the others. It never holds up a step, sees what the chief sees, and may
-    use what only the driver has. Logs are plain floats.
+    use what only the driver has. Logs are floats, and arrays of metrics that have several values.
     """
 
-    def on_train_begin(self, logs: dict[str, float]) -> None: ...
+    def on_train_begin(self, logs: Logs) -> None: ...
 
-    def on_train_end(self, logs: dict[str, float]) -> None: ...
+    def on_train_end(self, logs: Logs) -> None: ...
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, float]) -> None: ...
+    def on_epoch_begin(self, epoch: int, logs: Logs) -> None: ...
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None: ...
+    def on_epoch_end(self, epoch: int, logs: Logs) -> None: ...
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, float]) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs) -> None:
         """`batch` counts from 0; several batches may be told of as the last of them."""
 
-    def on_test_end(self, logs: dict[str, float]) -> None: ...
+    def on_test_end(self, logs: Logs) -> None: ...
 
     def on_event(self, event: Event) -> None:
         """Every event, before the hook that it belongs to."""
@@ -162,7 +163,7 @@ def steps_done(batch: int, steps: int | None) -> int:
     return batch + 1 if steps is None else min(batch + 1, steps)
 
 
-def epoch_end_callback(api: KerasAPI, function: Callable[[int, dict[str, float]], None]) -> Any:
+def epoch_end_callback(api: KerasAPI, function: Callable[[int, Logs], None]) -> Any:
     """A callback that calls a function with the epoch and its logs."""
 
     class EpochEndCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
@@ -170,17 +171,3 @@ def epoch_end_callback(api: KerasAPI, function: Callable[[int, dict[str, float]]
             function(epoch, plain_logs(logs))
 
     return EpochEndCallback()
-
-
-def plain_logs(logs: Mapping[str, Any] | None) -> dict[str, float]:
-    """Logs as Python floats; what is not a number is left out."""
-    plain = {}
-    for name, value in (logs or {}).items():
-        if isinstance(value, Mapping):  # as Keras has it
-            plain.update(plain_logs(value))
-            continue
-        try:
-            plain[str(name)] = float(value)
-        except (TypeError, ValueError):
-            continue
-    return plain

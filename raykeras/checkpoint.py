@@ -9,8 +9,6 @@ not a checkpoint, and one that does not agree with it is damaged.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import shutil
@@ -25,8 +23,12 @@ import fsspec
 
 from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
+from raykeras.train_state import dump_state, parse_state
 
 MODEL_FILE = "model.keras"
+WEIGHTS_FILE = "model.weights.h5"
+"""In place of the model's file, where Keras cannot serialise the model."""
+
 ARRAYS_FILE = "state.npz"
 STATE_FILE = "train_state.json"
 FOLDER = "checkpoints"
@@ -143,6 +145,26 @@ class Checkpoint:
             return parse_state(file.read(), f"{self.path}/{STATE_FILE}")
 
     @property
+    def model_file(self) -> str:
+        """Path of the model's `.keras` file.
+
+        Raises:
+            CheckpointError: Keras could not serialise the model.
+        """
+        if self.weights_file == WEIGHTS_FILE:
+            raise CheckpointError(
+                f"A model that Keras cannot serialise is loaded by the function that builds it; {self.path} holds the "
+                f"weights only. Build the model and call `model.load_weights` with its {WEIGHTS_FILE}, or pass the "
+                "function to `fit` to go on with the run."
+            )
+        return f"{self.path}/{MODEL_FILE}"
+
+    @property
+    def weights_file(self) -> str:
+        """Name of the file that holds the weights."""
+        return MODEL_FILE if MODEL_FILE in self.state["files"] else WEIGHTS_FILE
+
+    @property
     def epoch(self) -> int:
         """Epochs that were finished when it was taken."""
         return int(self.state["epoch"])
@@ -165,9 +187,13 @@ class Checkpoint:
 
         Args:
             **options: For `keras.saving.load_model`, such as `custom_objects`.
+
+        Raises:
+            CheckpointError: It holds the weights only.
         """
+        name = os.path.basename(self.model_file)
         api = KerasAPI(str(self.state["keras"]["package"]))
-        with self.local_file(MODEL_FILE) as path:
+        with self.local_file(name) as path:
             return api.module.models.load_model(path, **options)
 
     @contextmanager
@@ -204,26 +230,8 @@ def write_state(folder: str, state: Mapping[str, Any], known: Mapping[str, Any])
     for name in sorted(set(os.listdir(folder)) - set(known)):
         with open(os.path.join(folder, name), "rb") as file:
             files[name] = digest_of(file)
-    text = _dump({**state, "files": files})
     with open(os.path.join(folder, STATE_FILE), "wb") as file:
-        file.write(_dump({**state, "files": files, "checksum": hashlib.sha256(text).hexdigest()}))
-
-
-def parse_state(data: bytes, path: str) -> dict[str, Any]:
-    """What `write_state` wrote. Raises CheckpointError if it is not exactly that."""
-    try:
-        state = dict(json.loads(data))
-        checksum = state.pop("checksum")
-        before, line, after = data.partition(f'\n "checksum": "{checksum}",'.encode())  # another key always follows
-        if not line or hashlib.sha256(before + after).hexdigest() != checksum:
-            raise ValueError("its checksum is another")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from None
-    return state
-
-
-def _dump(state: Mapping[str, Any]) -> bytes:
-    return json.dumps(state, indent=1, sort_keys=True).encode()
+        file.write(dump_state(state, files))
 
 
 def _compare(path: str, found: Mapping[str, Any], written: Mapping[str, Any]) -> None:
@@ -291,7 +299,7 @@ def prune(run: RunFolder, keep: int, monitor: str) -> None:
             value = checkpoint.state["logs"].get(monitor)
         except CheckpointError:
             continue
-        if value is not None and is_better(monitor, value, best[0] if best else math.nan):
+        if isinstance(value, int | float) and is_better(monitor, value, best[0] if best else math.nan):
             best = (value, checkpoint.path)
     for checkpoint in kept[:-keep]:
         if best is None or checkpoint.path != best[1]:

@@ -1,7 +1,7 @@
 """The command line: `raykeras fit | evaluate | predict PIPELINE`, `raykeras inspect DATA`.
 
 Enters: arguments. Leaves: an exit status: 0 done, 1 the user's code or a worker failed, 2 what was
-asked for cannot be done, 130 interrupted.
+asked for cannot be done, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from raykeras.keras_api import KerasAPI
 from raykeras.patching import replaced
 
@@ -113,15 +111,8 @@ def restored(api: KerasAPI, table: Table) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(functions, "func_load", load))
-        if api.is_legacy:
-            layer = api.module.layers.Layer
-            stack.enter_context(replaced(layer, "load_own_variables", _from_arrays(layer.load_own_variables)))
+        stack.enter_context(api.loading())
         yield
-
-
-def _from_arrays(load_own_variables: Any) -> Any:
-    """Under a strategy the variables of a layer's metrics can be assigned arrays, and not HDF5 datasets."""
-    return lambda layer, store: load_own_variables(layer, {name: np.asarray(store[name]) for name in store})
 
 
 def _functions(api: KerasAPI) -> Any:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import sys
 from typing import IO, Any
 
+import numpy as np
+
 from raykeras import events
-from raykeras.errors import OptionError
+from raykeras.errors import OptionError, redacted
 from raykeras.events import Event
+from raykeras.logs import Logs
+
+_MAX_SHOWN = 4  # values of a metric that has several
 
 
 def make_display(verbose: str | int = "auto", file: IO[str] | None = None) -> Display:
@@ -65,7 +70,7 @@ class LineDisplay(Display):
             self._line(text)
 
     def _line(self, text: str) -> None:
-        print(text, file=self._file, flush=True)
+        print(redacted(text), file=self._file, flush=True)
 
 
 class BarDisplay(LineDisplay):
@@ -159,13 +164,16 @@ def epoch_line(event: events.EpochEnded, params: dict[str, Any]) -> str:
     )
 
 
-def metrics(logs: dict[str, float]) -> str:
+def metrics(logs: Logs) -> str:
     """Loss first, then the others, validation's last, with four digits as Keras shows them."""
     names = sorted(logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss")))
     return "  ".join(f"{name} {_number(logs[name])}" for name in names)
 
 
-def _number(value: float) -> str:
+def _number(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        shown = " ".join(map(_number, value.flat[:_MAX_SHOWN]))
+        return f"[{shown}{' …' if value.size > _MAX_SHOWN else ''}]"
     return f"{value:.4e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 

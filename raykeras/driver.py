@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ from raykeras.data import (
     validation_orders,
 )
 from raykeras.display import make_display
-from raykeras.errors import OptionError
+from raykeras.errors import OptionError, redacted
 from raykeras.events import Event
 from raykeras.gathering import Gathering, RunLog
 from raykeras.group import runs_here
@@ -43,7 +44,7 @@ from raykeras.noise import quiet
 from raykeras.options import Run, Scale
 from raykeras.orders import Orders, Outcome
 from raykeras.result import Result
-from raykeras.transfer import is_model
+from raykeras.transfer import ModelFile, as_model, is_model
 
 
 def fit(
@@ -65,6 +66,7 @@ def fit(
     validation_steps: int | None = None,
     validation_batch_size: int | None = None,
     validation_freq: Any = 1,
+    safe_mode: bool = True,
     scale: Scale | None = None,
     run: Run | None = None,
     on_event: Callable[[Event], None] | None = None,
@@ -93,6 +95,8 @@ def fit(
         validation_steps: Batches of a validation, always the first ones.
         validation_batch_size: Rows of a validation batch; `batch_size` by default.
         validation_freq: Validate every so many epochs, or in these epochs.
+        safe_mode: Whether to refuse a model's file that holds code, such as that of a Lambda layer; as
+            `keras.saving.load_model`.
         scale: Workers, GPUs and replicas.
         run: Storage, name, seed, checkpoints, and what happens when something fails.
         on_event: Called in this process with each event.
@@ -107,13 +111,14 @@ def fit(
         WorkerLostError: If workers went away more often than `run` allows.
         CheckpointError: If a checkpoint is of another model, or cannot be written.
         KeyboardInterrupt: After Ctrl-C, when the run is saved.
+        SystemExit: After SIGTERM or SIGHUP, when the run is saved; with 128 and the signal's number.
     """
     scale, run = scale or Scale(), run or Run()
     for name, size in (("batch_size", batch_size), ("validation_batch_size", validation_batch_size)):
         if size is not None:
             check_positive(name, size)
     check_counts(epochs=epochs, initial_epoch=initial_epoch, steps=steps_per_epoch, val_steps=validation_steps)
-    is_model(model)  # raises if it is nothing that could be one
+    model = as_model(model, safe_mode=safe_mode)
     display = make_display(verbose)
     driver_callbacks, worker_callbacks = split_callbacks(callbacks)
 
@@ -159,18 +164,35 @@ def fit(
     orders = resumed(orders, found.append)
     folder.make()
     folder.claim(orders.token)
-    log = RunLog(folder)
-    handlers: list[Callable[[Event], None]] = [log, display]
+    log, interrupt = RunLog(folder), Interrupt()
+    handlers: list[Callable[[Event], None]] = [log, display, _warn_of_unserializable()]
     handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
     try:
-        outcome, live_model = _trained(orders, model, worker_callbacks, packed, handlers, found)
+        outcome, live_model = _trained(orders, model, worker_callbacks, packed, handlers, found, interrupt)
     finally:
         display.close()
         log.close()
     if outcome.left:
-        raise KeyboardInterrupt(f"The run was interrupted; it can go on from {folder.path}.")
-    build = model if callable(model) and not is_model(model) else None
+        raise interrupt.exception(f"The run was interrupted; it can go on from {redacted(folder.path)}.")
+    build = None if is_model(model) or isinstance(model, ModelFile) else model
     return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
+
+
+def _warn_of_unserializable() -> Callable[[Event], None]:
+    """Return a handler that warns at the first checkpoint without a model's architecture."""
+    is_warned = False
+
+    def handle(event: Event) -> None:
+        nonlocal is_warned
+        if isinstance(event, events.CheckpointSaved) and event.unserializable and not is_warned:
+            is_warned = True
+            warnings.warn(
+                f"Keras cannot serialise the model ({event.unserializable}). Its checkpoints hold the weights and the "
+                "optimizer, and no architecture: load them into a model that your own function builds.",
+                stacklevel=1,
+            )
+
+    return handle
 
 
 def _opened(given: Given, validation_data: Any, validation_split: float, floatx: str) -> tuple[Given, Given | None]:
@@ -194,6 +216,7 @@ def _trained(
     packed: Packed | None,
     handlers: Sequence[Callable[[Event], None]],
     found: Sequence[Event],
+    interrupt: Interrupt,
 ) -> tuple[Outcome, Any]:
     """Trains by orders; the chief's outcome, and the model if it is in this process.
 
@@ -204,8 +227,9 @@ def _trained(
         packed: Model and callbacks for workers in processes of their own; None where this process is the worker.
         handlers: Take each event.
         found: Events of before.
+        interrupt: What signals do meanwhile.
     """
-    gathered, interrupt = Gathering(handlers), Interrupt()
+    gathered = Gathering([interrupt.watch, *handlers])
     for event in found:
         gathered.send(event)
 
@@ -220,7 +244,7 @@ def _trained(
             outcome, live_model = train_run(orders, attempt, gathered.send, interrupt)
         status = "interrupted" if outcome.left else "completed"
         logs = {name: values[-1] for name, values in outcome.history.items() if values}
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         raise
     finally:

@@ -19,15 +19,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^\s'\"/@]*:[^\s'\"@]*|[^\s'\"/@]+)@")
+_QUERY = re.compile(r"(?<=://)([^\s'\"?]+\?)[^\s'\"]+")
+
+
+def redacted(text: str) -> str:
+    """Return a text with `***` in place of the user, password and query string of every URL in it."""
+    return _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text)) if "://" in text else text
+
 
 class RaykerasError(Exception):
-    """Root of all exceptions of raykeras."""
+    """Root of all exceptions of raykeras; shows no credentials of URLs."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*(redacted(value) if isinstance(value, str) else value for value in args))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Rebuilt without calling __init__, whose signature differs from class to class.
@@ -80,7 +92,7 @@ class UserCodeError(RaykerasError):
         self.rank = rank
         self.node = node
         self.cause = cause
-        self.user_traceback = user_traceback
+        self.user_traceback = redacted(user_traceback)
 
     def __str__(self) -> str:
         where = "a data task" if self.rank is None else f"rank {self.rank}"

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from raykeras.logs import Logs, as_json
+
 FLUSH_INTERVAL_S = 0.05
 
 
@@ -43,7 +45,9 @@ class Event:
 
     def as_dict(self) -> dict[str, Any]:
         """The event as JSON-ready values, its type under "event"."""
-        return {"event": self.kind, **dataclasses.asdict(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"logs": as_json(values["logs"])} if "logs" in values else {}
+        return {"event": self.kind, **values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +86,7 @@ class BatchEnded(Event):
         data_wait: Share of the epoch so far, 0 to 1, in which the step waited for data.
     """
 
-    logs: dict[str, float]
+    logs: Logs
     num_steps: int = 1
     rows_per_s: float = 0.0
     data_wait: float = 0.0
@@ -99,7 +103,7 @@ class EpochEnded(Event):
         data_wait: Share of the training time, 0 to 1, in which steps waited for data.
     """
 
-    logs: dict[str, float]
+    logs: Logs
     seconds: float = 0.0
     rows_per_s: float = 0.0
     data_wait: float = 0.0
@@ -109,14 +113,21 @@ class EpochEnded(Event):
 class ValidationEnded(Event):
     """A validation pass inside `fit` ended; `logs` without `val_`."""
 
-    logs: dict[str, float]
+    logs: Logs
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved(Event):
-    """A checkpoint is complete under `path`."""
+    """A checkpoint is complete under `path`.
+
+    Attributes:
+        path: Its folder.
+        unserializable: Why Keras could not serialise the model, of which the checkpoint then holds the weights only;
+            empty otherwise.
+    """
 
     path: str
+    unserializable: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +198,7 @@ class RunEnded(Event):
     """
 
     status: str
-    logs: dict[str, float]
+    logs: Logs
 
 
 class Pipe(Protocol):

@@ -11,7 +11,9 @@ import tensorflow as tf
 from raykeras.built import zeros
 from raykeras.columns import Layout
 from raykeras.errors import ModelError
+from raykeras.keras_api import KerasAPI
 from raykeras.patching import Altered, replaced
+from raykeras.replica_logs import ReplicaLogs
 from raykeras.scalars import current_record
 from raykeras.shares import ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
 
@@ -32,7 +34,7 @@ def patch_keras(
         target.__dict__[name] = value
 
     with strategy.scope():
-        model._symbolic_build(data_batch=zeros(layout))
+        KerasAPI("keras").build_symbolically(model, zeros(layout))
     patch_instance(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None)
     unscale_output = _unscale_output(losses)
     for functions in (_scales(losses), _reductions(losses, scalar_losses)):
@@ -40,7 +42,14 @@ def patch_keras(
             stack.enter_context(replaced(losses, name, value))
     proxy = Altered(losses, unscale_loss_for_distribution=unscale_output)
     stack.enter_context(replaced(compile_utils, "loss_module", proxy))
-    stack.enter_context(replaced(trainer, "reduce_per_replica", _reduce_logs(trainer.reduce_per_replica, model)))
+    original, logs = trainer.reduce_per_replica, ReplicaLogs(model)
+
+    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
+        is_logs = reduction == "auto" and isinstance(values, dict)
+        return logs.reduced(values, strategy) if is_logs else original(values, strategy, reduction)
+
+    patch_instance(model, "get_metrics_result", logs.get_metrics_result)
+    stack.enter_context(replaced(trainer, "reduce_per_replica", reduce_per_replica))
     patch_instance(model, "_aggregate_additional_loss", _weigh_added(model, scalar_losses))
     _patch_optimizer(patch_instance, model)
     _patch_means_of_the_loss(patch_instance, model)
@@ -135,20 +144,6 @@ def _weigh_added(model: Any, scalar_losses: ScalarLosses) -> Callable[[Any], Any
         return scaled(value) if kind == "mean" else value
 
     return add
-
-
-def _reduce_logs(original: Callable[..., Any], model: Any) -> Callable[..., Any]:
-    """Logs of metrics are the metrics' results, which count all replicas."""
-
-    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
-        if reduction == "auto" and isinstance(values, dict):
-            metrics = model.get_metrics_result()
-            if set(metrics) == set(values):
-                return metrics
-            return {name: strategy.reduce("MEAN", value, axis=None) for name, value in values.items()}
-        return original(values, strategy, reduction)
-
-    return reduce_per_replica
 
 
 def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None:

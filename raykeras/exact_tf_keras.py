@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from raykeras.patching import Altered, replaced
+from raykeras.replica_logs import ReplicaLogs
 from raykeras.scalars import current_record
 from raykeras.shares import ScalarLosses, current, scaled, unscaled, weight_factor
 
@@ -75,13 +76,11 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         return Altered(strategy, num_replicas_in_sync=unscaled(tf.ones(())))
 
     def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
-        if reduction == "auto" and isinstance(values, dict):  # Keras adds the replicas' logs
-            metrics = model.get_metrics_result()
-            if set(metrics) == set(values):
-                return metrics
-        return original_per_replica(values, strategy, reduction)
+        is_logs = reduction == "auto" and isinstance(values, dict)
+        return logs.reduced(values, strategy) if is_logs else original_per_replica(values, strategy, reduction)
 
-    original_per_replica = training.reduce_per_replica
+    original_per_replica, logs = training.reduce_per_replica, ReplicaLogs(model)
+    stack.enter_context(replaced(model, "get_metrics_result", logs.get_metrics_result))
     stack.enter_context(replaced(training, "reduce_per_replica", reduce_per_replica))
     stack.enter_context(replaced(losses_utils, "scale_loss_for_distribution", scale))
     stack.enter_context(replaced(losses_utils, "compute_weighted_loss", weighted))

@@ -73,6 +73,8 @@ def exact(
             f"Several replicas need a version of {api.name} that raykeras was tested with: {', '.join(tested)}; got "
             f"{api.version}. Install `{api.name}=={tested[-1]}.*`, or train on one replica."
         )
+    if not api.has_call(model):  # so that nothing can be asked of it
+        raise _unweighed()
     with contextlib.ExitStack() as stack:
         stack.enter_context(replicas_joined())
         losses = ScalarLosses()
@@ -111,11 +113,14 @@ def _sharing(step: Any, name: str) -> Any:
         finally:
             current.share = None
         if name == "train_step" and not current.weighed:
-            raise ModelError(
-                "On several replicas a `train_step` of one's own must get its loss from `self.compute_loss(x, y, "
-                "y_pred, sample_weight)`, which weighs it by the replica's rows; this one does not. Call it, or "
-                "train on one replica."
-            )
+            raise _unweighed()
         return result
 
     return share_step
+
+
+def _unweighed() -> ModelError:
+    return ModelError(
+        "On several replicas a `train_step` of one's own must get its loss from `self.compute_loss(x, y, y_pred, "
+        "sample_weight)`, which weighs it by the replica's rows; this one does not. Call it, or train on one replica."
+    )

@@ -19,7 +19,9 @@ from typing import Any
 from raykeras import events
 from raykeras.checkpoint import RunFolder
 from raykeras.desk import Desk
+from raykeras.errors import redacted
 from raykeras.events import Event
+from raykeras.logs import as_json
 
 _EVENTS, _HISTORY = "events.jsonl", "history.csv"
 
@@ -42,14 +44,14 @@ class RunLog:
         self._events = open(os.path.join(self._local, _EVENTS), "a")  # noqa: SIM115
 
     def __call__(self, event: Event) -> None:
-        self._events.write(json.dumps(event.as_dict(), default=str) + "\n")
+        self._events.write(redacted(json.dumps(event.as_dict(), default=str)) + "\n")
         if not isinstance(event, events.BatchEnded):
             self._events.flush()
         if isinstance(event, events.RunStarted | events.RunRestarted):  # later epochs are made anew
             first = event.initial_epoch if isinstance(event, events.RunStarted) else event.epoch or 0
             self._history = [row for row in self._history if int(row["epoch"]) < first]
         if isinstance(event, events.EpochEnded):
-            self._history.append({"epoch": event.epoch, **event.logs})
+            self._history.append({"epoch": event.epoch, **as_json(event.logs)})
             self._write_history()
             self._upload()
 

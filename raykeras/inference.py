@@ -30,6 +30,7 @@ from raykeras.data import check_picklable, for_workers, in_memory, open_data, re
 from raykeras.errors import OptionError, RaykerasError, loading, root_cause
 from raykeras.group import run_here, run_on_workers, runs_here
 from raykeras.keras_api import current_floatx
+from raykeras.logs import Logs
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.options import Scale
 from raykeras.orders import EvaluationOrders
@@ -47,7 +48,7 @@ from raykeras.reads import Consumer, planned_dataset
 from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import resolve
-from raykeras.transfer import is_model, pack_model, unpack_model
+from raykeras.transfer import as_model, pack_model, unpack_model
 
 
 def evaluate(
@@ -60,8 +61,9 @@ def evaluate(
     steps: int | None = None,
     scale: Scale | None = None,
     seed: int = 0,
+    safe_mode: bool = True,
     return_dict: bool = True,
-) -> dict[str, float] | list[float] | float:
+) -> Any:
     """Evaluates a model, as `Model.evaluate` does, on one machine or many. Every row counts once.
 
     Args:
@@ -74,10 +76,11 @@ def evaluate(
         steps: Evaluate the first so many batches only.
         scale: Workers, GPUs and replicas.
         seed: Seeds random layers.
+        safe_mode: As in `fit`.
         return_dict: Whether to return a dict; else a list as Keras does, or the loss alone.
 
     Returns:
-        Metric to its value.
+        Metric to its value: a float, or an array of a metric with several.
 
     Raises:
         ValidationError, ResourceError, UserCodeError: As `fit`.
@@ -86,7 +89,7 @@ def evaluate(
     check_batch_size("batch_size", batch_size, scale)
     if steps is not None:
         check_positive("steps", steps)
-    is_model(model)
+    model = as_model(model, safe_mode=safe_mode)
     quiet()
     floatx = current_floatx()
     given = open_data(x, y, sample_weight, floatx)
@@ -109,7 +112,7 @@ def evaluate(
     return values if len(values) > 1 else values[0]
 
 
-def _evaluate_here(orders: EvaluationOrders, model: Any) -> tuple[dict[str, float], list[float]]:
+def _evaluate_here(orders: EvaluationOrders, model: Any) -> tuple[Logs, list[Any]]:
     import_tensorflow()
     from ray import cloudpickle
 
@@ -120,14 +123,14 @@ def _evaluate_here(orders: EvaluationOrders, model: Any) -> tuple[dict[str, floa
     def built() -> Any:
         return cloudpickle.loads(build)() if build else model
 
-    def work() -> tuple[dict[str, float], list[float]]:
+    def work() -> tuple[Logs, list[Any]]:
         return worker.evaluate(orders, rank=0, api=api, build=built)
 
     logs, values = run_here(work)
     return logs, values
 
 
-def _evaluate(config: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
+def _evaluate(config: dict[str, Any]) -> tuple[Logs, list[Any]]:
     """What runs on each worker."""
     quiet()
     import_tensorflow()
@@ -152,6 +155,7 @@ def predict(
     scale: Scale | None = None,
     output: str | None = None,
     columns: Sequence[str] = (),
+    safe_mode: bool = True,
 ) -> Any:
     """Predicts every row, in the order of the source.
 
@@ -163,6 +167,7 @@ def predict(
         output: Folder or fsspec URL to write Parquet files to; it must not hold anything yet, and
             is there whole or not at all.
         columns: Columns of the source to write beside the predictions.
+        safe_mode: As in `fit`.
 
     Returns:
         What `Model.predict` returns: an array (rows, …), or a list or dict of them by output. With
@@ -173,7 +178,7 @@ def predict(
     """
     scale = _fixed(scale or Scale())
     check_positive("batch_size", batch_size)
-    is_model(model)
+    model = as_model(model, safe_mode=safe_mode)
     if columns and output is None:
         raise OptionError(f"`columns` are written beside the predictions; got {list(columns)} without `output`.")
     quiet()

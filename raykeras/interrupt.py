@@ -1,55 +1,85 @@
-"""Ctrl-C: the first one finishes the step and saves, the second leaves at once.
+"""Signals that end a run: SIGINT (Ctrl-C), SIGTERM (a cluster manager), SIGHUP (a closed terminal).
 
-Enters: SIGINT. Leaves: a wish for the workers; see `raykeras.agreement`.
+Enters: a signal. Leaves: the workers' wish to finish the step and save; see `raykeras.agreement`. A second signal, or
+one before the first step, leaves at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from raykeras import events
 from raykeras.desk import Wish
+from raykeras.events import Event
+
+_JOIN_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupt:
-    """What SIGINT does while a run trains. In other threads than the main one Python has no signals, and it does
-    nothing.
+    """What the signals do while a run trains. Only the main thread can handle them; in others they do nothing.
 
     Attributes:
-        is_requested: Whether it came.
+        signal: The first that came; None if none did.
     """
 
     def __init__(self) -> None:
-        self.is_requested = False
+        self.signal: int | None = None
         self._call: Callable[[Wish], None] | None = None
+        self._has_stepped = False
+        self._received: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # into which a signal handler may put
+
+    @property
+    def is_requested(self) -> bool:
+        return self.signal is not None
+
+    def watch(self, event: Event) -> None:
+        """Note whether workers train, by the events of the run."""
+        if isinstance(event, events.BatchEnded):
+            self._has_stepped = True
+        elif isinstance(event, events.WorkerFailed | events.RunRestarted):
+            self._has_stepped = False
+
+    def exception(self, text: str) -> BaseException:
+        """Return what a run that was interrupted raises; a process ends by it as after the signal."""
+        return KeyboardInterrupt(text) if self.signal in (None, signal.SIGINT) else SystemExit(128 + self.signal)
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Handles the signal within it."""
+        """Handle the signals within it, but for those that the process ignores."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
 
-        def handle(number: int, frame: Any) -> None:
-            signal.signal(signal.SIGINT, before)
-            print(
-                "\nraykeras: interrupted; finishing the step and saving. Interrupt again to leave at once.",
-                file=sys.stderr,
-                flush=True,
-            )
-            self.is_requested = True
-            threading.Thread(target=self._pass_on, daemon=True).start()  # a handler must not wait
+        def restore() -> None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-        signal.signal(signal.SIGINT, handle)
+        def handle(number: int, frame: Any) -> None:  # which must neither print nor wait
+            restore()
+            self.signal = number
+            if not self._has_stepped:
+                raise self.exception("")
+            self._received.put(number)
+
+        thread = threading.Thread(target=self._pass_on, name="raykeras-interrupt", daemon=True)
+        thread.start()
+        for number in before:
+            signal.signal(number, handle)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            restore()
+            self._received.put(None)
+            thread.join(_JOIN_S)
 
     @contextlib.contextmanager
     def reaching(self, call: Callable[[Wish], None]) -> Iterator[None]:
@@ -63,6 +93,11 @@ class Interrupt:
             self._call = None
 
     def _pass_on(self) -> None:
+        number = self._received.get()
+        if number is None:
+            return
+        text = f"\nraykeras: {signal.Signals(number).name}; finishing the step and saving. Again to leave at once."
+        print(text, file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # the workers have just ended
             if self._call is not None:
                 self._call("leave")

@@ -6,15 +6,20 @@ do differently.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from raykeras.errors import ModelError
+from raykeras.logs import plain_number
+from raykeras.patching import replaced
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,12 @@ class KerasAPI:
     def version(self) -> str:
         return str(self.module.__version__)
 
+    @property
+    def allows_unsafe_deserialization(self) -> bool:
+        """Whether the package's `enable_unsafe_deserialization` was called in this process."""
+        library = sys.modules.get(f"{self.name}.src.saving.serialization_lib")
+        return library is not None and library.in_safe_mode() is False
+
     def seed(self, seed: int) -> None:
         """Seeds Python, NumPy, TensorFlow and the package."""
         self.module.utils.set_random_seed(seed)
@@ -78,12 +89,12 @@ class KerasAPI:
             return None
         return [str(name) for name in model.output_names]
 
-    def in_order(self, model: Any, logs: dict[str, Any]) -> list[float]:
+    def in_order(self, model: Any, logs: dict[str, Any]) -> list[Any]:
         """The values of `evaluate(return_dict=True)` in the order of `return_dict=False`."""
         if self.is_legacy:
-            return [float(logs[name]) for name in model.metrics_names]
+            return [plain_number(logs[name]) for name in model.metrics_names]
         values = model._flatten_metrics_in_order(logs)
-        return [float(value) for value in (values if isinstance(values, list) else [values])]
+        return [plain_number(value) for value in (values if isinstance(values, list) else [values])]
 
     def steps_per_execution(self, model: Any) -> int:
         """How many steps the model makes at once."""
@@ -145,10 +156,48 @@ class KerasAPI:
             found.append(stateful_random_ops.global_generator.state)
         return found
 
+    def has_call(self, model: Any) -> bool:
+        """Return whether a model can be called; one that is trained by a step of its own need not be."""
+        return type(model).call is not self.module.Model.call
+
+    @contextlib.contextmanager
+    def taken_as_built(self, model: Any) -> Iterator[None]:
+        """Let Keras save and load the weights of a model that has no `call`, and so is never built."""
+        if self.has_call(model):
+            yield
+            return
+        with replaced(model, "built", True):
+            yield
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Let Keras load weights under a strategy.
+
+        There tf_keras cannot assign HDF5 datasets to the variables of a layer's metrics, but arrays.
+        """
+        if not self.is_legacy:
+            yield
+            return
+        layer = self.module.layers.Layer
+        load = layer.load_own_variables
+
+        def load_arrays(own: Any, store: Any) -> None:
+            load(own, {name: np.asarray(store[name]) for name in store})
+
+        with replaced(layer, "load_own_variables", load_arrays):
+            yield
+
+    def build_symbolically(self, model: Any, batch: Any) -> None:
+        """Make all variables of a model of Keras 3, as Keras does for a batch like this one."""
+        if self.has_call(model):
+            model._symbolic_build(data_batch=batch)
+        else:
+            self.build_optimizer(model)
+
     def build_optimizer(self, model: Any) -> None:
-        """Makes the optimizer's variables, which are otherwise made in the first step."""
+        """Make the optimizer's variables, which are otherwise made in the first step."""
         optimizer = getattr(model, "optimizer", None)
-        if optimizer is None or not model.built:
+        if optimizer is None or not (model.built or not self.has_call(model)):
             return
         if hasattr(optimizer, "_create_all_weights"):  # tf_keras.optimizers.legacy
             optimizer._create_all_weights(model.trainable_variables)

@@ -39,12 +39,10 @@ def fit_here(
 ) -> tuple[Outcome, Any]:
     """One worker in this process."""
     import_tensorflow()
-    from ray import cloudpickle
-
     from raykeras import worker
     from raykeras.training import Links
 
-    api, build = pack_model(model, lazily=True)
+    api, _ = pack_model(model, lazily=True)
     rebuild = is_model(model) and orders.scale.replicas > 1  # its variables must be made under the strategy
     saved = save_model(model, api) if rebuild else None
     kept: list[Any] = []
@@ -55,7 +53,7 @@ def fit_here(
         elif is_model(model):
             made = model
         else:  # called as it is, so that breakpoints and closures work
-            made = model() if callable(model) else cloudpickle.loads(build)()
+            made = model()
         kept.append(made)
         return made
 
@@ -79,7 +77,7 @@ def fit_here(
 
     outcome = run_here(work)
     if outcome.variables is not None:
-        put_back(model, api, outcome.variables)
+        put_back(model, api, outcome.variables, orders.train.layout)
         return outcome, model
     return outcome, kept[-1]
 
@@ -175,7 +173,7 @@ def fit_on_workers(
             raise _explained(error, desk) from None
     hand_back(callbacks, outcome.callback_states, cloudpickle.loads)
     if packed.in_place:
-        put_back(model, packed.api, outcome.variables)
+        put_back(model, packed.api, outcome.variables, orders.train.layout)
     return outcome, model if packed.in_place else None
 
 

@@ -240,7 +240,7 @@ class Outcome:
         left: Whether the workers left before the end, because they were asked to.
     """
 
-    history: dict[str, list[float]]
+    history: dict[str, list[Any]]
     epoch: list[int]
     params: Mapping[str, Any]
     callback_states: list[dict[str, bytes]] = field(default_factory=list)

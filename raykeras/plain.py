@@ -7,7 +7,8 @@ arrays beside it by name; and, later, the same values.
 from __future__ import annotations
 
 import collections
-import importlib
+import itertools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ _CONTAINERS: Mapping[str, Callable[[Any], Any]] = {
     "frozenset": frozenset,
     "deque": collections.deque,
 }
-_PACKAGES = ("keras", "tf_keras", "numpy")
+_COMPARISONS = ("less", "less_equal", "greater", "greater_equal")
+"""Functions of NumPy and `keras.ops`, one of which a callback that monitors a metric keeps."""
 
 
 class NotPlainError(TypeError):
@@ -57,16 +59,28 @@ def to_plain(value: Any, arrays: dict[str, np.ndarray], name: str) -> Any:
     if type(value) is dict:
         keys, values = list(value), list(value.values())
         return {_KIND: "dict", "keys": to_plain(keys, arrays, f"{name}/k"), "values": to_plain(values, arrays, name)}
-    path = f"{getattr(value, '__module__', None)}:{getattr(value, '__name__', None)}"
-    if callable(value) and _function(path) is value:
-        return {_KIND: "function", "path": path}
+    if callable(value):
+        for package, name in itertools.product(("numpy", "keras"), _COMPARISONS):
+            if value is _comparison(package, name):
+                return {_KIND: "comparison", "package": package, "name": name}
     raise NotPlainError(type(value).__name__)
 
 
 def from_plain(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """The value that `to_plain` was given."""
+    """Return the value that `to_plain` was given.
+
+    Raises:
+        ValueError: `to_plain` did not write it.
+    """
+    try:
+        return _from_plain(value, arrays)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"It is no plain value: {type(error).__name__}: {error}.") from None
+
+
+def _from_plain(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if isinstance(value, list):
-        return [from_plain(item, arrays) for item in value]
+        return [_from_plain(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
     kind = value[_KIND]
@@ -74,15 +88,16 @@ def from_plain(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         array = arrays[value["name"]]
         return array[()] if array.ndim == 0 else array
     if kind == "dict":
-        return dict(zip(from_plain(value["keys"], arrays), from_plain(value["values"], arrays), strict=True))
-    if kind == "function":
-        return _function(value["path"])
-    return _CONTAINERS[kind](from_plain(value["items"], arrays))
+        return dict(zip(_from_plain(value["keys"], arrays), _from_plain(value["values"], arrays), strict=True))
+    if kind == "comparison":
+        if value["package"] not in ("numpy", "keras") or value["name"] not in _COMPARISONS:
+            raise KeyError(value["name"])
+        return _comparison(value["package"], value["name"])
+    return _CONTAINERS[kind](_from_plain(value["items"], arrays))
 
 
-def _function(path: str) -> Any:
-    """A function of Keras or NumPy by its module and name; None if it is none."""
-    module, _, name = path.partition(":")
-    if module.split(".")[0] not in _PACKAGES:
-        return None
-    return getattr(importlib.import_module(module), name, None)
+def _comparison(package: str, name: str) -> Any:
+    """Return a function of NumPy or of `keras.ops`; None where Keras is not loaded."""
+    if package == "numpy":
+        return getattr(np, name)
+    return getattr(getattr(sys.modules.get("keras"), "ops", None), name, None)

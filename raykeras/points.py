@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from raykeras.callbacks import plain_logs, steps_done
+from raykeras.callbacks import steps_done
 from raykeras.desk import Wish
 from raykeras.keras_api import KerasAPI
+from raykeras.logs import plain_logs
 from raykeras.saving import Saver
 
 

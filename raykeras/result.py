@@ -16,13 +16,14 @@ class Result:
     """A finished run.
 
     Attributes:
-        history: Metric to its values, one for each epoch, as Keras' `History.history`.
+        history: Metric to its values, one for each epoch, as Keras' `History.history`:
+            floats, and arrays of a metric with several.
         epoch: The epochs that were trained, from 0.
         params: As Keras' `History.params`.
         path: The run's folder.
     """
 
-    history: dict[str, list[float]]
+    history: dict[str, list[Any]]
     epoch: list[int]
     params: Mapping[str, Any]
     path: str
@@ -66,7 +67,7 @@ class Result:
             logs = checkpoint.state["logs"]
             names |= set(logs)
             value = logs.get(monitor)
-            if value is not None and (best is None or is_better(monitor, value, best[0])):
+            if isinstance(value, int | float) and (best is None or is_better(monitor, value, best[0])):
                 best = (value, checkpoint)
         if best is None:
             raise CheckpointError(

@@ -54,9 +54,11 @@ class CallbackStates:
         return found
 
     def put_back(self, changed: Mapping[str, Mapping[str, Any]]) -> None:
-        """Sets what `changed` gave on callbacks of the same names."""
+        """Set what `changed` returned on callbacks of the same names; the file that held it may be anybody's."""
         for name, callback in self._callbacks.items():
-            vars(callback).update(changed.get(name, {}))
+            for key, value in changed.get(name, {}).items():
+                if not self._skip(callback, key) and not callable(getattr(type(callback), key, None)):
+                    vars(callback)[key] = value
 
 
 def _same(one: tuple[Any, _ARRAYS], other: tuple[Any, _ARRAYS] | None) -> bool:
@@ -76,7 +78,7 @@ def resuming_list(
     counts: bool,
     put_back: Callable[[], None],
     put_metrics_back: Callable[[], None],
-    logs: Mapping[str, float],
+    logs: Mapping[str, Any],
 ) -> Any:
     """The `CallbackList` for `fit(initial_epoch=...)`.
 

@@ -26,6 +26,7 @@ from raykeras.checks import variables_of
 from raykeras.errors import CheckpointError, RaykerasError
 from raykeras.events import Event
 from raykeras.keras_api import KerasAPI
+from raykeras.logs import as_json
 from raykeras.options import Run
 from raykeras.orders import Orders
 from raykeras.snapshot import Buffers, Snapshot, take
@@ -190,6 +191,7 @@ class Saver:
         self._signature, self._extra = signature, extra
         self._every = orders.run.checkpoint_every
         self._buffers = Buffers()
+        self._unserializable = ""
         self._saved: tuple[int, int] | None = None
         self._saved_at = time.monotonic()
         self._digest = 0
@@ -215,37 +217,38 @@ class Saver:
         """Training goes on from a checkpoint."""
         self._saved, self._steps, self._digest = (epoch, step), total, self._weights_digest()
 
-    def save_step(self, epoch: int, step: int, logs: Mapping[str, float], stopped: bool) -> None:
+    def save_step(self, epoch: int, step: int, logs: Mapping[str, Any], stopped: bool) -> None:
         """Saves in the middle of an epoch, or at the end of its steps."""
-        self._save(epoch, step, {}, step_logs=dict(logs), stopped=stopped)
+        self._save(epoch, step, {}, step_logs=as_json(logs), stopped=stopped)
 
-    def save_epoch(self, epoch: int, logs: Mapping[str, float], stopped: bool, must: bool) -> None:
+    def save_epoch(self, epoch: int, logs: Mapping[str, Any], stopped: bool, must: bool) -> None:
         """Saves at the end of an epoch, if every epoch is saved or this one must be."""
         if self._every is not None or must:
             self._save(epoch + 1, 0, logs, stopped=stopped)
 
-    def save_last(self, epoch: int, logs: Mapping[str, float]) -> None:
+    def save_last(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """Saves what is not saved yet. Restored weights are not those that the last epoch's logs tell of."""
         if self._saved != (epoch + 1, 0):
             self._save(epoch + 1, 0, logs, stopped=True)
         elif self._digest != self._weights_digest():
             self._save(epoch + 1, 0, {}, suffix=RESTORED, stopped=True)
 
-    def _save(self, epoch: int, step: int, logs: Mapping[str, float], *, suffix: str = "", **more: Any) -> None:
+    def _save(self, epoch: int, step: int, logs: Mapping[str, Any], *, suffix: str = "", **more: Any) -> None:
         orders = self._orders
         state = {
             "epoch": epoch,
             "step": step,
             "position": orders.position,
             "signature": {**self._signature, "variables": variables_of(self._model)},
-            "logs": dict(logs),
+            "logs": as_json(logs),
             "step_logs": {},
             "keras": {"package": self._api.name, "version": self._api.version},
             "raykeras": raykeras.__version__,
             "workers": orders.scale.workers,
             **more,
         }
-        snapshot = take(self._model, self._api, state, self._extra(), self._buffers)
+        snapshot = take(self._model, self._api, state, self._extra(), self._buffers, self._unserializable)
+        self._unserializable = snapshot.unserializable
         self._saved, self._saved_at = (epoch, step), time.monotonic()
         if not step:
             self._digest = self._weights_digest()
@@ -254,7 +257,13 @@ class Saver:
             return
         name = checkpoint.checkpoint_name(epoch, step) + suffix
         path = f"{orders.folder / checkpoint.FOLDER}/{name}"
-        saved = events.CheckpointSaved(rank=0, epoch=epoch if step else epoch - 1, step=step, path=path)
+        saved = events.CheckpointSaved(
+            rank=0,
+            epoch=epoch if step else epoch - 1,
+            step=step,
+            path=path,
+            unserializable=snapshot.unserializable,
+        )
         self._keeper.put(name, snapshot, saved)
 
     def _weights_digest(self) -> int:

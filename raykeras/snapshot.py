@@ -5,7 +5,8 @@ that a thread can write it while training goes on: `model.keras` (weights, optim
 random seeds so far, arrays of callbacks) and `train_state.json` (everything else; see `raykeras.checkpoint`).
 
 `model.keras` is written by Keras itself: `Model.save` runs with a store that copies each array, and what it
-copied is put into the archive by Keras' own store, straight into its place (see `raykeras.archive`).
+copied is put into the archive by Keras' own store, straight into its place (see `raykeras.archive`). Of a model that
+Keras cannot serialise, `model.weights.h5` is written instead, by `Model.save_weights` in the same way.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import contextlib
 import os
 import random
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raykeras import checkpoint
 from raykeras.archive import crc_of_archive, stored_member
-from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, Checkpoint
+from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, WEIGHTS_FILE, Checkpoint
 from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
 from raykeras.patching import replaced
 from raykeras.plain import from_plain, to_plain
-
-_WEIGHTS_FILE = "model.weights.h5"
 
 
 class Buffers:
@@ -60,20 +62,22 @@ class Snapshot:
     """A training at a step.
 
     Attributes:
-        archive: The bytes of `model.keras`, without weights.
+        archive: The bytes of `model.keras`, without weights; None of a model that Keras cannot serialise.
         groups: Path, metadata and arrays of each group of the weights' file.
         store: Keras' class that writes that file.
         arrays: Arrays beside the model, by name.
         state: Everything else, as JSON takes it.
         buffers: To which the groups' arrays go back.
+        unserializable: Why Keras cannot serialise the model.
     """
 
-    archive: bytes
+    archive: bytes | None
     groups: list[_Group]
     store: Any
     arrays: dict[str, Any]
     state: Mapping[str, Any]
     buffers: Buffers
+    unserializable: str = ""
 
     def release(self) -> None:
         """Gives its memory back; it cannot be written any more."""
@@ -83,18 +87,26 @@ class Snapshot:
 
     def write(self, folder: str) -> None:
         """Writes a checkpoint into an empty local folder."""
-        with open(os.path.join(folder, MODEL_FILE), "w+b") as file:
-            file.write(self.archive)
-            with stored_member(file, _WEIGHTS_FILE) as member:
-                store = self.store(member, mode="w")
-                for group in self.groups:
-                    made = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
-                    for name, value in group.items():
-                        made[name] = value
-                store.close()
-            digest = {"size": file.seek(0, os.SEEK_END), "crc32": f"{crc_of_archive(file, member):08x}"}
+        known = {}
+        if self.archive is None:
+            self._write_weights(os.path.join(folder, WEIGHTS_FILE))
+        else:
+            with open(os.path.join(folder, MODEL_FILE), "w+b") as file:
+                file.write(self.archive)
+                with stored_member(file, WEIGHTS_FILE) as member:
+                    self._write_weights(member)
+                size, crc = file.seek(0, os.SEEK_END), crc_of_archive(file, member)
+            known[MODEL_FILE] = {"size": size, "crc32": f"{crc:08x}"}
         np.savez(os.path.join(folder, ARRAYS_FILE), allow_pickle=False, **self.arrays)
-        checkpoint.write_state(folder, self.state, {MODEL_FILE: digest})
+        checkpoint.write_state(folder, self.state, known)
+
+    def _write_weights(self, path_or_file: Any) -> None:
+        store = self.store(path_or_file, mode="w")
+        for group in self.groups:
+            made = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
+            for name, value in group.items():
+                made[name] = value
+        store.close()
 
 
 class _Group(dict[str, np.ndarray]):
@@ -138,7 +150,14 @@ def _collecting(groups: list[_Group], buffers: Buffers) -> type:
     return Collecting
 
 
-def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str, Any], buffers: Buffers) -> Snapshot:
+def take(
+    model: Any,
+    api: KerasAPI,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    buffers: Buffers,
+    unserializable: str = "",
+) -> Snapshot:
     """Copies a training's state. With several workers, all must call it.
 
     Args:
@@ -147,6 +166,7 @@ def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str
         state: Position and the like, as JSON takes it.
         extra: Plain values by name, which may hold arrays; see `raykeras.plain`.
         buffers: Memory for the copies; given back by `Snapshot.release`.
+        unserializable: Of an earlier snapshot of this model.
     """
     groups: list[_Group] = []
     saving = api.saving_lib
@@ -159,16 +179,36 @@ def take(model: Any, api: KerasAPI, state: Mapping[str, Any], extra: Mapping[str
                 stack.enter_context(replaced(saving, "is_memory_sufficient", lambda model: True))
             if not api.is_legacy:  # an optimizer hands over copies
                 stack.enter_context(replaced(api.module.Variable, "numpy", _viewed))
-            model.save(path)
-        with open(path, "rb") as file:
-            archive = file.read()
+            build_config = model.get_build_config() if model.built else None
+            stack.enter_context(api.taken_as_built(model))
+            if not unserializable:
+                unserializable = _saved(model, path)
+            if unserializable:
+                buffers.give_back(array for group in groups for array in group.values())
+                groups.clear()
+                model.save_weights(os.path.join(folder, WEIGHTS_FILE))
+                state = {**state, "build_config": build_config}
+        archive = None if unserializable else Path(path).read_bytes()
     arrays: dict[str, np.ndarray] = {}
     beside = {"metrics": api.metric_variables(model), "seeds": api.seed_states(model)}
     for kind, variables in beside.items():
         arrays.update({f"{kind}/{i}": np.array(variable.numpy()) for i, variable in enumerate(variables)})
     rng = {"python": random.getstate(), "numpy": np.random.get_state()}
     values = {name: to_plain(value, arrays, name) for name, value in {**extra, "rng": rng}.items()}
-    return Snapshot(archive, groups, original, arrays, {**state, **values, "extra": list(values)}, buffers)
+    state = {**state, **values, "extra": list(values)}
+    return Snapshot(archive, groups, original, arrays, state, buffers, unserializable)
+
+
+def _saved(model: Any, path: str) -> str:
+    """Save a model; return why Keras cannot serialise it, or an empty text."""
+    try:
+        model.save(path)
+    except OSError:
+        raise
+    except Exception as error:  # Keras raises whatever the `get_config` of the user's classes does
+        summary = str(error).strip().split("\n")[0]
+        return f"{type(error).__name__}: {summary}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -198,17 +238,27 @@ def restore(model: Any, api: KerasAPI, taken: Checkpoint) -> Restored:
         CheckpointError: If it is of another model.
     """
     state = taken.state
-    with taken.local_file(ARRAYS_FILE) as path, np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
     restore_weights(model, api, taken)
-    for i, variable in enumerate(api.seed_states(model)):
-        if f"seeds/{i}" in arrays:
-            variable.assign(arrays[f"seeds/{i}"])
-    extra = {name: from_plain(state[name], arrays) for name in state["extra"]}
-    random.setstate(extra["rng"]["python"])
-    np.random.set_state(extra["rng"]["numpy"])
-    metrics = [arrays[f"metrics/{i}"] for i in range(sum(name.startswith("metrics/") for name in arrays))]
+    with _reading(taken):
+        with taken.local_file(ARRAYS_FILE) as path, np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        for i, variable in enumerate(api.seed_states(model)):
+            if f"seeds/{i}" in arrays:
+                variable.assign(arrays[f"seeds/{i}"])
+        extra = {name: from_plain(state[name], arrays) for name in state["extra"]}
+        random.setstate(extra["rng"]["python"])
+        np.random.set_state(extra["rng"]["numpy"])
+        metrics = [arrays[f"metrics/{i}"] for i in range(sum(name.startswith("metrics/") for name in arrays))]
     return Restored(state, extra, metrics)
+
+
+@contextlib.contextmanager
+def _reading(taken: Checkpoint) -> Iterator[None]:
+    """Raise what a value of another form causes as an error that names the checkpoint."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        raise CheckpointError(f"{taken.path} is damaged: {type(error).__name__}: {error}.") from error
 
 
 def restore_weights(model: Any, api: KerasAPI, taken: Checkpoint) -> None:
@@ -218,10 +268,11 @@ def restore_weights(model: Any, api: KerasAPI, taken: Checkpoint) -> None:
         CheckpointError: If it is of another model.
     """
     api.build_optimizer(model)  # or its state would be skipped
-    with taken.local_file(MODEL_FILE) as path:
+    with taken.local_file(taken.weights_file) as path:
         try:
-            model.load_weights(path)
-        except (ValueError, KeyError) as error:
+            with api.taken_as_built(model), api.loading():
+                model.load_weights(path)
+        except Exception as error:
             raise CheckpointError(f"The weights of {taken.path} are of another model: {error}") from error
 
 

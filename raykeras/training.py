@@ -21,6 +21,7 @@ from raykeras.checkpoint import Checkpoint
 from raykeras.checks import check_signature, signature_of, variables_of
 from raykeras.events import Event
 from raykeras.keras_api import KerasAPI
+from raykeras.logs import plain_logs, plain_number
 from raykeras.orders import BatchOrders, DataOrders, Orders, Outcome
 from raykeras.placement import go_on_writing, is_no_state
 from raykeras.points import Points, beat_callback, point_callback
@@ -169,7 +170,7 @@ class Training:
             is_over=bool(step) and bool(state["stopped"]),
             put_back=self._put_back,
             put_metrics_back=self._put_metrics_back,
-            logs=state.get("step_logs", {}),
+            logs={name: np.asarray(value) for name, value in state.get("step_logs", {}).items()},
         )
 
     def left(self) -> Outcome:
@@ -181,7 +182,9 @@ class Training:
         """What a training gives that came to its end."""
         epochs = self._history.epoch
         last_epoch = epochs[-1] if epochs else self._orders.epochs - 1
-        self._saver.save_last(last_epoch, {k: float(v[-1]) for k, v in self._history.history.items() if v})
+        self._saver.save_last(
+            last_epoch, plain_logs({name: values[-1] for name, values in self._history.history.items() if values})
+        )
         self._close_keeper()
         self._tell_artifacts(last_epoch)
         return self._outcome(left=False)
@@ -196,7 +199,7 @@ class Training:
         variables = [np.asarray(v) for v in self._api.variables(self._model)] if links.return_variables else None
         mine = list(self._callbacks.values())
         return Outcome(
-            history={name: [float(value) for value in values] for name, values in self._history.history.items()},
+            history={name: [plain_number(v) for v in values] for name, values in self._history.history.items()},
             epoch=list(self._history.epoch),
             params=self._params,
             callback_states=links.states(mine) if links.states is not None and links.rank == 0 else [],

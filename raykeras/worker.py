@@ -20,6 +20,7 @@ from raykeras.errors import RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
 from raykeras.executions import counted_executions, is_countable
 from raykeras.keras_api import KerasAPI, api_of
+from raykeras.logs import Logs, plain_logs
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
 from raykeras.points import LeftError
@@ -44,9 +45,7 @@ def run(orders: Orders, links: Links, *, api: KerasAPI, build: Callable[[], Any]
         return _run(orders, links, api, build, callbacks, streams)
 
 
-def evaluate(
-    orders: EvaluationOrders, *, rank: int, api: KerasAPI, build: Callable[[], Any]
-) -> tuple[dict[str, float], list[float]]:
+def evaluate(orders: EvaluationOrders, *, rank: int, api: KerasAPI, build: Callable[[], Any]) -> tuple[Logs, list[Any]]:
     """Evaluates a model on every row once.
 
     Returns:
@@ -74,7 +73,7 @@ def evaluate(
         executions = _executions(model, api, strategy, None, data.num_steps)
         with exact(model, api, data.layout, strategy, rows), executions:
             logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True)
-    return {name: float(value) for name, value in logs.items()}, api.in_order(model, logs)
+    return plain_logs(logs), api.in_order(model, logs)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import copy
 import os
 import zipfile
 import zlib
@@ -12,12 +14,28 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import raykeras as rk
 from raykeras import checkpoint
 from raykeras.archive import crc_of_archive, stored_member
 from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, STATE_FILE, Checkpoint, RunFolder
 from raykeras.plain import NotPlainError, from_plain, to_plain
+from raykeras.train_state import dump_state, parse_state
+
+STATE: dict[str, Any] = {
+    "epoch": 1,
+    "step": 0,
+    "logs": {},
+    "step_logs": {},
+    "position": {"num_rows": 75, "num_shards": 4, "window_rows": 25, "order": "shuffled"},
+    "signature": {"keras": "keras", "variables": ["kernel [8, 3]"], "optimizer": "Adam", "options": {"beta_1": 0.9}},
+    "keras": {"package": "keras", "version": "3.15.1"},
+    "stopped": False,
+    "extra": ["callbacks"],
+    "callbacks": {"raykeras": "dict", "keys": ["wait"], "values": [{"raykeras": "tuple", "items": [1]}]},
+}
 
 
 def store(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
@@ -27,7 +45,7 @@ def store(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
     def write(folder: str) -> None:
         Path(folder, MODEL_FILE).write_bytes(rng.bytes(300))
         Path(folder, ARRAYS_FILE).write_bytes(rng.bytes(200))
-        checkpoint.write_state(folder, {"epoch": epoch, "step": 0, "logs": logs}, {})
+        checkpoint.write_state(folder, {**STATE, "epoch": epoch, "logs": logs}, {})
 
     return checkpoint.store(run, checkpoint.checkpoint_name(epoch), write)
 
@@ -137,6 +155,65 @@ def test_newest_and_best_checkpoints_are_kept(monitor: str, best: int | None, tm
         store(run, epoch, val_loss=loss, val_accuracy=0.9 - 0.1 * epoch)
         checkpoint.prune(run, 2, monitor)
     assert [kept.epoch for kept in run.checkpoints()] == [*([] if best is None else [best]), 4, 5]
+
+
+MUTATIONS = [None, True, -1, 1 << 70, 0.5, "", "../x", [], {}, [[]], {"": None}, {"package": "os", "version": "1"}]
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the keys that lead to each value inside of a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [inner for key, item in pairs for inner in [(*place, key), *places(item, (*place, key))]]
+
+
+@given(data=st.data())
+@settings(max_examples=1000)
+def test_hostile_state_is_damaged_or_valid(data: st.DataObject) -> None:
+    """Whoever can write to the storage can write a checksum, too."""
+    state = {**copy.deepcopy(STATE), "files": {MODEL_FILE: {"size": 3, "crc32": "00000000"}}}
+    for _ in range(data.draw(st.integers(1, 3))):
+        *outer, key = data.draw(st.sampled_from(places(state)))
+        target: Any = state
+        for step in outer:
+            target = target[step]
+        if isinstance(target, dict) and data.draw(st.booleans()):
+            target[data.draw(st.text(max_size=5))] = target.pop(key)
+        else:
+            target[key] = copy.deepcopy(data.draw(st.sampled_from(MUTATIONS)))
+    files = state.pop("files", {})
+    try:
+        parsed = parse_state(dump_state(state, files), "train_state.json")
+    except rk.CheckpointError as error:
+        assert str(error).startswith("train_state.json is damaged: ")
+        return
+    assert parsed["epoch"] >= 0 and parsed["step"] >= 0 and parsed["keras"]["package"] in ("keras", "tf_keras")
+    assert all("/" not in name and name[0] != "." and file["size"] >= 0 for name, file in parsed["files"].items())
+    for name in parsed["extra"]:
+        with contextlib.suppress(ValueError, KeyError):
+            from_plain(parsed[name], {})
+
+
+@given(data=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+def test_arbitrary_bytes_are_no_state(data: bytes) -> None:
+    with pytest.raises(rk.CheckpointError, match="damaged"):
+        parse_state(data, "train_state.json")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"raykeras": "function", "path": "numpy:save"},
+        {"raykeras": "comparison", "package": "numpy", "name": "save"},
+        {"raykeras": "comparison", "package": "os", "name": "less"},
+        {"raykeras": "array", "name": "missing"},
+        {"raykeras": "deque"},
+        {"unknown": 1},
+        {"raykeras": "dict", "keys": [[1]], "values": [1]},
+    ],
+)
+def test_plain_values_of_other_forms_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="It is no plain value"):
+        from_plain(value, {})
 
 
 def test_plain_values_round_trip() -> None:

@@ -1,0 +1,272 @@
+"""Models and metrics that plain Keras trains: not serialisable, not built, with several values in a metric."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import raykeras as rk
+from tests.support.compare import assert_same_training, assert_same_weights
+from tests.support.kept_workers import TWO, KeptWorkers
+from tests.support.models import BATCH, PACKAGES, SCALES, X, Y
+from tests.support.resuming import events_of
+
+ONE_HOT = np.eye(3, dtype=np.float32)[Y]
+EVERY_SCALE = [*SCALES.values(), TWO]
+OPTIONS = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0}
+VALIDATION = (X[:29] + 0.1, Y[:29])
+
+
+def plain_fit(package: str, build: Callable[[], Any], *data: Any, **options: Any) -> tuple[dict[str, Any], Any]:
+    """Train in plain Keras; return the history and the model."""
+    importlib.import_module(package).utils.set_random_seed(0)
+    model = build()
+    return model.fit(*data, **{**OPTIONS, **options}).history, model
+
+
+def vae(package: str) -> Callable[[], Any]:
+    """A model made of two others, with a step of its own and without `get_config`."""
+
+    def build() -> Any:
+        keras = importlib.import_module(package)
+
+        class VAE(keras.Model):  # type: ignore[misc]
+            def __init__(self, encoder: Any, decoder: Any) -> None:
+                super().__init__()
+                self.encoder, self.decoder = encoder, decoder
+                self.loss_tracker = keras.metrics.Mean(name="reconstruction")
+
+            @property
+            def metrics(self) -> list[Any]:
+                return [self.loss_tracker]
+
+            def train_step(self, data: Any) -> Any:
+                x = data[0] if isinstance(data, tuple) else data
+                with tf.GradientTape() as tape:
+                    loss = tf.reduce_mean(tf.square(x - self.decoder(self.encoder(x))))
+                variables = self.trainable_variables
+                gradients = tape.gradient(loss, variables)
+                self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+                self.loss_tracker.update_state(loss)
+                return {"reconstruction": self.loss_tracker.result()}
+
+        encoder = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(2)])
+        decoder = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(8)])
+        model = VAE(encoder, decoder)
+        model.compile(optimizer=keras.optimizers.Adam(0.01))
+        return model
+
+    build.uses = package  # type: ignore[attr-defined]
+    return build
+
+
+def with_function(package: str) -> Callable[[], Any]:
+    """A model with a layer that is given a function and has no `get_config`."""
+
+    def build() -> Any:
+        keras = importlib.import_module(package)
+
+        class Applies(keras.layers.Layer):  # type: ignore[misc]
+            def __init__(self, function: Any) -> None:
+                super().__init__()
+                self.function = function
+
+            def call(self, inputs: Any) -> Any:
+                return self.function(inputs)
+
+        model = keras.Sequential([keras.layers.Input((8,)), Applies(lambda x: x * 2), keras.layers.Dense(3)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(0.01), loss)
+        return model
+
+    build.uses = package  # type: ignore[attr-defined]
+    return build
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "package"),  # tf_keras serialises the first, though it could not load it
+    [(vae, (X,), "keras"), (with_function, (X, Y), "keras"), (with_function, (X, Y), "tf_keras")],
+    ids=["vae", "function", "function-tf_keras"],
+)
+def test_unserializable_model_is_trained_and_resumed(
+    make: Any, data: Any, package: str, kept_workers: KeptWorkers, tmp_path: Path
+) -> None:
+    build = make(package)
+    history, model = plain_fit(package, build, *data, epochs=4)
+    for number, scale in enumerate([rk.Scale()] if make is vae else [rk.Scale(), TWO]):
+        run = rk.Run(storage=str(tmp_path), name=f"{package}-{number}", checkpoint_every=3)
+        with kept_workers.used(), pytest.warns(UserWarning, match="cannot serialise the model .* no architecture") as w:
+            rk.fit(build, *data, **{**OPTIONS, "epochs": 2}, scale=scale, run=run)
+        assert len([warning for warning in w if "serialise" in str(warning.message)]) == 1
+        with kept_workers.used(), pytest.warns(UserWarning, match="cannot serialise"):
+            result = rk.fit(build, *data, **{**OPTIONS, "epochs": 4}, scale=scale, run=run)
+        assert_same_training(result, history, model, message=str(scale))
+        loaded = rk.Result(result.history, result.epoch, {}, result.path, build=build).model()
+        assert_same_weights(loaded, model)
+        newest = result.checkpoints[-1]
+        assert sorted(os.listdir(newest.path)) == ["model.weights.h5", "state.npz", "train_state.json"]
+        with pytest.raises(rk.CheckpointError, match="holds the weights only"):
+            newest.load_model()
+        with pytest.raises(rk.CheckpointError, match="holds the weights only"):
+            rk.predict(newest, X)
+
+
+@PACKAGES
+@pytest.mark.filterwarnings("ignore:Keras cannot serialise")
+def test_model_without_call_is_trained_in_place(package: str, tmp_path: Path) -> None:
+    history, model = plain_fit(package, vae(package), X)
+    importlib.import_module(package).utils.set_random_seed(0)
+    mine = vae(package)()
+    result = rk.fit(mine, X, **OPTIONS, run=rk.Run(storage=str(tmp_path)))
+    assert_same_training(result, history, model)
+    assert_same_weights(mine, model)
+
+
+@PACKAGES
+def test_unweighed_step_is_refused_on_several_replicas(package: str, tmp_path: Path) -> None:
+    with pytest.raises(rk.ModelError, match=r"must get its loss from `self\.compute_loss"):
+        rk.fit(vae(package), X, **OPTIONS, scale=SCALES["1x2"], run=rk.Run(storage=str(tmp_path)))
+
+
+@PACKAGES
+@pytest.mark.parametrize("scale", [SCALES["1x2"], TWO], ids=["replicas", "workers"])
+def test_unserializable_instance_cannot_travel(package: str, scale: rk.Scale, tmp_path: Path) -> None:
+    with pytest.raises(rk.ModelError, match="pass a function that builds and compiles the model"):
+        rk.fit(vae(package)(), X, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
+
+
+@PACKAGES
+def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+
+    def build() -> Any:
+        model = keras.Sequential([keras.layers.Dense(4, activation="relu"), keras.layers.Dense(3)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.Adam(0.01), loss, metrics=["accuracy"])
+        return model
+
+    history, model = plain_fit(package, build, X, Y)
+    for scale in EVERY_SCALE:
+        keras.utils.set_random_seed(0)
+        mine = build()
+        with kept_workers.used():
+            result = rk.fit(mine, X, Y, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
+        assert_same_training(result, history, model, message=str(scale))
+        assert_same_weights(mine, model)
+        assert int(mine.optimizer.iterations) == int(model.optimizer.iterations)
+
+
+@PACKAGES
+def test_metric_with_a_value_per_class(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    def build() -> Any:
+        keras = importlib.import_module(package)
+        model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(3, activation="softmax")])
+        model.compile(keras.optimizers.Adam(0.1), "categorical_crossentropy", metrics=[keras.metrics.F1Score()])
+        return model
+
+    build.uses = package  # type: ignore[attr-defined]
+    callbacks = importlib.import_module(package).callbacks
+    validation = (X[:29] + 0.1, ONE_HOT[:29])
+    history, model = plain_fit(package, build, X, ONE_HOT, epochs=4, validation_data=validation)
+    expected = model.evaluate(*validation, verbose=0, return_dict=True)
+    for number, scale in enumerate(EVERY_SCALE):
+        run = rk.Run(storage=str(tmp_path), name=f"{package}-{number}", checkpoint_every=3, monitor="f1_score")
+        options: Any = {"validation_data": validation, "scale": scale, "run": run, "verbose": 2}
+        with kept_workers.used():
+            rk.fit(build, X, ONE_HOT, **{**OPTIONS, **options})
+            logger = callbacks.CSVLogger(str(tmp_path / "log.csv"))
+            result = rk.fit(build, X, ONE_HOT, **{**OPTIONS, **options, "epochs": 4}, callbacks=[logger])
+            logs: Any = rk.evaluate(result.model(), *validation, scale=scale)
+            listed = rk.evaluate(result.model(), *validation, scale=scale, return_dict=False)
+        assert_same_training(result, history, model, message=str(scale))
+        assert isinstance(result.history["f1_score"][0], np.ndarray) and isinstance(result.history["loss"][0], float)
+        np.testing.assert_allclose(logs["f1_score"], expected["f1_score"], rtol=1e-5)
+        np.testing.assert_allclose(listed[1], expected["f1_score"], rtol=1e-5)
+        with open(f"{result.path}/history.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        np.testing.assert_allclose(json.loads(rows[3]["val_f1_score"]), history["val_f1_score"][3], rtol=1e-5)
+        ended = [event for event in events_of(result.path) if event["event"] == "EpochEnded"]
+        np.testing.assert_allclose(ended[0]["logs"]["f1_score"], history["f1_score"][0], rtol=1e-5)
+
+
+@PACKAGES
+def test_vector_in_logs_of_custom_step(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    def build() -> Any:
+        keras = importlib.import_module(package)
+
+        class Norms(keras.Model):  # type: ignore[misc]
+            def train_step(self, data: Any) -> Any:
+                logs = super().train_step(data)
+                return {**logs, "norms": tf.norm(tf.convert_to_tensor(self.layers[-1].kernel), axis=0)}
+
+        inputs = keras.Input((8,))
+        model = Norms(inputs, keras.layers.Dense(3, activation="softmax")(inputs))
+        model.compile(keras.optimizers.Adam(0.1), "sparse_categorical_crossentropy")
+        return model
+
+    build.uses = package  # type: ignore[attr-defined]
+    history, model = plain_fit(package, build, X, Y)
+    for scale in EVERY_SCALE:
+        with kept_workers.used():
+            result = rk.fit(build, X, Y, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
+        assert result.history["norms"][0].shape == (3,)
+        assert_same_training(result, history, model, message=str(scale))
+
+
+@PACKAGES
+def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+    marker, path = str(tmp_path / "ran"), str(tmp_path / "model.keras")
+    layer = keras.layers.Lambda(lambda x: (open(marker, "w").close(), x)[1], output_shape=(8,))
+    model = keras.Sequential([keras.layers.Input((8,)), layer, keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.save(path)
+    expected = model.predict(X, verbose=0)
+    run = {"run": rk.Run(storage=str(tmp_path))}
+    for scale in (rk.Scale(), TWO):
+        for call, arguments in ((rk.fit, (X, Y)), (rk.evaluate, (X, Y)), (rk.predict, (X,))):
+            os.remove(marker) if os.path.exists(marker) else None
+            options: Any = {"scale": scale, **(run if call is rk.fit else {})}
+            with kept_workers.used(), pytest.raises(rk.ModelError, match="`safe_mode=False`"):
+                call(path, *arguments, **options)  # type: ignore[operator]
+            assert not os.path.exists(marker), (call, scale)
+    np.testing.assert_allclose(rk.predict(path, X, safe_mode=False), expected, atol=1e-6)
+    assert os.path.exists(marker)
+
+
+def test_unsafe_deserialization_of_keras_is_respected(tmp_path: Path) -> None:
+    import keras
+    from keras.src.saving.serialization_lib import SafeModeScope
+
+    model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Lambda(lambda x: x * 2, output_shape=(8,))])
+    model.save(tmp_path / "model.keras")
+    with SafeModeScope(None):  # restores what `enable_unsafe_deserialization` changes
+        keras.config.enable_unsafe_deserialization()
+        np.testing.assert_allclose(rk.predict(tmp_path / "model.keras", X), X * 2)
+    with pytest.raises(rk.ModelError, match="must hold no code"):
+        rk.predict(tmp_path / "model.keras", X)
+
+
+def test_model_file_of_older_format_is_refused(tmp_path: Path) -> None:
+    """tf_keras would read HDF5 whatever the file's name is, and run the code in it."""
+    import tf_keras
+
+    from raykeras.keras_api import KerasAPI
+    from raykeras.transfer import ModelFile
+
+    model = tf_keras.Sequential([tf_keras.layers.Input((8,)), tf_keras.layers.Lambda(lambda x: x * 2)])
+    model.save(tmp_path / "model.h5")
+    os.rename(tmp_path / "model.h5", tmp_path / "model.keras")
+    with pytest.raises(rk.CheckpointError, match=r"must be a `\.keras` file"):
+        rk.predict(str(tmp_path / "model.keras"), X)
+    with pytest.raises(rk.ModelError, match="It is no zip archive"):  # replaced after it was looked at
+        ModelFile(str(tmp_path / "model.keras"), KerasAPI("tf_keras"), safe_mode=True)()
