@@ -5,8 +5,10 @@ Enters: what `fit` is called with. Leaves: a `Result`, and the run's folder.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
+import traceback
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +35,7 @@ from raykeras.data import (
     validation_orders,
 )
 from raykeras.display import make_display
-from raykeras.errors import OptionError, redacted
+from raykeras.errors import OptionError, UserCodeError, redacted
 from raykeras.events import Event
 from raykeras.gathering import Gathering, RunLog
 from raykeras.group import runs_here
@@ -44,9 +46,13 @@ from raykeras.noise import quiet
 from raykeras.options import Run, Scale
 from raykeras.orders import Orders, Outcome
 from raykeras.result import Result
+from raykeras.tracebacks import without_frames
 from raykeras.transfer import ModelFile, as_model, is_model
 
+TRACEBACK_FILE = "traceback.txt"
 
+
+@without_frames
 def fit(
     model: Any,
     x: Any,
@@ -247,10 +253,25 @@ def _trained(
     except (KeyboardInterrupt, SystemExit):
         status = "interrupted"
         raise
+    except Exception as error:
+        _write_traceback(orders.folder, error)
+        raise
     finally:
         gathered.close(events.RunEnded(status=status, logs=logs))
     gathered.raise_failure()
     return outcome, live_model
+
+
+def _write_traceback(folder: RunFolder, error: Exception) -> None:
+    """Write all frames of an exception into the run's folder; best effort."""
+    text = redacted("".join(traceback.format_exception(error)))
+    if isinstance(error, UserCodeError) and error.full_traceback:
+        text = error.full_traceback
+    with contextlib.suppress(Exception):
+        with folder.fs.open(folder / TRACEBACK_FILE, "w") as file:
+            file.write(text)
+        if isinstance(error, UserCodeError):
+            error.traceback_file = folder / TRACEBACK_FILE
 
 
 def _folder(run: Run) -> RunFolder:

@@ -19,13 +19,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 import socket
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from typing import Any
 
+_MAX_FRAMES, _MAX_LINES, _MAX_LINE = 3, 4, 500  # of the user's own traceback, and of a message
 _CREDENTIALS = re.compile(r"(?<=://)(?:[^\s'\"/@]*:[^\s'\"@]*|[^\s'\"/@]+)@")
 _QUERY = re.compile(r"(?<=://)([^\s'\"?]+\?)[^\s'\"]+")
 
@@ -80,15 +83,25 @@ class ResourceError(RaykerasError):
 class UserCodeError(RaykerasError):
     """An exception raised by the user's code (model, loss, callback, transform) on a worker.
 
+    It is also of the class of that exception, wherever there can be a class of both, so that
+    `except FileNotFoundError` catches it.
+
     Attributes:
+        summary: The original exception's class and message, in one line.
         rank: Rank of the worker, or None for a data task.
         node: Name of the node it ran on.
         cause: Qualified name of the original exception's type.
         user_traceback: The original traceback without the frames of Ray, Keras and raykeras.
+        full_traceback: With all frames.
+        traceback_file: Where the run's folder holds it; empty where it does not.
     """
+
+    full_traceback: str = ""
+    traceback_file: str = ""
 
     def __init__(self, message: str, *, rank: int | None, node: str, cause: str, user_traceback: str) -> None:
         super().__init__(message)
+        self.summary = self.args[0]
         self.rank = rank
         self.node = node
         self.cause = cause
@@ -96,7 +109,82 @@ class UserCodeError(RaykerasError):
 
     def __str__(self) -> str:
         where = "a data task" if self.rank is None else f"rank {self.rank}"
-        return f"{self.args[0]}\n(on {where}, node {self.node})\n{self.user_traceback}".rstrip()
+        all_frames = f"; all frames in {redacted(self.traceback_file)}" if self.traceback_file else ""
+        return f"{self.summary}\n(on {where}, node {self.node}{all_frames})\n{self.user_traceback}".rstrip()
+
+    def also_as(self, original: BaseException) -> UserCodeError:
+        """Return the same error as one of the original's class, too; itself, if there can be no such class."""
+        state = {**_plain_attributes(original), **vars(self)}
+        return _also_as(type(original), _arguments(original), original.args, state) or self
+
+
+class _Both(UserCodeError):
+    """A `UserCodeError` that is of another class, too."""
+
+    original: type[BaseException]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        pickler: Any = sys.modules.get("ray.cloudpickle", pickle)  # pickles classes of scripts, too
+        try:
+            original = pickler.dumps(self.original)
+        except Exception:
+            original = b""
+        return (_rebuild_both, (original, _arguments(self), self.args, dict(vars(self))))
+
+
+def _class_of_both(original: type[BaseException]) -> type[_Both] | None:
+    """Return a class of both; None if there can be none."""
+    if not issubclass(original, Exception) or issubclass(original, StopIteration | StopAsyncIteration | RaykerasError):
+        return None  # Python itself takes some of them for the end of an iteration
+    names = {"original": original, "__module__": __name__, "__qualname__": "UserCodeError"}
+    try:
+        return type("UserCodeError", (_Both, original), names)
+    except TypeError:
+        return None
+
+
+def _arguments(error: BaseException) -> tuple[Any, ...]:
+    """Return what an exception's constructor takes; `OSError` leaves the file's name out of its `args`."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror, error.filename
+    return error.args
+
+
+def _also_as(
+    original: type[BaseException], arguments: tuple[Any, ...], args: tuple[Any, ...], state: dict[str, Any]
+) -> UserCodeError | None:
+    cls = _class_of_both(original)
+    if cls is None:
+        return None
+    try:
+        error = cls.__new__(cls, *arguments)
+        if isinstance(error, OSError):  # which sets its attributes there
+            OSError.__init__(error, *arguments)
+    except Exception:  # its constructor wants something else
+        return None
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+def _rebuild_both(
+    original: bytes, arguments: tuple[Any, ...], args: tuple[Any, ...], state: dict[str, Any]
+) -> RaykerasError:
+    try:
+        error = _also_as(pickle.loads(original), arguments, args, state)
+    except Exception:  # its module is not installed here
+        error = None
+    return error or _rebuild(UserCodeError, (state["summary"],), state)
+
+
+def _plain_attributes(error: BaseException) -> dict[str, Any]:
+    """Return the attributes of an exception that can be pickled."""
+    found = {}
+    for name, value in vars(error).items():
+        with contextlib.suppress(Exception):
+            pickle.dumps(value)
+            found[name] = value
+    return found
 
 
 class WorkerLostError(RaykerasError):
@@ -132,20 +220,35 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
-    """An exception with the frames of the user's own code only."""
+    """Return an exception with the frames of the user's own code only."""
     frames = traceback.extract_tb(error.__traceback__)
     installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.dirname(__file__)}
-    mine = [f for f in frames if not f.filename.startswith((*installed, "<frozen"))]
-    text = "".join(traceback.format_list(mine or list(frames)[-3:]))
-    text = f"Traceback (most recent call last):\n{text}{''.join(traceback.format_exception_only(error))}"
-    summary = str(error).strip().split("\n")[0]
-    return UserCodeError(
-        f"{type(error).__name__}: {summary}",
+    mine = [f for f in frames if not f.filename.startswith((*installed, sysconfig.get_path("stdlib"), "<frozen"))]
+    text = "".join(traceback.format_list(mine[-_MAX_FRAMES:]))
+    name, lines = type(error).__name__, essential(error)
+    shown = f"{name}: " + "\n".join(lines)
+    made = UserCodeError(
+        f"{name}: {lines[0]}",
         rank=rank,
         node=socket.gethostname(),
         cause=f"{type(error).__module__}.{type(error).__qualname__}",
-        user_traceback=text,
+        user_traceback=f"Traceback (most recent call last):\n{text}{shown}" if mine else "\n".join(lines[1:]),
     )
+    made.full_traceback = redacted("".join(traceback.format_exception(error)))
+    return made.also_as(error)
+
+
+def essential(error: BaseException) -> list[str]:
+    """Return the lines of an exception's message that say what is wrong.
+
+    TensorFlow puts the graph's stack around them, which may take 200 lines.
+    """
+    lines = [line.rstrip()[:_MAX_LINE] for line in str(error).strip().splitlines() if line.strip()] or [""]
+    if type(error).__module__.startswith("tensorflow."):
+        noise = ("File ", "Graph execution error", "Detected at", "Node:", "Stack trace for op", "[[", "Original stack")
+        kept = [line for line in lines if not line.strip().startswith(noise) and not line.startswith("  ")]
+        lines = kept[-1:] or lines
+    return lines[:_MAX_LINES]
 
 
 @contextlib.contextmanager

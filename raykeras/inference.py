@@ -48,9 +48,11 @@ from raykeras.reads import Consumer, planned_dataset
 from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import resolve
+from raykeras.tracebacks import without_frames
 from raykeras.transfer import as_model, pack_model, unpack_model
 
 
+@without_frames
 def evaluate(
     model: Any,
     x: Any,
@@ -147,6 +149,7 @@ def _evaluate(config: dict[str, Any]) -> tuple[Logs, list[Any]]:
     return worker.evaluate(orders, rank=rank, api=api, build=lambda: unpack_model(build, rank))
 
 
+@without_frames
 def predict(
     model: Any,
     x: Any,

@@ -7,7 +7,7 @@ have ended.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,18 @@ def _same(one: tuple[Any, _ARRAYS], other: tuple[Any, _ARRAYS] | None) -> bool:
     return all(array.dtype == other[1][k].dtype and np.array_equal(array, other[1][k]) for k, array in one[1].items())
 
 
+def _forwarding(api: KerasAPI, callbacks: Any) -> Any:
+    """Return a callback that calls the hooks of a `CallbackList`."""
+    kind = api.module.callbacks.Callback
+    hooks = {name for name in vars(kind) if name.startswith("on_")} - {"on_batch_begin", "on_batch_end"}
+
+    def forward(hook: str) -> Callable[..., None]:
+        return lambda self, *args, **kwargs: getattr(callbacks, hook)(*args, **kwargs)
+
+    names = {hook: forward(hook) for hook in hooks}
+    return type("Forwarding", (kind,), {**names, "_supports_tf_logs": True})()
+
+
 def resuming_list(
     api: KerasAPI,
     callbacks: list[Any],
@@ -95,14 +107,21 @@ def resuming_list(
         logs: Of the last step that was done.
     """
 
-    class Resuming(api.module.callbacks.CallbackList):  # type: ignore[name-defined]
+    base: Any = api.module.callbacks.CallbackList
+
+    # also a list, since who overrides or patches `Model.fit` may add to what is one in Keras
+    class Resuming(base, list):
         def __init__(self) -> None:
-            super().__init__(callbacks, add_history=False, add_progbar=False, model=model, **params)
+            base.__init__(self, callbacks, add_history=False, add_progbar=False, model=model, **params)
+            list.append(self, _forwarding(api, self))
             self._done = step  # steps that this epoch had before this process came to it
             self._begins = step == 0
             self._train: Any = None  # the model's own function, while another stands in for it
             self._wanted: bool | None = None
             self._hooks = {hook: api.quick_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
+
+        def __iter__(self) -> Iterator[Any]:
+            return list.__iter__(self)  # tf_keras' class has one, too
 
         def _call(self, hook: str, batch: int, logs: Any) -> None:
             """Calls all callbacks' hook, and waits for the step's logs only if one of them reads them."""

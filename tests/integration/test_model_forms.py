@@ -223,6 +223,40 @@ def test_vector_in_logs_of_custom_step(package: str, kept_workers: KeptWorkers, 
 
 
 @PACKAGES
+def test_fit_that_adds_callbacks(package: str, tmp_path: Path) -> None:
+    """Trackers patch `Model.fit` so, too; the run goes on in the middle of an epoch all the same."""
+    keras = importlib.import_module(package)
+    batches: list[int] = []
+
+    class Counts(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            batches.append(batch)
+
+    class Fails(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if len(batches) == 8:  # the fourth step of the second epoch
+                raise ZeroDivisionError
+
+    class AddsCallbacks(keras.Model):  # type: ignore[misc]
+        def fit(self, *args: Any, callbacks: Any = None, **options: Any) -> Any:
+            assert isinstance(callbacks, list)
+            return super().fit(*args, callbacks=[*callbacks, Counts()], **options)
+
+    def build(kind: Any = AddsCallbacks) -> Any:
+        inputs = keras.Input((8,))
+        model = kind(inputs, keras.layers.Dense(3, activation="softmax")(inputs))
+        model.compile(keras.optimizers.Adam(0.1), "sparse_categorical_crossentropy", metrics=["accuracy"])
+        return model
+
+    history, model = plain_fit(package, lambda: build(keras.Model), X, Y, validation_data=VALIDATION)
+    run = rk.Run(storage=str(tmp_path), name="run", checkpoint_every=3)
+    options: Any = {**OPTIONS, "validation_data": VALIDATION, "run": run}
+    with pytest.raises(ZeroDivisionError):
+        rk.fit(build, X, Y, callbacks=[Fails()], **options)
+    assert_same_training(rk.fit(build, X, Y, **options), history, model)
+
+
+@PACKAGES
 def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
     marker, path = str(tmp_path / "ran"), str(tmp_path / "model.keras")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
@@ -285,19 +286,28 @@ def test_folder_without_run_is_refused(tmp_path: Path) -> None:
         fit(str(tmp_path), "run")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_saves_and_resumes(workers: int, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)],
+    ids=["SIGINT", "SIGHUP", "SIGTERM on two workers"],
+)
+def test_signal_saves_and_run_resumes(
+    workers: int, number: signal.Signals, kept_workers: KeptWorkers, tmp_path: Path
+) -> None:
     options = {"scale": rk.Scale(workers=workers), "epochs": 6}
+    raised = (KeyboardInterrupt, "can go on") if number == signal.SIGINT else (SystemExit, str(128 + number))
 
     class Interrupts(rk.DriverCallback):
-        def on_epoch_begin(self, epoch: int, logs: dict[str, float]) -> None:
+        def on_epoch_begin(self, epoch: int, logs: dict[str, Any]) -> None:
             if epoch == 1:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
     with kept_workers.used():
         undisturbed = fit(str(tmp_path), "undisturbed", **options)
-    with pytest.raises(KeyboardInterrupt, match="can go on"):  # new workers, which have to end
+    handler = signal.getsignal(number)
+    with pytest.raises(raised[0], match=raised[1]):  # new workers, which have to end
         fit(str(tmp_path), "run", [Interrupts(), slow(0.1)], **options)
+    assert signal.getsignal(number) == handler
     last = events_of(str(tmp_path / "run"))[-1]
     assert (last["event"], last["status"]) == ("RunEnded", "interrupted")
     saved = RunFolder(str(tmp_path / "run")).checkpoints()[-1].state
@@ -305,3 +315,32 @@ def test_ctrl_c_saves_and_resumes(workers: int, kept_workers: KeptWorkers, tmp_p
     with kept_workers.used():
         resumed = fit(str(tmp_path), "run", **options)
     assert_same(resumed, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_signal_before_first_step_leaves_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    steps = []
+
+    class Interrupts(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            os.kill(os.getpid(), number)
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            steps.append(batch)
+
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        fit(str(tmp_path), "run", [Interrupts()])
+    assert not steps and not RunFolder(str(tmp_path / "run")).checkpoints()
+    assert events_of(str(tmp_path / "run"))[-1]["status"] == "interrupted"
+
+
+def test_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    class Interrupts(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        assert fit(str(tmp_path), "run", [Interrupts()]).epoch
+    finally:
+        signal.signal(signal.SIGHUP, before)

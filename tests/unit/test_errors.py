@@ -1,9 +1,11 @@
-"""Exceptions survive pickling."""
+"""Exceptions survive pickling, are short, and are of the class of what the user's code raised."""
 
 from __future__ import annotations
 
 import inspect
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,11 @@ from raykeras import errors
 
 @pytest.mark.parametrize(
     "cls",
-    [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__],
+    [
+        c
+        for _, c in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(c, errors.RaykerasError) and c.__name__[0] != "_"
+    ],
 )
 def test_errors_pickle(cls: type[errors.RaykerasError]) -> None:
     options = {"rank": 3, "node": "n", "cause": "ValueError", "user_traceback": "tb"}
@@ -49,3 +55,60 @@ def test_credentials_of_urls_are_not_shown(url: str, shown: str) -> None:
     assert str(error) == f"There is no {shown!r}."
     assert url in shown or "pass" not in repr(error) + str(pickle.loads(pickle.dumps(error)))
     assert errors.redacted(f"from {url} to {url}") == f"from {shown} to {shown}"
+
+
+class QuotaError(Exception):
+    """With a constructor that takes something else than what becomes `args`."""
+
+    def __init__(self, bucket: str, *, limit: int) -> None:
+        super().__init__(f"{bucket} holds {limit} objects")
+        self.limit = limit
+
+
+def raised(function: Callable[[], Any]) -> errors.UserCodeError:
+    """What `fit` raises for an exception of a function."""
+    try:
+        function()
+    except Exception as error:
+        return errors.user_code_error(error, 1)
+    raise AssertionError
+
+
+def raise_quota() -> None:
+    raise QuotaError("bucket", limit=3)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "attributes"),
+    [
+        (lambda: open("/nowhere/x"), FileNotFoundError, {"errno": 2, "filename": "/nowhere/x"}),  # noqa: SIM115
+        (lambda: {}["a"], KeyError, {"args": ("a",)}),
+        (lambda: int("x"), ValueError, {}),
+        (lambda: b"\xff".decode(), UnicodeDecodeError, {"start": 0}),
+        (raise_quota, QuotaError, {"limit": 3}),
+    ],
+    ids=["OSError", "KeyError", "ValueError", "UnicodeDecodeError", "own"],
+)
+def test_user_code_error_is_of_the_original_class(function: Any, kind: Any, attributes: dict[str, Any]) -> None:
+    error = raised(function)
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert isinstance(each, errors.UserCodeError) and isinstance(each, kind)
+        assert type(each).__name__ == "UserCodeError" and each.rank == 1
+        assert str(each) == str(error) and str(each).startswith(f"{kind.__name__}: ")
+        assert {name: getattr(each, name) for name in attributes} == attributes
+
+
+def test_user_code_error_of_a_class_that_cannot_be_imported() -> None:
+    error = raised(raise_quota)
+    rebuild, (_, *arguments) = error.__reduce__()
+    copy = rebuild(b"not a pickle", *arguments)
+    assert type(copy) is errors.UserCodeError and str(copy) == str(error) and copy.rank == 1
+    assert type(raised(lambda: next(iter(())))) is errors.UserCodeError  # which would end an iteration
+
+
+def test_messages_are_short() -> None:
+    def fail() -> None:
+        raise ValueError("\n".join(f"{'x' * 2000} {i}" for i in range(300)))
+
+    lines = str(raised(fail)).splitlines()
+    assert len(lines) <= 15 and max(map(len, lines)) < 600

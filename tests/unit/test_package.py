@@ -27,6 +27,7 @@ def test_public_names_exist_and_are_sorted() -> None:
     assert raykeras.__all__ == sorted(raykeras.__all__)
     for name in raykeras.__all__:
         assert getattr(raykeras, name).__name__ == name
+    assert {name for name in dir(raykeras) if not name.startswith("__")} == set(raykeras.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         raykeras.nothing  # noqa: B018
 
