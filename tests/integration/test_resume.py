@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -286,6 +287,18 @@ def test_folder_without_run_is_refused(tmp_path: Path) -> None:
         fit(str(tmp_path), "run")
 
 
+@contextlib.contextmanager
+def default_handler(number: signal.Signals) -> Iterator[None]:
+    """Handle a signal as Python does by default; pytest-xdist ignores SIGINT."""
+    handler = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, handler)
+    try:
+        yield
+        assert signal.getsignal(number) == handler
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize(
     ("workers", "number"),
     [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)],
@@ -304,10 +317,11 @@ def test_signal_saves_and_run_resumes(
 
     with kept_workers.used():
         undisturbed = fit(str(tmp_path), "undisturbed", **options)
-    handler = signal.getsignal(number)
-    with pytest.raises(raised[0], match=raised[1]):  # new workers, which have to end
+    with (
+        default_handler(number),
+        pytest.raises(raised[0], match=raised[1]),  # new workers, which have to end
+    ):
         fit(str(tmp_path), "run", [Interrupts(), slow(0.1)], **options)
-    assert signal.getsignal(number) == handler
     last = events_of(str(tmp_path / "run"))[-1]
     assert (last["event"], last["status"]) == ("RunEnded", "interrupted")
     saved = RunFolder(str(tmp_path / "run")).checkpoints()[-1].state
@@ -328,7 +342,7 @@ def test_signal_before_first_step_leaves_at_once(number: signal.Signals, tmp_pat
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             steps.append(batch)
 
-    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+    with default_handler(number), pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         fit(str(tmp_path), "run", [Interrupts()])
     assert not steps and not RunFolder(str(tmp_path / "run")).checkpoints()
     assert events_of(str(tmp_path / "run"))[-1]["status"] == "interrupted"

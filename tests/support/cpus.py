@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import ray
 
-_SETTLED_S = 0.5
+_SETTLED_S, _TIMEOUT_S = 0.5, 120.0
 
 
 def free_cpus() -> float:
@@ -29,12 +29,16 @@ def all_held_but(cpus: float) -> Iterator[None]:
         def is_ready(self) -> bool:
             return True
 
-    while (free := free_cpus()) <= cpus:  # earlier tests' tasks are still ending
-        pass
-    holder = Holder.options(num_cpus=round(free - cpus, 4)).remote()
-    assert ray.get(holder.is_ready.remote())
-    assert abs(free_cpus() - cpus) < 1e-3
-    try:
-        yield
-    finally:
-        ray.kill(holder)
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:  # while earlier tests' tasks are still ending
+        assert time.monotonic() < deadline, ray.available_resources()
+        if (free := free_cpus()) <= cpus:
+            continue
+        holder = Holder.options(num_cpus=round(free - cpus, 4)).remote()
+        try:
+            assert ray.get(holder.is_ready.remote())
+            if abs(free_cpus() - cpus) < 1e-3:
+                yield
+                return
+        finally:
+            ray.kill(holder)
