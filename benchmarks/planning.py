@@ -74,7 +74,7 @@ def planned(units: int, ranks: int, rows: int, rounds: int) -> dict[str, Any]:
 def opened(folder: Path, cache: Path, program: str, keeps: bool) -> tuple[float, float]:
     """Seconds, and MiB."""
     if not keeps:
-        (cache / "footers-1.sqlite").unlink(missing_ok=True)
+        (cache / "footers-2.sqlite").unlink(missing_ok=True)
     command = [sys.executable, "-c", MEASURE.format(open=program), str(folder)]
     environment = {**os.environ, "RAYKERAS_CACHE": str(cache)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -5,11 +5,12 @@ range of an array) by file, number and length, the columns' types, and a fingerp
 and whose `reader` reads any part of a unit in any process. Opening reads metadata only; a Ray dataset
 is run.
 
-    footers    what Parquet files tell of themselves, kept from one opening to the next
-    parquet    files, folders, globs, hive partitions, on any fsspec filesystem
-    npy        `.npy`, memory-mapped
-    arrays     NumPy arrays in memory, `.npz` archives among them
-    dataset    a `ray.data.Dataset`, run once and held in the object store
+    footer_cache  what was read of Parquet footers, kept from one opening to the next
+    footers       what Parquet files tell of themselves
+    parquet       files, folders, globs, hive partitions, on any fsspec filesystem
+    arrays        NumPy arrays in memory, `.npz` archives among them, and `.npy`, memory-mapped
+    units         a part of a Ray dataset, as its tasks make it
+    dataset       a `ray.data.Dataset`, run once and held in the object store
 """
 
 from __future__ import annotations
@@ -69,12 +70,14 @@ class UnitRef(NamedTuple):
         group: Row group in the file, or number of the unit in the dataset.
         start: First row of the unit in the row group or array.
         partition: Names and values of the hive partition.
+        group_rows: Rows of the whole row group; None where it cannot change.
     """
 
     path: str
     group: int
     start: int
     partition: tuple[tuple[str, Any], ...] = ()
+    group_rows: int | None = None
 
     def __str__(self) -> str:
         if self.path == DATASET:
@@ -105,6 +108,7 @@ class OpenSource:
         fingerprint: Changes when the data does.
         partitions: For each file the names and values of its hive partition.
         kept_footers: How many files' footers did not have to be read, having been kept.
+        unit_group_rows: For each unit the rows of its whole row group, where a file may change: int64 (units,).
     """
 
     reader: Reader
@@ -117,6 +121,7 @@ class OpenSource:
     fingerprint: str
     partitions: tuple[tuple[tuple[str, Any], ...], ...] = ()
     kept_footers: int = 0
+    unit_group_rows: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -125,7 +130,10 @@ class OpenSource:
     def unit(self, index: int) -> UnitRef:
         file = int(self.unit_file[index])
         partition = self.partitions[file] if self.partitions else ()
-        return UnitRef(self.files[file], int(self.unit_group[index]), int(self.unit_start[index]), partition)
+        group_rows = None if self.unit_group_rows is None else int(self.unit_group_rows[index])
+        return UnitRef(
+            self.files[file], int(self.unit_group[index]), int(self.unit_start[index]), partition, group_rows
+        )
 
     def field(self, name: str) -> Field:
         """The column of this name. Raises ColumnError with the nearest name."""
@@ -151,6 +159,7 @@ class OpenSource:
             unit_start=self.unit_start[kept] + cut,
             unit_rows=rows,
             fingerprint=fingerprint([self.fingerprint, start, stop]),
+            unit_group_rows=None if self.unit_group_rows is None else self.unit_group_rows[kept],
         )
 
     def head(self, num_rows: int, columns: Sequence[str]) -> Columns:

@@ -1,25 +1,20 @@
 """Parquet footers: what a source must know of each file, read in parallel and kept on this machine.
 
 Enters: files of one filesystem, and the columns that are to be used. Leaves: a `Footer` for each, a few numbers
-instead of all of its statistics. Those of sources of many files are kept in an SQLite file, in `$RAYKERAS_CACHE` or
-else `~/.cache/raykeras`, so that of 10,000 files only those that changed are read again. A footer is found by its
-file's address, and holds while the filesystem says the same of the file's last change, version and size. The SQLite
-file can be deleted at any time; where it is damaged or cannot be written, all footers are read.
+instead of all of its statistics. Those of sources of many files are kept by `raykeras.sources.footer_cache`, so that
+of 10,000 files only those that changed are read again: a footer is found by its file's address, and holds while the
+filesystem says the same of the file's last change, version and size.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -28,18 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykeras.errors import SourceError
+from raykeras.sources import footer_cache
+from raykeras.sources.footer_cache import MAX_NBYTES, Kept
 
 _LEAST_KEPT = 64  # files of a source, from which on their footers are kept
 _MAX_THREADS, _PROBED = 64, 8
+_MAX_COUNT = 1 << 63
 _MAX_CHECKED = 400_000  # column chunks of a source whose statistics are looked at, at 2 µs each
-_KEPT_S = 90 * 24 * 3600
-_BUSY_S = 2.0
-# What filesystems call the change and the version of a file; without one of them it is never kept.
-_CHANGES = ("mtime", "created", "LastModified", "last_modified", "updated", "ETag", "etag", "generation", "md5Hash")
-_TABLES = """
-    CREATE TABLE IF NOT EXISTS schemas (digest TEXT PRIMARY KEY, schema BLOB);
-    CREATE TABLE IF NOT EXISTS footers (url TEXT PRIMARY KEY, stamp TEXT, schema TEXT, known BLOB, written REAL);
-"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,42 @@ class Footer:
 
     def serves(self, columns: Iterable[str] | None) -> bool:
         """Whether the statistics of these columns, or of all, were looked at."""
-        return self.checked.issuperset(self.schema.names if columns is None else columns)
+        names = self.schema.names
+        return self.checked.issuperset(names if columns is None else set(names).intersection(columns))
+
+    def packed(self) -> Kept:
+        """The footer as it is kept."""
+        known = {"checked": sorted(self.checked), "nulls": self.nulls, "lengths": self.lengths}
+        content = json.dumps(known).encode() + b"\n" + self.rows.astype("<i8").tobytes()
+        return Kept(self.schema, zlib.compress(content, 1))
+
+    @classmethod
+    def unpacked(cls, kept: Kept) -> Footer | None:
+        """The footer that was packed; None where that cannot be one of this schema, or is too large."""
+        try:
+            unzip = zlib.decompressobj()
+            known, _, rows = unzip.decompress(kept.known, MAX_NBYTES).partition(b"\n")
+            if not unzip.eof:
+                return None
+            fields = json.loads(known)
+            footer = cls(
+                kept.schema,
+                np.frombuffer(rows, "<i8").astype(np.int64),
+                frozenset(map(str, fields["checked"])),
+                {name: (group, count) for name, (group, count) in fields["nulls"].items()},
+                {name: [(g, v, r) for g, v, r in seen] for name, seen in fields["lengths"].items()},
+            )
+        except (zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            return None
+        return footer if footer._is_possible() else None
+
+    def _is_possible(self) -> bool:
+        """Whether its numbers can be those of a file of its schema."""
+        seen = [*self.nulls.values(), *(numbers for each in self.lengths.values() for numbers in each)]
+        if (self.rows < 0).any() or not all(type(n) is int and 0 <= n < _MAX_COUNT for ns in seen for n in ns):
+            return False
+        named = self.checked | self.nulls.keys() | self.lengths.keys()
+        return named <= set(self.schema.names) and all(ns[0] < len(self.rows) and ns[-1] > 0 for ns in seen)
 
 
 def read_footers(
@@ -83,9 +108,10 @@ def read_footers(
         SourceError: A file is not whole.
     """
     wanted = None if columns is None else frozenset(columns)
-    database = _database() if len(files) >= _LEAST_KEPT else None
-    keys = [(fs.unstrip_protocol(path), stamp(info)) for path, info in files] if database else []
-    kept = _load(database, keys) if database else {}
+    is_kept = len(files) >= _LEAST_KEPT
+    keys = [(fs.unstrip_protocol(path), footer_cache.stamp(info)) for path, info in files] if is_kept else []
+    unpacked = {i: Footer.unpacked(each) for i, each in footer_cache.load(keys).items()} if is_kept else {}
+    kept = {i: footer for i, footer in unpacked.items() if footer is not None}
     missing = [i for i in range(len(files)) if i not in kept or not kept[i].serves(wanted)]
     kinds: dict[tuple[bytes, frozenset[str] | None], _Kind] = {}
     most = _MAX_CHECKED // max(len(missing), 1)
@@ -95,8 +121,8 @@ def read_footers(
         return _read(fs, files[i][0], checked, most, kinds)
 
     made = _read_all(read, missing, is_local(fs))
-    if database and made:
-        _save(database, [(*keys[i], footer) for i, footer in made.items()])
+    if is_kept and made:
+        footer_cache.save([(*keys[i], footer.packed()) for i, footer in made.items()])
     known = kept | made
     return [known[i] for i in range(len(files))], len(files) - len(missing)
 
@@ -144,7 +170,7 @@ class _Kind:
 
     @classmethod
     def of(cls, schema: pa.Schema, leaves: Iterable[str], columns: frozenset[str] | None) -> _Kind:
-        checked = frozenset(schema.names) if columns is None else columns
+        checked = frozenset(schema.names) if columns is None else columns.intersection(schema.names)
         names = [(j, path.split(".")[0]) for j, path in enumerate(leaves)]
         lists = frozenset(f.name for f in schema if pa.types.is_list(f.type) or pa.types.is_large_list(f.type))
         return cls(schema, checked, tuple((j, name) for j, name in names if name in checked), lists)
@@ -201,70 +227,3 @@ def _null_count(chunk: pq.ColumnChunkMetaData) -> int:
 def _tells(first: tuple[int, int, int], num_values: int, num_rows: int) -> bool:
     """Whether the lists of two row groups cannot all have one length."""
     return num_values * first[2] != first[1] * num_rows or num_values % num_rows != 0
-
-
-def stamp(info: Mapping[str, Any]) -> str | None:
-    """What changes when the file does; None where the filesystem does not tell."""
-    changes = [str(info[key]) for key in _CHANGES if info.get(key) is not None]
-    return json.dumps([info.get("size"), info.get("ino"), *changes]) if changes else None
-
-
-def _database() -> Path | None:
-    """The SQLite file; None where there is no place for it."""
-    folder = os.environ.get("RAYKERAS_CACHE") or os.path.expanduser("~/.cache/raykeras")
-    return None if folder.startswith("~") else Path(folder).absolute() / "footers-1.sqlite"
-
-
-def _load(path: Path, keys: Sequence[tuple[str, str | None]]) -> dict[int, Footer]:
-    """Those that are kept, by the places of their keys."""
-    found: dict[int, Footer] = {}
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", timeout=_BUSY_S, uri=True)) as database:
-            stored = database.execute("SELECT digest, schema FROM schemas")
-            schemas = {digest: pa.ipc.read_schema(pa.py_buffer(s)) for digest, s in stored if _digest(s) == digest}
-            for i, key in enumerate(keys):
-                row = database.execute("SELECT schema, known FROM footers WHERE url = ? AND stamp = ?", key).fetchone()
-                if row and row[0] in schemas:
-                    found[i] = _unpacked(schemas[row[0]], row[1])
-    except (sqlite3.Error, zlib.error):
-        return {}  # there is none yet, it is damaged, or another one holds it for too long
-    return found
-
-
-def _save(path: Path, footers: Sequence[tuple[str, str | None, Footer]]) -> None:
-    now = time.time()
-    stored = {id(footer.schema): footer.schema.serialize().to_pybytes() for _, _, footer in footers}
-    digests = {key: _digest(schema) for key, schema in stored.items()}
-    schemas = [(digests[key], schema) for key, schema in stored.items()]
-    rows = [(url, stamp, digests[id(f.schema)], _packed(f), now) for url, stamp, f in footers if stamp]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_S)) as database, database:
-            database.executescript(_TABLES)
-            database.executemany("INSERT OR REPLACE INTO schemas VALUES (?, ?)", schemas)
-            database.executemany("INSERT OR REPLACE INTO footers VALUES (?, ?, ?, ?, ?)", rows)
-            database.execute("DELETE FROM footers WHERE written < ?", (now - _KEPT_S,))
-            database.execute("DELETE FROM schemas WHERE digest NOT IN (SELECT schema FROM footers)")
-    except (sqlite3.OperationalError, OSError):
-        pass  # busy, full, or nowhere to write
-    except sqlite3.DatabaseError:  # damaged; the next one is whole
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _packed(footer: Footer) -> bytes:
-    """All but the schema; compressed, which brings a checksum."""
-    known = {"checked": sorted(footer.checked), "nulls": footer.nulls, "lengths": footer.lengths}
-    return zlib.compress(json.dumps(known).encode() + b"\n" + footer.rows.astype("<i8").tobytes(), 1)
-
-
-def _unpacked(schema: pa.Schema, packed: bytes) -> Footer:
-    known, _, rows = zlib.decompress(packed).partition(b"\n")
-    fields = json.loads(known)
-    nulls = {name: (group, count) for name, (group, count) in fields["nulls"].items()}
-    lengths = {name: [(g, v, r) for g, v, r in seen] for name, seen in fields["lengths"].items()}
-    return Footer(schema, np.frombuffer(rows, "<i8").astype(np.int64), frozenset(fields["checked"]), nulls, lengths)
-
-
-def _digest(schema: bytes) -> str:
-    return hashlib.sha256(schema).hexdigest()

@@ -27,7 +27,8 @@ from raykeras.sources import (
     fingerprint,
     nearest,
 )
-from raykeras.sources.footers import Footer, first_line, is_local, read_footers, stamp
+from raykeras.sources.footer_cache import stamp
+from raykeras.sources.footers import Footer, first_line, is_local, read_footers
 
 _ENDINGS = (".parquet", ".parq", ".pq")
 _MAX_OPEN_FILES = 8
@@ -68,6 +69,7 @@ class ParquetSource(Source):
             fingerprint=fingerprint([[os.path.basename(f) for f in files], rows.tolist(), str(schema)]),
             partitions=partitions,
             kept_footers=kept,
+            unit_group_rows=rows,
         )
 
 
@@ -141,8 +143,8 @@ class ParquetReader:
                 f"Every row group must be readable; {unit} is not: {first_line(error)} "
                 "The file may be truncated or corrupt: write it again or leave it out."
             ) from None
-        if table.num_rows < unit.start + stop:
-            raise _changed(unit, f"had at least {unit.start + stop:,} rows and has {table.num_rows:,} now")
+        if table.num_rows != unit.group_rows:
+            raise _changed(unit, f"had {unit.group_rows:,} rows and has {table.num_rows:,} now")
         table = table.slice(unit.start + start, stop - start)
         result: Columns = {name: table.column(name) for name in stored}
         for name in columns:

@@ -130,7 +130,7 @@ def test_rewritten_file_is_read_again(tmp_path: Path) -> None:
     write(path, start=100)
     assert ids(opened) == list(range(100, 110))
     write(path, num_rows=9)
-    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 2 had at least 2 rows and has 1 now"):
+    with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 2 had 2 rows and has 1 now"):
         ids(opened)
     write(path, num_rows=4)
     with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 1"):
@@ -138,6 +138,15 @@ def test_rewritten_file_is_read_again(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 0"):
         ids(opened)
+
+
+def test_grown_row_group_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", group=4)
+    opened = rk.parquet(path, x="x").open()
+    write(path, num_rows=30, group=5)
+    for part in (opened, opened.slice(1, 3)):
+        with pytest.raises(rk.SourceError, match=r"a\.parquet, row group 0 had 4 rows and has 5 now. Start again"):
+            part.reader.read(part.unit(0), 0, 2, ["id"])
 
 
 def test_remote_footer_is_cached_until_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
