@@ -18,8 +18,9 @@ from raykeras.cluster import room_beside
 from raykeras.errors import CheckpointError, OptionError, WorkerLostError
 from raykeras.events import Event
 from raykeras.interrupt import Interrupt
-from raykeras.orders import BatchOrders, Orders, Outcome, Resumption
+from raykeras.orders import BatchOrders, DataOrders, Orders, Outcome, Resumption
 from raykeras.pump import may_change
+from raykeras.sources import what_changed
 from raykeras.world import wait_for_room
 
 _BACKOFF_S = (0.0, 1.0, 5.0, 20.0)
@@ -137,14 +138,21 @@ def resumed(orders: Orders, send: Callable[[Event], None]) -> Orders:
     theirs: Mapping[str, Any] = state["position"]
     orders = dataclasses.replace(orders, train=orders.train.cut_as(theirs))
     ours = orders.position
-    differ = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    told = [name for name in {**theirs, **ours} if name != "fingerprint_parts"]
+    differ = [name for name in told if theirs.get(name) != ours.get(name)]
     if differ:
-        sides = "; ".join(f"{name} was {theirs.get(name)!r} and is now {ours.get(name)!r}" for name in differ)
+        sides = "; ".join(_difference(name, theirs, orders) for name in differ)
         raise OptionError(
-            f"A run goes on with the data, order and seed that it began with; of {found.path!r} {sides}. Make them the "
-            'same, or take only its weights with `Run(resume="weights")`, or give the run another `name`.'
+            f"A run goes on with the data, order and seed that it began with; since {found.path!r} {sides}. Make them "
+            'the same, or take only its weights with `Run(resume="weights")`, or give the run another `name`.'
         )
     return going_on(orders, Resumption(found.path, int(state["epoch"]), int(state["step"])))
+
+
+def _difference(name: str, theirs: Mapping[str, Any], orders: Orders) -> str:
+    if name == "fingerprint" and "fingerprint_parts" in theirs and isinstance(orders.train, DataOrders):
+        return what_changed(theirs["fingerprint_parts"], orders.train.opened)
+    return f"{name} was {theirs.get(name)!r} and is now {orders.position.get(name)!r}"
 
 
 def going_on(orders: Orders, resumption: Resumption | None) -> Orders:

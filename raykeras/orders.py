@@ -65,6 +65,7 @@ class DataOrders:
         """What a checkpoint must agree with to go on in this data."""
         return {
             "fingerprint": self.opened.fingerprint,
+            "fingerprint_parts": self.opened.fingerprint_parts,
             "num_rows": self.opened.num_rows,
             "batch_size": self.batch_size,
             "order": self.order,

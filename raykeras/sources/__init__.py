@@ -5,6 +5,7 @@ range of an array) by file, number and length, the columns' types, and a fingerp
 and whose `reader` reads any part of a unit in any process. Opening reads metadata only; a Ray dataset
 is run.
 
+    fields        Arrow columns as fields
     footer_cache  what was read of Parquet footers, kept from one opening to the next
     footers       what Parquet files tell of themselves
     parquet       files, folders, globs, hive partitions, on any fsspec filesystem
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -108,6 +110,7 @@ class OpenSource:
         fingerprint: Changes when the data does.
         partitions: For each file the names and values of its hive partition.
         kept_footers: How many files' footers did not have to be read, having been kept.
+        fingerprint_parts: What the fingerprint was made of, for `what_changed`; as JSON, and small.
         unit_group_rows: For each unit the rows of its whole row group, where a file may change: int64 (units,).
     """
 
@@ -122,6 +125,7 @@ class OpenSource:
     partitions: tuple[tuple[tuple[str, Any], ...], ...] = ()
     kept_footers: int = 0
     unit_group_rows: np.ndarray | None = None
+    fingerprint_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -241,3 +245,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def fingerprint(value: Any) -> str:
     """A short digest of a JSON-ready value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def what_changed(before: Mapping[str, Any], opened: OpenSource) -> str:
+    """What of a source's data is not what it was; the first thing that differs.
+
+    Args:
+        before: Its `fingerprint_parts` then.
+        opened: The source now.
+    """
+    now = opened.fingerprint_parts
+    differ = [name for name in {**before, **now} if name != "files" and before.get(name) != now.get(name)]
+    if not differ:
+        return "which rows are used changed"
+    pairs = itertools.zip_longest(before.get("files", ()), now.get("files", ()))
+    place = next((i for i, (old, new) in enumerate(pairs) if old != new), None)
+    old, new = before.get(differ[0]), now.get(differ[0])
+    numbers = f" from {old:,} to {new:,}" if isinstance(old, int) and isinstance(new, int) else ""
+    first = ""
+    if place is not None and "files" in before and "files" in now:
+        first = f", first {opened.files[place]!r}" if place < len(opened.files) else f", after {opened.files[-1]!r}"
+    return f"the {differ[0]} changed{numbers}{first}"

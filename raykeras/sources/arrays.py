@@ -223,7 +223,7 @@ def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource
     rows = max(1, _UNIT_NBYTES // max(1, sum(f.row_nbytes for f in fields.values())))
     starts = np.arange(0, num_rows, rows, dtype=np.int64)
     zeros = np.zeros(len(starts), np.int64)
-    digest = fingerprint([[n, str(a.dtype), a.shape, _sample_digest(a)] for n, a in arrays.items()])
+    parts = {f"array {n!r}": fingerprint([str(a.dtype), a.shape, _sample_digest(a)]) for n, a in arrays.items()}
     return OpenSource(
         reader,
         fields,
@@ -232,7 +232,8 @@ def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource
         zeros,
         starts,
         np.diff(starts, append=num_rows),
-        digest,
+        fingerprint(parts),
+        fingerprint_parts=parts,
     )
 
 

@@ -29,7 +29,7 @@ from raykeras.sources import (
     UnitRef,
     fingerprint,
 )
-from raykeras.sources.parquet import stored_field
+from raykeras.sources.fields import stored_field
 from raykeras.sources.units import Unit, common_schema, make_unit, read_part
 
 _UNIT_NBYTES = 4 << 20
@@ -106,6 +106,11 @@ class DatasetSource(Source):
         for name in [n for n in (fields if needed is None else needed) if n in fields]:
             fields[name] = _checked(self, fields[name], units)
         numbers = np.arange(len(units))
+        parts = {
+            "columns": fingerprint(str(reader.schema)),
+            "number of rows": int(unit_rows.sum()),
+            "contents of the rows": fingerprint([unit_rows.tolist(), [unit.digest for unit in units]]),
+        }
         return OpenSource(
             reader=reader,
             fields=fields,
@@ -114,7 +119,8 @@ class DatasetSource(Source):
             unit_group=numbers,
             unit_start=np.zeros(len(units), np.int64),
             unit_rows=unit_rows,
-            fingerprint=fingerprint([str(reader.schema), unit_rows.tolist(), [unit.digest for unit in units]]),
+            fingerprint=fingerprint(parts),
+            fingerprint_parts=parts,
         )
 
 

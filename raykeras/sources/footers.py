@@ -8,14 +8,15 @@ filesystem says the same of the file's last change, version and size.
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -28,6 +29,7 @@ from raykeras.sources.footer_cache import MAX_NBYTES, Kept
 
 _LEAST_KEPT = 64  # files of a source, from which on their footers are kept
 _MAX_THREADS, _PROBED = 64, 8
+_END_NBYTES = 64 << 10  # read of a file at once; few footers are larger
 _MAX_COUNT = 1 << 63
 _MAX_CHECKED = 400_000  # column chunks of a source whose statistics are looked at, at 2 µs each
 
@@ -43,6 +45,9 @@ class Footer:
         nulls: Column to the first row group that has nulls, and how many.
         lengths: Column of lists to (row group, values, rows) of the first row group with rows, and of the first
             after it which tells that the lengths differ.
+        digest: Of the file's size and its last 64 KiB, or of its whole footer where that is larger. The footer has
+            the size of each column in each row group and, where they were written, least and greatest values. Other
+            contents that agree in all of these, and in the rows that lie at the end, are not noticed.
     """
 
     schema: pa.Schema
@@ -50,6 +55,7 @@ class Footer:
     checked: frozenset[str]
     nulls: dict[str, tuple[int, int]]
     lengths: dict[str, list[tuple[int, int, int]]]
+    digest: str
 
     def serves(self, columns: Iterable[str] | None) -> bool:
         """Whether the statistics of these columns, or of all, were looked at."""
@@ -58,7 +64,8 @@ class Footer:
 
     def packed(self) -> Kept:
         """The footer as it is kept."""
-        known = {"checked": sorted(self.checked), "nulls": self.nulls, "lengths": self.lengths}
+        known = {name: getattr(self, name) for name in ("nulls", "lengths", "digest")}
+        known["checked"] = sorted(self.checked)
         content = json.dumps(known).encode() + b"\n" + self.rows.astype("<i8").tobytes()
         return Kept(self.schema, zlib.compress(content, 1))
 
@@ -77,6 +84,7 @@ class Footer:
                 frozenset(map(str, fields["checked"])),
                 {name: (group, count) for name, (group, count) in fields["nulls"].items()},
                 {name: [(g, v, r) for g, v, r in seen] for name, seen in fields["lengths"].items()},
+                str(fields["digest"]),
             )
         except (zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
@@ -185,14 +193,14 @@ def _read(
 ) -> Footer:
     """One file's footer. Looks at the statistics of at most so many chunks."""
     try:
-        with contextlib.ExitStack() as opened:
-            stored = path if is_local(fs) else opened.enter_context(fs.open(path, "rb"))
-            file = opened.enter_context(pq.ParquetFile(stored))
+        with open(path, "rb") if is_local(fs) else fs.open(path, "rb") as stored:
+            end, digest = _end(stored)
+        with pq.ParquetFile(pa.BufferReader(end)) as file:
             schema = file.schema_arrow
             key = (schema.serialize().to_pybytes(), columns)
             if key not in kinds:  # for few files only: what gave its `schema` stays until it is collected
                 kinds[key] = _Kind.of(schema, [column.path for column in file.schema], columns)
-            return _summary(file.metadata, kinds[key], most)
+            return _summary(file.metadata, kinds[key], most, digest)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"Every file of a source must be whole Parquet; {path!r} is not: {first_line(error)} "
@@ -200,7 +208,19 @@ def _read(
         ) from None
 
 
-def _summary(metadata: pq.FileMetaData, kind: _Kind, most: int) -> Footer:
+def _end(stored: IO[bytes]) -> tuple[bytes, str]:
+    """The last bytes of a file, with the whole footer, and `Footer.digest`."""
+    size = stored.seek(0, os.SEEK_END)
+    stored.seek(max(0, size - _END_NBYTES))
+    end = stored.read()
+    footer_nbytes = int.from_bytes(end[-8:-4], "little") + 8  # its length, and "PAR1"
+    if len(end) < footer_nbytes <= size:
+        stored.seek(size - footer_nbytes)
+        end = stored.read()
+    return end, hashlib.sha256(b"%d\n" % size + end).hexdigest()[:32]
+
+
+def _summary(metadata: pq.FileMetaData, kind: _Kind, most: int, digest: str) -> Footer:
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     rows = [group.num_rows for group in groups]
     nulls: dict[str, tuple[int, int]] = {}
@@ -215,7 +235,7 @@ def _summary(metadata: pq.FileMetaData, kind: _Kind, most: int) -> Footer:
             elif name not in nulls and (count := _null_count(chunk)):
                 nulls[name] = (g, count)
     lengths = {name: seen[:2] for name, seen in lengths.items()}
-    return Footer(kind.schema, np.array(rows, np.int64), kind.checked, nulls, lengths)
+    return Footer(kind.schema, np.array(rows, np.int64), kind.checked, nulls, lengths, digest)
 
 
 def _null_count(chunk: pq.ColumnChunkMetaData) -> int:

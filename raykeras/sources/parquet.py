@@ -27,11 +27,13 @@ from raykeras.sources import (
     fingerprint,
     nearest,
 )
+from raykeras.sources.fields import is_narrow_list, stored_field
 from raykeras.sources.footer_cache import stamp
 from raykeras.sources.footers import Footer, first_line, is_local, read_footers
 
 _ENDINGS = (".parquet", ".parq", ".pq")
 _MAX_OPEN_FILES = 8
+_MAX_TOLD_FILES = 1000  # a checkpoint has a digest of each
 _VALUES_AT_ONCE = 1 << 17
 
 
@@ -57,6 +59,7 @@ class ParquetSource(Source):
         rows = np.concatenate([footer.rows for footer in footers])
         if not rows.sum():
             raise SourceError(f"A source must have at least one row; {_listed(files)} have none.")
+        parts = _fingerprint_parts(files, footers, partitions)
         stored = [name for name in (needed if needed is not None else fields) if name in schema.names]
         return OpenSource(
             reader=ParquetReader(fs),
@@ -66,7 +69,8 @@ class ParquetSource(Source):
             unit_group=np.concatenate([np.arange(len(footer.rows)) for footer in footers]),
             unit_start=np.zeros(len(rows), np.int64),
             unit_rows=rows,
-            fingerprint=fingerprint([[os.path.basename(f) for f in files], rows.tolist(), str(schema)]),
+            fingerprint=fingerprint(parts),
+            fingerprint_parts=parts,
             partitions=partitions,
             kept_footers=kept,
             unit_group_rows=rows,
@@ -183,7 +187,7 @@ def _read(file: pq.ParquetFile, schema: pa.Schema, group: int, columns: Sequence
     that all stay in a core's cache take a seventh less time. Wider numbers gain nothing:
     putting the parts together takes as long as they save.
     """
-    if not any(_is_narrow_list(schema.field(name).type) for name in columns):
+    if not any(is_narrow_list(schema.field(name).type) for name in columns):
         return file.read_row_group(group, columns=columns, use_threads=False)
     stored = file.metadata.row_group(group)
     chunks, paths = map(stored.column, range(stored.num_columns)), tuple(f"{name}." for name in columns)
@@ -191,15 +195,6 @@ def _read(file: pq.ParquetFile, schema: pa.Schema, group: int, columns: Sequence
     rows = max(1, _VALUES_AT_ONCE * stored.num_rows // max(1, most))
     batches = file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
     return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns]))
-
-
-def _is_narrow_list(kind: pa.DataType) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        kind = kind.storage_type
-    is_list = False
-    while pa.types.is_fixed_size_list(kind) or _is_list(kind):
-        kind, is_list = kind.value_type, True
-    return is_list and pa.types.is_integer(kind) and kind.bit_width < 32
 
 
 def _opened(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
@@ -277,54 +272,6 @@ def _typed(partitions: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[tuple[t
     return tuple(tuple((n, int(v) if integral[n] else v) for n, v in file) for file in partitions)
 
 
-def stored_field(field: pa.Field) -> Field:
-    kind = field.type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if isinstance(kind, pa.FixedShapeTensorType):
-        dtype = _dtype(kind.value_type)
-        moved = kind.permutation is not None and list(kind.permutation) != sorted(kind.permutation)
-        if dtype is None or moved:
-            return Field(field.name, "dense", f"arrow:{field.type}")
-        return Field(field.name, "dense", dtype, tuple(kind.shape))
-    shape: list[int] = []
-    while pa.types.is_fixed_size_list(kind):
-        shape.append(kind.list_size)
-        kind = kind.value_type
-    if (name := _dtype(kind)) is not None:
-        return Field(field.name, "dense", name, tuple(shape))
-    if not shape and _is_text(kind):
-        binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-        return Field(field.name, "string", "bytes" if binary else "string")
-    if not shape and _is_list(kind) and (name := _dtype(kind.value_type)) is not None:
-        return Field(field.name, "list", name)
-    return Field(field.name, "dense", f"arrow:{field.type}")  # an error only if it is used
-
-
-def _dtype(kind: pa.DataType) -> str | None:
-    if pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        return np.dtype(kind.to_pandas_dtype()).name
-    return None
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return any(
-        test(kind)
-        for test in (
-            pa.types.is_string,
-            pa.types.is_large_string,
-            pa.types.is_string_view,
-            pa.types.is_binary,
-            pa.types.is_large_binary,
-            pa.types.is_fixed_size_binary,
-        )
-    )
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
-
-
 def _check_schemas(files: Sequence[str], footers: Sequence[Footer], needed: Sequence[str] | None) -> None:
     """All files have the needed columns with the same types."""
     first = footers[0].schema
@@ -375,6 +322,23 @@ def _check_statistics(
                         f"Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
                     )
     return {n: Field(n, "list", f.dtype, (lengths[n][0],)) if n in lengths else f for n, f in fields.items()}
+
+
+def _fingerprint_parts(
+    files: Sequence[str], footers: Sequence[Footer], partitions: Sequence[tuple[tuple[str, Any], ...]]
+) -> dict[str, Any]:
+    """Nothing of them depends on where the files are, or on when they were written."""
+    names = [[*partition, os.path.basename(path)] for path, partition in zip(files, partitions, strict=True)]
+    digests = [footer.digest for footer in footers]
+    parts = {
+        "number of files": len(files),
+        "names of the files": fingerprint(names),
+        "columns": fingerprint(str(footers[0].schema)),
+        "contents of the files": fingerprint(digests),
+    }
+    if len(files) > _MAX_TOLD_FILES:
+        return parts
+    return {**parts, "files": [fingerprint([n, d])[:8] for n, d in zip(names, digests, strict=True)]}
 
 
 def _listed(files: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import keras
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
@@ -255,7 +257,7 @@ def first_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": X + 1}, "fingerprint was .* and is now"),
+        ({"x": X + 1}, "since '.*' the array 'x' changed. Make"),
         ({"batch_size": 15}, "batch_size was 16 and is now 15"),
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"shuffle": False}, "order was 'shuffled' and is now 'source'"),
@@ -278,6 +280,26 @@ def test_changed_arguments_are_refused(
     again = fit_for_two_epochs(tmp_path, **{**changed, "resume": "weights", "epochs": 1})
     assert again.epoch == [0]
     assert any(not np.array_equal(a, b) for a, b in zip(again.model().get_weights(), weights, strict=True))
+
+
+def test_changed_file_is_named(tmp_path: Path) -> None:
+    def write(number: int, x: np.ndarray) -> None:
+        pq.write_table(pa.table({"x": list(x), "y": Y[:20]}), tmp_path / "data" / f"{number}.parquet")
+
+    def call(**options: Any) -> rk.Result:
+        source = rk.parquet(tmp_path / "data", x="x", y="y")
+        return rk.fit(build, source, run=rk.Run(storage=str(tmp_path), name="run"), verbose=0, **options)
+
+    (tmp_path / "data").mkdir()
+    for i in range(3):
+        write(i, X[:20])
+    call(epochs=1)
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", tmp_path / "data", copy_function=shutil.copyfile)
+    assert len(call(epochs=2).epoch) == 2
+    write(1, -X[:20])
+    with pytest.raises(rk.OptionError, match=r"since '.*' the contents of the files changed, first '.*1\.parquet'\."):
+        call(epochs=3)
 
 
 def test_folder_without_run_is_refused(tmp_path: Path) -> None:

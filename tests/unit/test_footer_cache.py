@@ -56,7 +56,7 @@ def read(files: list[tuple[str, dict[str, Any]]]) -> tuple[list[Footer], int]:
 
 
 def described(each: list[Footer]) -> list[tuple[Any, ...]]:
-    return [(f.schema, f.rows.tolist(), f.checked, f.nulls, f.lengths) for f in each]
+    return [(f.schema, f.rows.tolist(), f.checked, f.nulls, f.lengths, f.digest) for f in each]
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import fsspec
@@ -13,7 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 import raykeras as rk
-from raykeras.sources import OpenSource
+from raykeras.sources import OpenSource, what_changed
 from raykeras.specs import resolve
 
 
@@ -74,6 +77,73 @@ def test_fingerprint_changes_with_data(tmp_path: Path) -> None:
     before = rk.parquet(write(tmp_path / "a.parquet", 10), x="x").open().fingerprint
     assert rk.parquet(write(tmp_path / "a.parquet", 10), x="x").open().fingerprint == before
     assert rk.parquet(write(tmp_path / "a.parquet", 11), x="x").open().fingerprint != before
+
+
+def test_changed_contents_of_same_size_are_noticed(tmp_path: Path) -> None:
+    values = np.arange(100_000.0)
+    options = {"use_dictionary": False, "compression": "none"}
+
+    def written(values: np.ndarray) -> OpenSource:
+        pq.write_table(pa.table({"x": values}), tmp_path / "a.parquet", **options)
+        return rk.parquet(tmp_path / "a.parquet", x="x").open()
+
+    before = written(values)
+    size = (tmp_path / "a.parquet").stat().st_size
+    least = written(np.concatenate([[-1.0], values[1:]]))  # in the statistics
+    last = written(np.concatenate([values[:-3], [0.0], values[-2:]]))  # not there, but near the end
+    assert (tmp_path / "a.parquet").stat().st_size == size
+    assert len({before.fingerprint, least.fingerprint, last.fingerprint}) == 3
+    assert written(values).fingerprint == before.fingerprint
+
+
+def test_moved_source_keeps_fingerprint(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / "old" / "year=2024" / f"{i}.parquet", start=10 * i)
+    before = rk.parquet(tmp_path / "old", x="x").open()
+    shutil.copytree(tmp_path / "old", tmp_path / "elsewhere" / "new")
+    for path in (tmp_path / "elsewhere").rglob("*.parquet"):
+        os.utime(path, (1, 1))
+    after = rk.parquet(tmp_path / "elsewhere" / "new", x="x").open()
+    assert after.fingerprint == before.fingerprint
+    (tmp_path / "elsewhere" / "new" / "year=2024").rename(tmp_path / "elsewhere" / "new" / "year=2025")
+    assert rk.parquet(tmp_path / "elsewhere" / "new", x="x").open().fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("num_files", [5, 1200])
+def test_first_changed_file_is_named(num_files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = write(tmp_path / "a.parquet", 10).read_bytes()
+    (tmp_path / "data").mkdir()
+    for i in range(num_files):
+        (tmp_path / "data" / f"{i:04}.parquet").write_bytes(content)
+    source = rk.parquet(tmp_path / "data", x="x")
+    before = json.loads(json.dumps(source.open().fingerprint_parts))
+    assert len(json.dumps(before)) < 1 << 14
+
+    def changed() -> str:
+        return what_changed(before, source.open()).replace(str(tmp_path / "data"), "")
+
+    told = num_files == 5
+    write(tmp_path / "data" / "0002.parquet", 10, start=1)
+    write(tmp_path / "data" / "0003.parquet", 10, start=1)
+    assert changed() == "the contents of the files changed" + ", first '/0002.parquet'" * told
+    (tmp_path / "data" / "0001.parquet").rename(tmp_path / "data" / "0001b.parquet")
+    assert changed() == "the names of the files changed" + ", first '/0001b.parquet'" * told
+    write(tmp_path / "data" / "00000.parquet", 1)
+    assert changed().startswith(f"the number of files changed from {num_files:,} to {num_files + 1:,}")
+    assert changed().endswith(", first '/00000.parquet'") == told
+    for path in sorted((tmp_path / "data").iterdir())[3:]:
+        path.unlink()
+    write(tmp_path / "data" / "0000.parquet", 3, more=pa.array([1, 2, 3]))
+    assert "the number of files changed" in changed()
+
+
+def test_change_of_columns_or_rows_is_named(tmp_path: Path) -> None:
+    source = rk.parquet(write(tmp_path / "a.parquet", 10), x="x")
+    before = source.open()
+    assert what_changed(before.fingerprint_parts, before.slice(0, 3)) == "which rows are used changed"
+    write(tmp_path / "a.parquet", 10, more=pa.array(np.ones(10)))
+    expected = f"the columns changed, first {str(tmp_path / 'a.parquet')!r}"
+    assert what_changed(before.fingerprint_parts, source.open()) == expected
 
 
 def test_missing_path_suggests_nearest(tmp_path: Path) -> None:
