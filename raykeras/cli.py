@@ -205,7 +205,8 @@ def inspect(data: str) -> None:
     table = Table("column", "kind", "dtype", "shape", "bytes a row", box=None)
     for field in opened.fields.values():
         dtype = field.dtype.removeprefix("arrow:")
-        kind = "unusable" if field.dtype.startswith("arrow:") else field.kind
+        is_usable = not field.dtype.startswith("arrow:") and field.name not in opened.unusable
+        kind = field.kind if is_usable else "unusable"
         nbytes = "" if kind == "unusable" or field.kind != "dense" else f"{field.row_nbytes:,}"
         table.add_row(field.name, kind, dtype, "×".join(map(str, field.shape)) or "1", nbytes)
     console = Console()

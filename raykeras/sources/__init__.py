@@ -7,7 +7,9 @@ is run.
 
     fields        Arrow columns as fields
     footer_cache  what was read of Parquet footers, kept from one opening to the next
+    encryption    which columns of a Parquet file are encrypted
     footers       what Parquet files tell of themselves
+    parquet_checks  whether their columns can be used
     parquet       files, folders, globs, hive partitions, on any fsspec filesystem
     arrays        NumPy arrays in memory, `.npz` archives among them, and `.npy`, memory-mapped
     units         a part of a Ray dataset, as its tasks make it
@@ -28,7 +30,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from raykeras.errors import ColumnError, OptionError
+from raykeras.errors import ColumnError, OptionError, SourceError, ValidationError
 
 Spec = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 """One column, several that are stacked into one matrix, or either by input or output name."""
@@ -110,6 +112,7 @@ class OpenSource:
         fingerprint: Changes when the data does.
         partitions: For each file the names and values of its hive partition.
         kept_footers: How many files' footers did not have to be read, having been kept.
+        unusable: Columns that cannot be used, with the error for those who use them.
         fingerprint_parts: What the fingerprint was made of, for `what_changed`; as JSON, and small.
         unit_group_rows: For each unit the rows of its whole row group, where a file may change: int64 (units,).
     """
@@ -125,6 +128,7 @@ class OpenSource:
     partitions: tuple[tuple[tuple[str, Any], ...], ...] = ()
     kept_footers: int = 0
     unit_group_rows: np.ndarray | None = None
+    unusable: Mapping[str, ValidationError] = dataclasses.field(default_factory=dict)
     fingerprint_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -140,13 +144,15 @@ class OpenSource:
         )
 
     def field(self, name: str) -> Field:
-        """The column of this name. Raises ColumnError with the nearest name."""
+        """The column of this name. Raises ColumnError with the nearest name, or SourceError if it cannot be read."""
         if name not in self.fields:
             known = ", ".join(self.fields) or "none"
             raise ColumnError(
                 f"Every column named by x, y or sample_weight must exist; got {name!r}.{nearest(name, self.fields)} "
                 f"Columns: {known}."
             )
+        if isinstance(error := self.unusable.get(name), SourceError):
+            raise error
         return self.fields[name]
 
     def slice(self, start: int, stop: int) -> OpenSource:

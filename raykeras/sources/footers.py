@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from raykeras.errors import SourceError
 from raykeras.sources import footer_cache
+from raykeras.sources.encryption import encrypted_leaves
 from raykeras.sources.footer_cache import MAX_NBYTES, Kept
 
 _LEAST_KEPT = 64  # files of a source, from which on their footers are kept
@@ -48,6 +49,7 @@ class Footer:
         digest: Of the file's size and its last 64 KiB, or of its whole footer where that is larger. The footer has
             the size of each column in each row group and, where they were written, least and greatest values. Other
             contents that agree in all of these, and in the rows that lie at the end, are not noticed.
+        encrypted: The columns that cannot be read without a key.
     """
 
     schema: pa.Schema
@@ -56,6 +58,7 @@ class Footer:
     nulls: dict[str, tuple[int, int]]
     lengths: dict[str, list[tuple[int, int, int]]]
     digest: str
+    encrypted: frozenset[str] = frozenset()
 
     def serves(self, columns: Iterable[str] | None) -> bool:
         """Whether the statistics of these columns, or of all, were looked at."""
@@ -65,7 +68,7 @@ class Footer:
     def packed(self) -> Kept:
         """The footer as it is kept."""
         known = {name: getattr(self, name) for name in ("nulls", "lengths", "digest")}
-        known["checked"] = sorted(self.checked)
+        known |= {"checked": sorted(self.checked), "encrypted": sorted(self.encrypted)}
         content = json.dumps(known).encode() + b"\n" + self.rows.astype("<i8").tobytes()
         return Kept(self.schema, zlib.compress(content, 1))
 
@@ -85,6 +88,7 @@ class Footer:
                 {name: (group, count) for name, (group, count) in fields["nulls"].items()},
                 {name: [(g, v, r) for g, v, r in seen] for name, seen in fields["lengths"].items()},
                 str(fields["digest"]),
+                frozenset(map(str, fields["encrypted"])),
             )
         except (zlib.error, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
@@ -95,7 +99,7 @@ class Footer:
         seen = [*self.nulls.values(), *(numbers for each in self.lengths.values() for numbers in each)]
         if (self.rows < 0).any() or not all(type(n) is int and 0 <= n < _MAX_COUNT for ns in seen for n in ns):
             return False
-        named = self.checked | self.nulls.keys() | self.lengths.keys()
+        named = self.checked | self.encrypted | self.nulls.keys() | self.lengths.keys()
         return named <= set(self.schema.names) and all(ns[0] < len(self.rows) and ns[-1] > 0 for ns in seen)
 
 
@@ -167,21 +171,28 @@ class _Kind:
     Attributes:
         schema: Theirs.
         checked: Columns whose statistics are looked at.
-        leaves: Number and column of each leaf of these.
+        leaves: The column of each leaf.
         lists: Columns of lists.
     """
 
     schema: pa.Schema
     checked: frozenset[str]
-    leaves: tuple[tuple[int, str], ...]
+    leaves: tuple[str, ...]
     lists: frozenset[str]
 
     @classmethod
-    def of(cls, schema: pa.Schema, leaves: Iterable[str], columns: frozenset[str] | None) -> _Kind:
+    def of(cls, schema: pa.Schema, columns: frozenset[str] | None) -> _Kind:
         checked = frozenset(schema.names) if columns is None else columns.intersection(schema.names)
-        names = [(j, path.split(".")[0]) for j, path in enumerate(leaves)]
+        leaves = tuple(field.name for field in schema for _ in range(_num_leaves(field.type)))
         lists = frozenset(f.name for f in schema if pa.types.is_list(f.type) or pa.types.is_large_list(f.type))
-        return cls(schema, checked, tuple((j, name) for j, name in names if name in checked), lists)
+        return cls(schema, checked, leaves, lists)
+
+
+def _num_leaves(kind: pa.DataType) -> int:
+    """How many columns Parquet makes of a column: one for each value in a nested type."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if pa.types.is_nested(kind) else 1
 
 
 def _read(
@@ -195,12 +206,21 @@ def _read(
     try:
         with open(path, "rb") if is_local(fs) else fs.open(path, "rb") as stored:
             end, digest = _end(stored)
+        if end[-4:] == b"PARE":
+            raise SourceError(
+                f"Every file of a source must be readable without a key; {path!r} has an encrypted footer. "
+                "Write it without encryption, or leave it out."
+            )
         with pq.ParquetFile(pa.BufferReader(end)) as file:
             schema = file.schema_arrow
             key = (schema.serialize().to_pybytes(), columns)
-            if key not in kinds:  # for few files only: what gave its `schema` stays until it is collected
-                kinds[key] = _Kind.of(schema, [column.path for column in file.schema], columns)
-            return _summary(file.metadata, kinds[key], most, digest)
+            if key not in kinds:
+                kinds[key] = _Kind.of(schema, columns)
+            kind, metadata = kinds[key], file.metadata
+            footer = end[-8 - int.from_bytes(end[-8:-4], "little") : -8]
+            is_signed = metadata.serialized_size != len(footer)
+            hidden = encrypted_leaves(footer) if is_signed else frozenset()
+            return _summary(metadata, kind, most, digest, frozenset(kind.leaves[leaf] for leaf in hidden))
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"Every file of a source must be whole Parquet; {path!r} is not: {first_line(error)} "
@@ -210,7 +230,8 @@ def _read(
 
 def _end(stored: IO[bytes]) -> tuple[bytes, str]:
     """The last bytes of a file, with the whole footer, and `Footer.digest`."""
-    size = stored.seek(0, os.SEEK_END)
+    stored.seek(0, os.SEEK_END)
+    size = stored.tell()
     stored.seek(max(0, size - _END_NBYTES))
     end = stored.read()
     footer_nbytes = int.from_bytes(end[-8:-4], "little") + 8  # its length, and "PAR1"
@@ -220,13 +241,14 @@ def _end(stored: IO[bytes]) -> tuple[bytes, str]:
     return end, hashlib.sha256(b"%d\n" % size + end).hexdigest()[:32]
 
 
-def _summary(metadata: pq.FileMetaData, kind: _Kind, most: int, digest: str) -> Footer:
+def _summary(metadata: pq.FileMetaData, kind: _Kind, most: int, digest: str, encrypted: frozenset[str]) -> Footer:
     groups = [metadata.row_group(g) for g in range(metadata.num_row_groups)]
     rows = [group.num_rows for group in groups]
     nulls: dict[str, tuple[int, int]] = {}
     lengths: dict[str, list[tuple[int, int, int]]] = {}
-    for g in range(min(len(groups), most // max(len(kind.leaves), 1))):
-        for j, name in kind.leaves:
+    leaves = [(j, name) for j, name in enumerate(kind.leaves) if name in kind.checked - encrypted]
+    for g in range(min(len(groups), most // max(len(leaves), 1))):
+        for j, name in leaves:
             chunk = groups[g].column(j)
             if name in kind.lists:  # a leaf of an empty list is null
                 seen = lengths.setdefault(name, [])
@@ -235,7 +257,7 @@ def _summary(metadata: pq.FileMetaData, kind: _Kind, most: int, digest: str) -> 
             elif name not in nulls and (count := _null_count(chunk)):
                 nulls[name] = (g, count)
     lengths = {name: seen[:2] for name, seen in lengths.items()}
-    return Footer(kind.schema, np.array(rows, np.int64), kind.checked, nulls, lengths, digest)
+    return Footer(kind.schema, np.array(rows, np.int64), kind.checked, nulls, lengths, digest, encrypted)
 
 
 def _null_count(chunk: pq.ColumnChunkMetaData) -> int:

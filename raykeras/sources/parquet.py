@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykeras.errors import ColumnError, SourceError
+from raykeras.errors import SourceError
 from raykeras.sources import (
     Cache,
     Columns,
@@ -30,6 +30,7 @@ from raykeras.sources import (
 from raykeras.sources.fields import is_narrow_list, stored_field
 from raykeras.sources.footer_cache import stamp
 from raykeras.sources.footers import Footer, first_line, is_local, read_footers
+from raykeras.sources.parquet_checks import check_columns
 
 _ENDINGS = (".parquet", ".parq", ".pq")
 _MAX_OPEN_FILES = 8
@@ -55,15 +56,18 @@ class ParquetSource(Source):
         for name, value in partitions[0]:
             kind = Field(name, "dense", "int64") if isinstance(value, int) else Field(name, "string", "string")
             fields[name] = kind
-        _check_schemas(files, footers, needed)
         rows = np.concatenate([footer.rows for footer in footers])
         if not rows.sum():
             raise SourceError(f"A source must have at least one row; {_listed(files)} have none.")
+        read = list(zip(files, footers, strict=True))
+        fields, unusable = check_columns(self, read, fields, schema.names if needed is None else needed)
+        for name in needed if needed is not None else unusable:
+            if name in unusable:
+                raise unusable[name]
         parts = _fingerprint_parts(files, footers, partitions)
-        stored = [name for name in (needed if needed is not None else fields) if name in schema.names]
         return OpenSource(
             reader=ParquetReader(fs),
-            fields=_check_statistics(self, files, footers, fields, stored),
+            fields=fields,
             files=tuple(files),
             unit_file=np.repeat(np.arange(len(files)), [len(footer.rows) for footer in footers]),
             unit_group=np.concatenate([np.arange(len(footer.rows)) for footer in footers]),
@@ -74,6 +78,7 @@ class ParquetSource(Source):
             partitions=partitions,
             kept_footers=kept,
             unit_group_rows=rows,
+            unusable=unusable,
         )
 
 
@@ -189,9 +194,9 @@ def _read(file: pq.ParquetFile, schema: pa.Schema, group: int, columns: Sequence
     """
     if not any(is_narrow_list(schema.field(name).type) for name in columns):
         return file.read_row_group(group, columns=columns, use_threads=False)
-    stored = file.metadata.row_group(group)
-    chunks, paths = map(stored.column, range(stored.num_columns)), tuple(f"{name}." for name in columns)
-    most = max(chunk.num_values for chunk in chunks if f"{chunk.path_in_schema}.".startswith(paths))
+    stored, paths = file.metadata.row_group(group), tuple(f"{name}." for name in columns)
+    leaves = [j for j, leaf in enumerate(file.schema) if f"{leaf.path}.".startswith(paths)]
+    most = max(stored.column(j).num_values for j in leaves)  # that of an encrypted column would end the process
     rows = max(1, _VALUES_AT_ONCE * stored.num_rows // max(1, most))
     batches = file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False)
     return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns]))
@@ -270,58 +275,6 @@ def _typed(partitions: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[tuple[t
         for name, value in file:
             integral[name] = integral.get(name, True) and value.lstrip("-").isdigit()
     return tuple(tuple((n, int(v) if integral[n] else v) for n, v in file) for file in partitions)
-
-
-def _check_schemas(files: Sequence[str], footers: Sequence[Footer], needed: Sequence[str] | None) -> None:
-    """All files have the needed columns with the same types."""
-    first = footers[0].schema
-    for path, footer in zip(files[1:], footers[1:], strict=True):
-        schema = footer.schema
-        if schema is first or schema.equals(first):
-            continue
-        for name in needed if needed is not None else first.names:
-            a, b = (s.field(name).type if name in s.names else None for s in (first, schema))
-            if a != b:
-                raise ColumnError(
-                    f"A column must have one type in all files; {name!r} is {a or 'missing'} in {files[0]} and "
-                    f"{b or 'missing'} in {path}. Write them alike, or read them as two sources."
-                )
-
-
-def _check_statistics(
-    source: Source,
-    files: Sequence[str],
-    footers: Sequence[Footer],
-    fields: dict[str, Field],
-    names: Sequence[str],
-) -> dict[str, Field]:
-    """Nulls and lengths of lists, as far as the footers tell; the rest is checked when it is read.
-
-    Returns the fields, those of lists that all have one length turned into fixed shapes.
-    """
-    wanted = [n for n in names if n not in source.fill and fields[n].kind != "list"]
-    lists = [n for n in names if fields[n].kind == "list" and n not in source.pad and n not in source.ragged]
-    lengths: dict[str, tuple[int, str]] = {}
-    for path, footer in zip(files, footers, strict=True):
-        for name in wanted:
-            if name in footer.nulls:
-                group, nulls = footer.nulls[name]
-                raise ColumnError(
-                    f"x, y and sample_weight must hold no nulls; column {name!r} has {nulls:,} in file {path}, "
-                    f"row group {group}. Give `fill={{{name!r}: value}}`, or drop those rows."
-                )
-        for name in lists:
-            for group, values, rows in footer.lengths.get(name, ()):
-                where = f"file {path}, row group {group}"
-                length, rest = divmod(values, rows)
-                seen, seen_where = lengths.setdefault(name, (length, where))
-                if rest or length != seen:
-                    raise ColumnError(
-                        f"The rows of a tensor must have one shape; the lists of column {name!r} have "
-                        f"{values / rows:g} values on average in {where} and {seen:g} in {seen_where}. "
-                        f"Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
-                    )
-    return {n: Field(n, "list", f.dtype, (lengths[n][0],)) if n in lengths else f for n, f in fields.items()}
 
 
 def _fingerprint_parts(
