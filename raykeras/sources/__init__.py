@@ -9,6 +9,7 @@ is run.
     footer_cache  what was read of Parquet footers, kept from one opening to the next
     encryption    which columns of a Parquet file are encrypted
     footers       what Parquet files tell of themselves
+    partitions    columns that the names of folders make
     parquet_checks  whether their columns can be used
     parquet       files, folders, globs, hive partitions, on any fsspec filesystem
     arrays        NumPy arrays in memory, `.npz` archives among them, and `.npy`, memory-mapped

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykeras.errors import SourceError
+from raykeras.errors import OptionError, SourceError
 from raykeras.sources import (
     Cache,
     Columns,
-    Field,
     OpenSource,
     Source,
     Spec,
@@ -31,6 +30,7 @@ from raykeras.sources.fields import is_narrow_list, stored_field
 from raykeras.sources.footer_cache import stamp
 from raykeras.sources.footers import Footer, first_line, is_local, read_footers
 from raykeras.sources.parquet_checks import check_columns
+from raykeras.sources.partitions import read_partitions
 
 _ENDINGS = (".parquet", ".parq", ".pq")
 _MAX_OPEN_FILES = 8
@@ -46,21 +46,22 @@ class ParquetSource(Source):
     storage_options: Mapping[str, Any] | None = None
 
     def open(self) -> OpenSource:
-        fs, found, roots = _find(self.paths, dict(self.storage_options or {}))
+        options = dict(self.storage_options or {})
+        _require_one_filesystem(self.paths, options)
+        fs, found, roots = _find(self.paths, options)
         files = [path for path, _ in found]
         needed = self.columns()
+        partitions, folders, wrong = read_partitions(files, roots, self.fill)
         footers, kept = read_footers(fs, found, needed)
-        partitions = _typed(tuple(_partition(path, root) for path, root in zip(files, roots, strict=True)))
         schema = footers[0].schema
-        fields = {f.name: stored_field(f) for f in schema}
-        for name, value in partitions[0]:
-            kind = Field(name, "dense", "int64") if isinstance(value, int) else Field(name, "string", "string")
-            fields[name] = kind
+        names = [name for name in (schema.names if needed is None else needed) if name not in folders]
         rows = np.concatenate([footer.rows for footer in footers])
         if not rows.sum():
             raise SourceError(f"A source must have at least one row; {_listed(files)} have none.")
-        read = list(zip(files, footers, strict=True))
-        fields, unusable = check_columns(self, read, fields, schema.names if needed is None else needed)
+        fields = {field.name: stored_field(field) for field in schema}
+        fields, unusable = check_columns(self, list(zip(files, footers, strict=True)), fields, names)
+        fields |= folders
+        unusable = {name: error for name, error in unusable.items() if name not in folders} | wrong
         for name in needed if needed is not None else unusable:
             if name in unusable:
                 raise unusable[name]
@@ -99,7 +100,8 @@ def parquet(
 
     Args:
         path: A file, a folder (read recursively; `key=value` folders become columns), a glob, an
-            fsspec URL of any of these, or a list of them. Files are read in the order of their names.
+            fsspec URL of any of these, or a list of them on one filesystem. Files are read in the order of their
+            names.
         x: One column; a list of numeric columns, stacked into a (rows, k) matrix; or a dict of
             either by the model's input names.
         y: Likewise, by output names.
@@ -111,6 +113,8 @@ def parquet(
         A source that streams; nothing is read until it is used.
     """
     paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+    if not paths:
+        raise OptionError("A source must have at least one path; got none.")
     return ParquetSource(
         paths=tuple(os.fspath(p) for p in paths),
         x=x,
@@ -216,6 +220,16 @@ def _footer(fs: fsspec.AbstractFileSystem, path: str, _: str) -> pq.FileMetaData
         return pq.read_metadata(stored)
 
 
+def _require_one_filesystem(paths: Sequence[str], options: dict[str, Any]) -> None:
+    first, *others = ((path, fsspec.core.url_to_fs(path, **options)[0]) for path in paths)
+    for path, fs in others:
+        if fs != first[1]:
+            raise SourceError(
+                f"All paths of a source must be on one filesystem; {first[0]!r} and {path!r} are not. "
+                "Copy the files to one place."
+            )
+
+
 _File = tuple[str, Mapping[str, Any]]
 """A path, and what the filesystem says of it."""
 
@@ -261,20 +275,6 @@ def _nearest_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
     except (OSError, ValueError):
         return ""
     return nearest(os.path.basename(path.rstrip("/")), beside)
-
-
-def _partition(path: str, root: str) -> tuple[tuple[str, str], ...]:
-    folders = os.path.dirname(path[len(root) :] if path.startswith(root) else path).strip("/").split("/")
-    return tuple((k, v) for k, _, v in (f.partition("=") for f in folders) if _ and k)
-
-
-def _typed(partitions: tuple[tuple[tuple[str, str], ...], ...]) -> tuple[tuple[tuple[str, Any], ...], ...]:
-    """Partition values as int where all of a name's are."""
-    integral: dict[str, bool] = {}
-    for file in partitions:
-        for name, value in file:
-            integral[name] = integral.get(name, True) and value.lstrip("-").isdigit()
-    return tuple(tuple((n, int(v) if integral[n] else v) for n, v in file) for file in partitions)
 
 
 def _fingerprint_parts(

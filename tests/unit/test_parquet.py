@@ -158,6 +158,29 @@ def test_empty_folder_and_glob_are_refused(tmp_path: Path) -> None:
             rk.parquet(path, x="x").open()
 
 
+def test_paths_of_two_filesystems_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write(tmp_path / "a.parquet"))
+    memory = fsspec.filesystem("memory")
+    memory.put(path, "/two/a.parquet")
+
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("nothing is to be read")
+
+    for paths in (["memory://two/a.parquet", path], [path, f"file://{path}", "memory://two"]):
+        with monkeypatch.context() as patched:
+            patched.setattr(type(memory), "info", read)
+            patched.setattr(fsspec.get_filesystem_class("file"), "info", read)
+            with pytest.raises(rk.SourceError, match=r"must be on one filesystem; '.*' and '.*' are not"):
+                rk.parquet(paths, x="x").open()
+    assert rk.parquet([path, f"file://{path}"], x="x").open().num_rows == 20
+    memory.rm("/two", recursive=True)
+
+
+def test_empty_list_of_paths_is_refused() -> None:
+    with pytest.raises(rk.OptionError, match="at least one path; got none"):
+        rk.parquet([], x="x")
+
+
 def test_missing_column_suggests_nearest(tmp_path: Path) -> None:
     source = rk.parquet(write(tmp_path / "a.parquet", image=pa.array([0.0] * 10)), x="imgae")
     with pytest.raises(rk.ColumnError, match=r"got 'imgae'. Did you mean 'image'\?"):
