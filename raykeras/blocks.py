@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raykeras.columns import Layout
+from raykeras.columns import Layout, cut, joined
 from raykeras.errors import RaykerasError, root_cause
 from raykeras.plan import Window
 from raykeras.reads import Consumer, Reading, planned_dataset
@@ -38,6 +38,8 @@ SEGMENT_TASKS = 512
 
 SEGMENT_PASSES = 16
 """Most passes of one execution: what is small is not read ahead without end."""
+
+_NAMED_UNITS = 3  # of a window, in an error
 
 _JOINED_ROW_NBYTES = 512
 """Pieces of rows up to this size are joined before their rows are taken: that is faster than to scatter them."""
@@ -163,11 +165,11 @@ def _transformed(
         slices = []
         for unit, start, stop in window.pieces:
             lo = spans[unit][0]
-            slices.append(cache[unit][name][start - lo : stop - lo])
-        numpy = isinstance(slices[0], np.ndarray)
-        columns[name] = np.concatenate(slices) if numpy else pa.concat_arrays(slices)
-    where = str(task.units[window.pieces[0][0]])
-    return layout.assemble(layout.apply_transform(columns, window.key), where)
+            slices.append(cut(cache[unit][name], start - lo, stop - lo))
+        columns[name] = joined(name, slices)
+    units = list(dict.fromkeys(str(task.units[unit]) for unit, _, _ in window.pieces))
+    where = "; ".join(units[:_NAMED_UNITS]) + (f"; or {len(units) - _NAMED_UNITS} more" if units[_NAMED_UNITS:] else "")
+    return layout.assemble(layout.apply_transform(columns, window.key, where), where)
 
 
 def _place(pieces: Sequence[tuple[int, int, np.ndarray]], rows: np.ndarray | None, target: np.ndarray) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 
 from raykeras.decode import decode, for_transform, from_transform
-from raykeras.errors import ColumnError, UserCodeError
-from raykeras.sources import Columns, Field, Transform
+from raykeras.errors import ColumnError, UserCodeError, ValidationError
+from raykeras.sources import Columns, Field, Transform, nearest
 
 Role = Literal["x", "y", "sample_weight"]
 ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
@@ -73,6 +73,8 @@ class Layout:
         tensors: All of them; x first, then y, then sample_weight.
         sequences: Roles whose tensors are handed on as a list instead of a dict.
         stored: The columns to read.
+        unavailable: Where a transform gets all columns that can be used, the error for each of the others; None
+            where every column that is read has to be one that can be used.
     """
 
     tensors: tuple[Tensor, ...]
@@ -82,6 +84,7 @@ class Layout:
     fill: Mapping[str, Any]
     transform: Transform | None = None
     sequences: tuple[Role, ...] = ()
+    unavailable: Mapping[str, ValidationError] | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -119,28 +122,37 @@ class Layout:
         return tuple(batch)
 
     def decode(self, columns: Columns, where: str) -> Columns:
-        """Stored columns as arrays; see `raykeras.decode`."""
-        return {
-            field.name: decode(
-                columns[field.name],
-                field,
-                where=where,
-                pad=self.pad,
-                ragged=field.name in self.ragged,
-                fill=self.fill,
-            )
-            for field in self.stored
-        }
+        """Stored columns as arrays; see `raykeras.decode`. An error takes the place of one that may be unavailable."""
+        decoded: Columns = {}
+        for field in self.stored:
+            column, ragged = columns[field.name], field.name in self.ragged
+            try:
+                if not isinstance(column, ColumnError):
+                    column = decode(column, field, where=where, pad=self.pad, ragged=ragged, fill=self.fill)
+            except ColumnError as error:
+                if self.unavailable is None:
+                    raise
+                column = error.with_traceback(None)
+            decoded[field.name] = column
+        return decoded
 
-    def apply_transform(self, columns: Columns, key: Sequence[int]) -> Columns:
-        """The user's function over decoded columns, its Generator seeded by `key`."""
+    def apply_transform(self, columns: Columns, key: Sequence[int], where: str) -> Columns:
+        """The user's function over decoded columns of `where`, its Generator seeded by `key`.
+
+        An error stays in the place of a column that it could not have, and does not return.
+        """
         if self.transform is None:
             return columns
-        return run_transform(self.transform, columns, key)
+        errors = dict(self.unavailable or {})
+        errors |= {name: column for name, column in columns.items() if isinstance(column, ColumnError)}
+        given = {name: column for name, column in columns.items() if name not in errors}
+        if not given or (errors and self.unavailable is None):
+            raise next(iter(errors.values()))
+        return {**errors, **run_transform(self.transform, given, key, where, errors)}
 
     def assemble(self, columns: Columns, where: str) -> list[Any]:
         """Decoded (and transformed) columns as tensors, in the order of `tensors`."""
-        num_rows = len(next(iter(columns.values()))) if columns else 0
+        num_rows = next((len(column) for column in columns.values() if not isinstance(column, ValidationError)), 0)
         return [_assemble(tensor, columns, num_rows, where) for tensor in self.tensors]
 
     def empty(self, num_rows: int) -> list[Any]:
@@ -156,25 +168,85 @@ class Layout:
         return [_unpack(t, table.column(i)) for i, t in enumerate(self.tensors)]
 
 
-def run_transform(transform: Transform, columns: Columns, key: Sequence[int]) -> Columns:
-    """Calls the user's function; its result as decoded columns. Raises UserCodeError or ColumnError."""
-    arrays = {name: for_transform(array) for name, array in columns.items()}
+def cut(column: Any, start: int, stop: int) -> Any:
+    """Rows of a decoded column, or the error in its place."""
+    return column if isinstance(column, ColumnError) else column[start:stop]
+
+
+def joined(name: str, parts: Sequence[Any]) -> Any:
+    """The rows of parts of a decoded column, or an error in its place."""
+    for part in parts:
+        if isinstance(part, ColumnError):
+            return part
+    if not isinstance(parts[0], np.ndarray):
+        return pa.concat_arrays(parts)
+    shapes = sorted({part.shape[1:] for part in parts})
+    if len(shapes) == 1:
+        return np.concatenate(parts)
+    return ColumnError(
+        f"The rows of a tensor must have one shape; column {name!r} has lists of {shapes[0][0]} values and of "
+        f"{shapes[-1][0]}. Give `pad={{{name!r}: length}}` or `ragged=[{name!r}]`."
+    )
+
+
+class _Given(dict[str, Any]):
+    """What a transform gets; asked for another column, it raises an error that is told from the user's own."""
+
+    def __missing__(self, name: str) -> Any:
+        raise _NotGiven(name)
+
+
+class _NotGiven(KeyError):
+    """A column that a transform asked for and does not get."""
+
+
+def run_transform(
+    transform: Transform, columns: Columns, key: Sequence[int], where: str, unavailable: Mapping[str, ValidationError]
+) -> Columns:
+    """Calls the user's function.
+
+    Args:
+        transform: The function.
+        columns: Decoded columns of some rows.
+        key: Seeds its Generator.
+        where: The file and row group, for messages.
+        unavailable: Columns that it cannot have, and why.
+
+    Returns:
+        Its result as decoded columns.
+
+    Raises:
+        UserCodeError: If it raises.
+        ColumnError: If it asks for a column that it cannot have, or its result has another number of rows.
+    """
+    arrays = _Given({name: for_transform(array) for name, array in columns.items()})
     num_rows = len(next(iter(arrays.values())))
+    name = getattr(transform, "__qualname__", transform)
     try:
         if wants_generator(transform):
             result = transform(arrays, np.random.Generator(np.random.PCG64(np.random.SeedSequence([2, *key]))))
         else:
             result = transform(arrays)
+    except _NotGiven as error:
+        wanted = error.args[0]
+        if wanted in unavailable:
+            reason = f"which it cannot have: {unavailable[wanted]}"
+        else:
+            known = ", ".join(map(str, columns))
+            reason = f"which is not among its columns.{nearest(str(wanted), columns)} Columns: {known}."
+        raise ColumnError(f"`transform` {name!r} asked for column {wanted!r} in {where}, {reason}") from None
     except Exception as error:
-        raise transform_error(transform, error) from error
+        raise transform_error(transform, error, where) from error
     if not isinstance(result, Mapping):
-        raise ColumnError(f"`transform` must return a dict of arrays; it returned {type(result).__name__}.")
-    result = {name: from_transform(array) for name, array in result.items()}
-    for name, array in result.items():
+        raise ColumnError(
+            f"`transform` must return a dict of arrays; {name!r} returned {type(result).__name__} in {where}."
+        )
+    result = {column: from_transform(array) for column, array in result.items()}
+    for column, array in result.items():
         if len(array) != num_rows:
             raise ColumnError(
-                f"`transform` must return as many rows as it is given; got {num_rows} and returned {len(array)} "
-                f"for {name!r}."
+                f"`transform` must return as many rows as it is given; {name!r} got {num_rows} and returned "
+                f"{len(array)} for {column!r} in {where}."
             )
     return result
 
@@ -189,12 +261,13 @@ def wants_generator(transform: Transform) -> bool:
     return len(positional) > 1 and positional[1].default is inspect.Parameter.empty
 
 
-def transform_error(transform: Transform, error: Exception) -> UserCodeError:
+def transform_error(transform: Transform, error: Exception, where: str) -> UserCodeError:
     """An exception of a transform with the user's own traceback."""
     frames = traceback.extract_tb(error.__traceback__)[1:]
     text = "".join(traceback.format_list(frames)) + "".join(traceback.format_exception_only(error))
+    name = getattr(transform, "__qualname__", transform)
     return UserCodeError(
-        f"`transform` {getattr(transform, '__qualname__', transform)!r} raised {type(error).__name__}: {error}",
+        f"`transform` {name!r} raised {type(error).__name__} in {where}: {error}",
         rank=None,
         node=socket.gethostname(),
         cause=type(error).__qualname__,
@@ -223,6 +296,9 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
             f"`transform` must return the same columns for all rows; {missing[0]!r} is missing in {where}."
         )
     arrays = [columns[name] for name in tensor.columns]
+    for array in arrays:
+        if isinstance(array, ValidationError):
+            raise array
     if tensor.kind != "dense":
         return arrays[0]
     if not arrays:

@@ -14,16 +14,16 @@ import copy
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from raykeras.columns import Layout, Tensor
+from raykeras.columns import Layout, Tensor, cut, joined
 from raykeras.errors import OptionError
-from raykeras.sources import Columns, Field, OpenSource, Source
+from raykeras.sources import Columns, Field, OpenSource, Source, UnitRef
 from raykeras.sources.arrays import ArrayReader
 
 AUTO_CACHE_BYTES = "RAYKERAS_AUTO_CACHE_BYTES"
@@ -105,6 +105,9 @@ class HeldReader(ArrayReader):
     def __getstate__(self) -> dict[str, Any]:
         return {"_arrays": None if self._ref is not None else self.arrays, "_ref": self._ref}
 
+    def read(self, unit: UnitRef, start: int, stop: int, columns: Sequence[str]) -> Columns:
+        return {name: cut(self.arrays[name], unit.start + start, unit.start + stop) for name in columns}
+
     def _fill(self, opened: OpenSource, layout: Layout) -> None:
         try:
             self._read.set_result((_stored_columns if layout.transform else _tensors)(opened, layout))
@@ -141,8 +144,7 @@ def _stored_columns(opened: OpenSource, layout: Layout) -> Columns:
     _read_units(opened, layout, lambda unit, columns, where: parts[unit].update(columns))
     whole: Columns = {}
     for name in layout.columns:
-        arrays = [part.pop(name) for part in parts]
-        whole[name] = np.concatenate(arrays) if isinstance(arrays[0], np.ndarray) else pa.concat_arrays(arrays)
+        whole[name] = joined(name, [part.pop(name) for part in parts])
     return whole
 
 

@@ -63,7 +63,7 @@ def read_piece(reader: Reader, layout: Layout, carried: Sequence[str], piece: Pi
     columns = reader.read(piece.unit, piece.start, piece.stop, names)
     where = str(piece.unit)
     decoded = layout.decode({name: columns[name] for name in layout.columns}, where)
-    table = layout.pack(layout.assemble(layout.apply_transform(decoded, (0, piece.index)), where))
+    table = layout.pack(layout.assemble(layout.apply_transform(decoded, (0, piece.index), where), where))
     for name in carried:
         table = table.append_column(f"carried:{name}", _as_arrow(columns[name]))
     return table

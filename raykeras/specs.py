@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from raykeras.columns import Layout, Role, Tensor
-from raykeras.errors import ColumnError, OptionError
-from raykeras.sources import Field, OpenSource, Source, Spec, nearest
+from raykeras.errors import ColumnError, OptionError, ValidationError
+from raykeras.sources import Field, OpenSource, Source, Spec, flat_names, nearest
 
 ClassWeight = Mapping[Any, Any]
 """Class to weight; or that, by output name."""
@@ -43,28 +43,31 @@ def resolve(
     """
     if source.x is None:
         raise OptionError('A source must say what x is; got none. Give `x="column"`.')
-    names = source.columns()
+    names, unavailable = source.needed_columns(), None
     if names is None:
-        names = sorted(n for n, f in opened.fields.items() if not f.dtype.startswith("arrow:"))
+        unavailable = _unavailable(opened)
+        names = sorted(name for name in opened.fields if name not in unavailable)
     stored = tuple(opened.field(name) for name in names)
     for field in stored:
         _require_usable(field, source)
-    layout = Layout((), stored, dict(source.pad), tuple(source.ragged), dict(source.fill), source.transform)
-    if source.transform is None:
-        fields = {field.name: _decoded_field(field, source) for field in stored}
-    else:
-        fields = _probe(layout, opened)
-    tensors: list[Tensor] = []
+    layout = Layout(
+        (), stored, dict(source.pad), tuple(source.ragged), dict(source.fill), source.transform, unavailable=unavailable
+    )
     roles: tuple[tuple[Role, Spec], ...] = (
         ("x", source.x),
         ("y", source.y),
         ("sample_weight", source.sample_weight),
     )
+    if source.transform is None:
+        fields = {field.name: _decoded_field(field, source) for field in stored}
+    else:
+        fields = _probe(layout, opened, {name for _, spec in roles for name in flat_names(spec)})
+    tensors: list[Tensor] = []
     for role, spec in roles:
         for name, columns in _entries(role, spec):
             tensors.append(_tensor(role, name, columns, fields, source, floatx))
     tensors = _with_weights(tensors, class_weight, floatx)
-    return Layout(tuple(tensors), stored, layout.pad, layout.ragged, layout.fill, source.transform, tuple(sequences))
+    return dataclasses.replace(layout, tensors=tuple(tensors), sequences=tuple(sequences))
 
 
 def check_weights(opened: OpenSource, layout: Layout) -> None:
@@ -215,12 +218,24 @@ def _weighting(weights: Any) -> tuple[tuple[int, float], ...]:
     return pairs
 
 
+def _unavailable(opened: OpenSource) -> dict[str, ValidationError]:
+    """The columns that a transform cannot have, each with the reason; an error only if it asks for one."""
+    errors = {name: _type_error(field) for name, field in opened.fields.items()}
+    return {name: error for name, error in errors.items() if error is not None} | dict(opened.unusable)
+
+
+def _type_error(field: Field) -> ColumnError | None:
+    if not field.dtype.startswith("arrow:"):
+        return None
+    return ColumnError(
+        f"A column must hold numbers, booleans, text, bytes, or lists of numbers; {field.name!r} is "
+        f"{field.dtype.removeprefix('arrow:')}. Convert it when you write the data."
+    )
+
+
 def _require_usable(field: Field, source: Source) -> None:
-    if field.dtype.startswith("arrow:"):
-        raise ColumnError(
-            f"A column must hold numbers, booleans, text, bytes, or lists of numbers; {field.name!r} is "
-            f"{field.dtype.removeprefix('arrow:')}. Convert it when you write the data."
-        )
+    if (error := _type_error(field)) is not None:
+        raise error
     for option, names in (("pad", source.pad), ("ragged", source.ragged)):
         if field.name in names and field.kind != "list":
             raise OptionError(f"`{option}` is for columns of lists; {field.name!r} is {_described(field)}.")
@@ -241,12 +256,16 @@ def _decoded_field(field: Field, source: Source) -> Field:
     return Field(field.name, "dense", field.dtype, field.shape)
 
 
-def _probe(layout: Layout, opened: OpenSource) -> dict[str, Field]:
-    """The columns that the transform returns for the first rows."""
-    columns = layout.decode(opened.head(_PROBED_ROWS, layout.columns), "the first rows")
+def _probe(layout: Layout, opened: OpenSource, used: Collection[str]) -> dict[str, Field]:
+    """The columns that the transform returns for the first rows. Raises why one that is used cannot be had."""
+    where = str(opened.head_unit)
+    columns = layout.decode(opened.head(_PROBED_ROWS, layout.columns), where)
     fields = {}
-    for name, array in layout.apply_transform(columns, (0,)).items():
-        if isinstance(array, np.ndarray):
+    for name, array in layout.apply_transform(columns, (0,), where).items():
+        if isinstance(array, ValidationError):
+            if name in used:
+                raise array
+        elif isinstance(array, np.ndarray):
             if array.dtype.kind not in "biuf":
                 raise ColumnError(f"`transform` must return numbers or text; {name!r} has dtype {array.dtype}.")
             fields[name] = Field(name, "dense", array.dtype.name, array.shape[1:])

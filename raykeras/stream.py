@@ -68,8 +68,9 @@ class Stream:
     def sample(self, num_rows: int = 8) -> list[Any]:
         """The first rows of the source, at most so many, as tensors in the order of the layout."""
         opened, layout = self.feed.opened, self.feed.layout
-        columns = layout.decode(opened.head(num_rows, layout.columns), "the first rows")
-        return as_tensors(layout, layout.assemble(layout.apply_transform(columns, (0,)), "the first rows"))
+        where = str(opened.head_unit)
+        columns = layout.decode(opened.head(num_rows, layout.columns), where)
+        return as_tensors(layout, layout.assemble(layout.apply_transform(columns, (0,), where), where))
 
     def waited_s(self, step: int, since: float) -> float:
         """Seconds after `since` for which `step`'s batch was still not there.

@@ -149,8 +149,7 @@ class OpenSource:
         if name not in self.fields:
             known = ", ".join(self.fields) or "none"
             raise ColumnError(
-                f"Every column named by x, y or sample_weight must exist; got {name!r}.{nearest(name, self.fields)} "
-                f"Columns: {known}."
+                f"Every column that is named must exist; got {name!r}.{nearest(name, self.fields)} Columns: {known}."
             )
         if isinstance(error := self.unusable.get(name), SourceError):
             raise error
@@ -175,8 +174,17 @@ class OpenSource:
 
     def head(self, num_rows: int, columns: Sequence[str]) -> Columns:
         """The first rows, all from one unit."""
-        index = int(np.flatnonzero(self.unit_rows)[0])
+        index = self._first_unit
         return self.reader.read(self.unit(index), 0, min(num_rows, int(self.unit_rows[index])), columns)
+
+    @property
+    def head_unit(self) -> UnitRef:
+        """The unit of `head`."""
+        return self.unit(self._first_unit)
+
+    @property
+    def _first_unit(self) -> int:
+        return int(np.flatnonzero(self.unit_rows)[0])
 
 
 Transform = Callable[..., Mapping[str, Any]]
@@ -191,6 +199,7 @@ class Source(ABC):
         x, y, sample_weight: Column specs.
         transform: `f(columns)` or `f(columns, rng)`, run on windows of rows inside the data tasks:
             takes and returns a dict of NumPy arrays, rows first, the same number of rows.
+        columns: The columns that `transform` gets; None for all that can be used as they are.
         pad: For columns of lists of differing lengths: the length, or `(length, value)`.
         ragged: Columns of lists to hand on as `tf.RaggedTensor`.
         fill: For columns with nulls: the value that takes their place.
@@ -202,6 +211,7 @@ class Source(ABC):
     y: Spec = None
     sample_weight: Spec = None
     transform: Transform | None = None
+    columns: Sequence[str] | None = None
     pad: Mapping[str, int | tuple[int, Any]] = dataclasses.field(default_factory=dict)
     ragged: Sequence[str] = ()
     fill: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -210,6 +220,13 @@ class Source(ABC):
     def __post_init__(self) -> None:
         if self.transform is not None and not callable(self.transform):
             raise OptionError(f"`transform` must be a function of a dict of arrays; got {self.transform!r}.")
+        if self.columns is not None and (isinstance(self.columns, str) or not self.columns):
+            raise OptionError(f"`columns` must be a list of at least one column; got {self.columns!r}.")
+        if self.columns is not None and self.transform is None:
+            raise OptionError(
+                f"`columns` are those that `transform` gets; got {list(self.columns)} without `transform`. Leave "
+                "it out: what x, y and sample_weight do not name is not read."
+            )
         for name, value in self.pad.items():
             length = value[0] if isinstance(value, tuple) else value
             if isinstance(length, bool) or not isinstance(length, int) or length < 1:
@@ -226,10 +243,10 @@ class Source(ABC):
     def open(self) -> OpenSource:
         """Reads the metadata. Raises SourceError or ColumnError."""
 
-    def columns(self) -> list[str] | None:
-        """The stored columns that are needed, sorted; None for all, where a transform takes them."""
+    def needed_columns(self) -> list[str] | None:
+        """The stored columns that are needed; None for all that can be used, where a transform takes them."""
         if self.transform is not None:
-            return None
+            return None if self.columns is None else list(dict.fromkeys(self.columns))
         return sorted({name for spec in (self.x, self.y, self.sample_weight) for name in flat_names(spec)})
 
 

@@ -51,7 +51,7 @@ class ArrayReader:
 
         if self._ref is None:
             # Ray shares only what lies in one piece; of anything else each worker would hold a copy
-            self._ref = ray.put({name: a if a.flags.forc else a.copy() for name, a in self.arrays.items()})
+            self._ref = ray.put({name: _in_one_piece(array) for name, array in self.arrays.items()})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_arrays": None if self._ref is not None else self._arrays, "_ref": self._ref}
@@ -93,7 +93,8 @@ class NpySource(Source):
 
     def open(self) -> OpenSource:
         if self.archive is not None:
-            arrays = _open_npz(self.archive, flat_names([*_specs(self)]), self.transform is not None)
+            keys = flat_names([*_specs(self)]) if self.columns is None else self.columns
+            arrays = _open_npz(self.archive, keys, self.transform is not None and self.columns is None)
             return _open(ArrayReader(arrays), arrays, {name: self.archive for name in arrays})
         arrays = {name: open_npy(path) for name, path in self.paths.items()}
         return _open(NpyReader(self.paths), arrays, dict(self.paths))
@@ -106,6 +107,7 @@ def npy(
     x: Spec = None,
     sample_weight: Spec = None,
     transform: Transform | None = None,
+    columns: Sequence[str] | None = None,
     cache: Cache = "auto",
 ) -> NpySource:
     """NumPy files as a source.
@@ -116,6 +118,7 @@ def npy(
         x: With an archive, the key of x, or of each input by name.
         sample_weight: Like `y`.
         transform, cache: See `Source`.
+        columns: With an archive and a transform, the keys that the transform gets.
 
     Returns:
         A source; a local `.npy` is memory-mapped and never read whole, an archive is held in memory.
@@ -130,10 +133,13 @@ def npy(
             y=y,
             sample_weight=sample_weight,
             transform=transform,
+            columns=columns,
             cache=cache,
         )
     if x is not None:
         raise OptionError("`x` names a key of a .npz archive; with .npy files, the first argument is x itself.")
+    if columns is not None:
+        raise OptionError("`columns` names keys of a .npz archive; of .npy files, `transform` gets all that are given.")
     paths: dict[str, str] = {}
     specs = {
         role: _name_files(role, value, paths)
@@ -175,6 +181,10 @@ def open_npy(path: str) -> np.ndarray:
         raise SourceError(f"A .npy file must hold one array without objects; {path!r}: {error}") from None
 
 
+def _in_one_piece(array: Any) -> Any:
+    return array.copy() if isinstance(array, np.ndarray) and not array.flags.forc else array
+
+
 def _specs(source: Source) -> list[Any]:
     return [spec for spec in (source.x, source.y, source.sample_weight) if spec is not None]
 
@@ -190,7 +200,7 @@ def _open_npz(path: str, keys: Sequence[str], transformed: bool) -> Columns:
             for key in keys:
                 if key not in archive.files:
                     raise ColumnError(
-                        f"Every key named by x, y or sample_weight must be in the archive; got {key!r}."
+                        f"Every key that is named must be in the archive; got {key!r}."
                         f"{nearest(key, archive.files)} Keys of {path!r}: {', '.join(archive.files)}."
                     )
             return {key: archive[key] for key in keys or archive.files}

@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raykeras.errors import ColumnError, OptionError, RaykerasError, SourceError, UserCodeError, root_cause
+from raykeras.errors import (
+    ColumnError,
+    OptionError,
+    RaykerasError,
+    SourceError,
+    UserCodeError,
+    ValidationError,
+    root_cause,
+)
 from raykeras.sources import (
     DATASET,
     Cache,
@@ -102,9 +110,15 @@ class DatasetSource(Source):
     def open(self) -> OpenSource:
         reader, units, unit_rows = self.rows.units()
         fields = {f.name: _field_of(f) for f in reader.schema}
-        needed = self.columns()
+        needed = self.needed_columns()
+        unusable: dict[str, ValidationError] = {}
         for name in [n for n in (fields if needed is None else needed) if n in fields]:
-            fields[name] = _checked(self, fields[name], units)
+            try:
+                fields[name] = _checked(self, fields[name], units)
+            except ColumnError as error:
+                if needed is not None:
+                    raise
+                unusable[name] = error.with_traceback(None)
         numbers = np.arange(len(units))
         parts = {
             "columns": fingerprint(str(reader.schema)),
@@ -121,6 +135,7 @@ class DatasetSource(Source):
             unit_rows=unit_rows,
             fingerprint=fingerprint(parts),
             fingerprint_parts=parts,
+            unusable=unusable,
         )
 
 
@@ -131,6 +146,7 @@ def dataset(
     y: Spec = None,
     sample_weight: Spec = None,
     transform: Transform | None = None,
+    columns: Sequence[str] | None = None,
     pad: Mapping[str, int | tuple[int, Any]] | None = None,
     ragged: Sequence[str] = (),
     fill: Mapping[str, Any] | None = None,
@@ -144,7 +160,7 @@ def dataset(
             either by the model's input names.
         y: Likewise, by output names.
         sample_weight: Likewise, by output names.
-        transform, pad, ragged, fill: See `Source`.
+        transform, columns, pad, ragged, fill: See `Source`.
 
     Returns:
         A source; nothing is run until it is used.
@@ -160,6 +176,7 @@ def dataset(
         y=y,
         sample_weight=sample_weight,
         transform=transform,
+        columns=columns,
         pad=dict(pad or {}),
         ragged=tuple(ragged),
         fill=dict(fill or {}),

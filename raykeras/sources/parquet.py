@@ -50,7 +50,7 @@ class ParquetSource(Source):
         _require_one_filesystem(self.paths, options)
         fs, found, roots = _find(self.paths, options)
         files = [path for path, _ in found]
-        needed = self.columns()
+        needed = self.needed_columns()
         partitions, folders, wrong = read_partitions(files, roots, self.fill)
         footers, kept = read_footers(fs, found, needed)
         schema = footers[0].schema
@@ -62,7 +62,7 @@ class ParquetSource(Source):
         fields, unusable = check_columns(self, list(zip(files, footers, strict=True)), fields, names)
         fields |= folders
         unusable = {name: error for name, error in unusable.items() if name not in folders} | wrong
-        for name in needed if needed is not None else unusable:
+        for name in needed or ():
             if name in unusable:
                 raise unusable[name]
         parts = _fingerprint_parts(files, footers, partitions)
@@ -90,6 +90,7 @@ def parquet(
     y: Spec = None,
     sample_weight: Spec = None,
     transform: Transform | None = None,
+    columns: Sequence[str] | None = None,
     pad: Mapping[str, int | tuple[int, Any]] | None = None,
     ragged: Sequence[str] = (),
     fill: Mapping[str, Any] | None = None,
@@ -106,7 +107,7 @@ def parquet(
             either by the model's input names.
         y: Likewise, by output names.
         sample_weight: Likewise, by output names.
-        transform, pad, ragged, fill, cache: See `Source`.
+        transform, columns, pad, ragged, fill, cache: See `Source`.
         storage_options: Passed to fsspec.
 
     Returns:
@@ -121,6 +122,7 @@ def parquet(
         y=y,
         sample_weight=sample_weight,
         transform=transform,
+        columns=columns,
         pad=dict(pad or {}),
         ragged=tuple(ragged),
         fill=dict(fill or {}),

@@ -144,6 +144,24 @@ def test_shuffled_batches_are_independent_of_num_ranks() -> None:
     assert one[:7] != one[7:]
 
 
+def test_transform_gets_columns_that_can_be_used() -> None:
+    def doubled(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"z": 2 * columns["v"]}
+
+    def asks(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"z": columns["ragged"]}
+
+    data = of(v=np.arange(3.0), ragged=[[1], [1, 2], []], null=[1, None, 2], unread=pa.array([1, 2, 3], pa.date32()))
+    for options in ({}, {"columns": ["v"]}, {"columns": ["v", "ragged"], "pad": {"ragged": 2}}):
+        source = rk.dataset(data, x="z", transform=doubled, **options)
+        resolve(source, source.open())
+    with pytest.raises(rk.ColumnError, match=r"asked for column 'ragged' in .* cannot have: .*have 0 to 2 values"):
+        source = rk.dataset(data, x="z", transform=asks)
+        resolve(source, source.open())
+    with pytest.raises(rk.ColumnError, match=r"column 'null' has 1 in the Ray dataset"):
+        rk.dataset(data, x="z", transform=doubled, columns=["v", "null"]).open()
+
+
 def test_fingerprint_changes_with_data() -> None:
     values = np.arange(20.0)
     prints = {

@@ -26,7 +26,7 @@ def tensors(tmp_path: Path, columns: dict[str, Any], class_weight: Any = None, *
     opened = source.open()
     layout = resolve(source, opened, class_weight=class_weight)
     decoded = layout.decode(opened.head(1 << 20, layout.columns), "here")
-    flat = layout.assemble(layout.apply_transform(decoded, (0,)), "here")
+    flat = layout.assemble(layout.apply_transform(decoded, (0,), "here"), "here")
     return layout.structure(layout.unpack(layout.pack(flat)))
 
 
