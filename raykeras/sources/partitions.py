@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from raykeras.errors import ColumnError, SourceError, ValidationError
+from raykeras.errors import SourceError
 from raykeras.sources import Field
 
 Partition = tuple[tuple[str, Any], ...]
@@ -28,7 +28,7 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 def read_partitions(
     files: Sequence[str], roots: Sequence[str], fill: Mapping[str, Any]
-) -> tuple[tuple[Partition, ...], dict[str, Field], dict[str, ValidationError]]:
+) -> tuple[tuple[Partition, ...], dict[str, Field], dict[str, SourceError]]:
     """The partitions of files.
 
     Args:
@@ -44,7 +44,7 @@ def read_partitions(
     """
     found: list[dict[str, Any]] = [_partition(path, root) for path, root in zip(files, roots, strict=True)]
     fields: dict[str, Field] = {}
-    errors: dict[str, ValidationError] = {}
+    errors: dict[str, SourceError] = {}
     for name in dict.fromkeys(name for partition in found for name in partition):
         given = [partition[name] for partition in found if partition.get(name) is not None]
         is_integer = all(map(_is_integer, given)) if given else isinstance(fill.get(name), int)
@@ -71,24 +71,24 @@ def _partition(path: str, root: str) -> dict[str, str | None]:
     return {name: None if value == _NULL else value for name, value in pairs}
 
 
-def _error(path: str, partition: Mapping[str, Any], field: Field, fill: Mapping[str, Any]) -> ColumnError | None:
+def _error(path: str, partition: Mapping[str, Any], field: Field, fill: Mapping[str, Any]) -> SourceError | None:
     name = field.name
     if name not in partition:
-        return ColumnError(
+        return SourceError(
             f"A partition that is used must be there for all files; {name!r} is in the names of other folders, and not "
             f"in {path}. Move that file, or read it as another source."
         )
     if partition[name] is not None:
         return None
     if name not in fill:
-        return ColumnError(
-            f"x, y and sample_weight must hold no nulls; partition {name!r} of {path} is {_NULL}. "
+        return SourceError(
+            f"A partition that is used must have no nulls; {name!r} of {path} is {_NULL}. "
             f"Give `fill={{{name!r}: value}}`, or leave that file out."
         )
     kinds = (int, np.integer) if field.kind == "dense" else (str,)
     if isinstance(fill[name], bool) or not isinstance(fill[name], kinds):
         what = "integers" if field.kind == "dense" else "text"
-        return ColumnError(
+        return SourceError(
             f"`fill` must have a value of the column's type; partition {name!r} holds {what}; got {fill[name]!r}."
         )
     return None

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import tensorflow as tf
 
 import raykeras as rk
@@ -92,6 +93,16 @@ def test_cached_batches_equal_streamed_ones(
         for array, expected_array in zip(batch, expected, strict=True):
             np.testing.assert_array_equal(array, expected_array)
             assert array.dtype == expected_array.dtype
+
+
+def test_cached_text_is_shared_with_workers(folder: Path) -> None:
+    source = rk.parquet(folder, **SPECS["text"])
+    opened = source.open()
+    held, layout = Held(opened, resolve(source, opened)).source(resolve(source, opened))
+    expected = held.reader.read(held.unit(3), 2, 5, layout.columns)
+    held.reader.share()  # type: ignore[attr-defined]
+    shared = ray.get(ray.put(held.reader)).read(held.unit(3), 2, 5, layout.columns)["x['a']"]
+    assert shared.to_pylist() == expected["x['a']"].to_pylist() == [b"row 32", b"row 33", b"row 34"]
 
 
 def test_npy_files_are_cached(tmp_path: Path) -> None:

@@ -88,9 +88,11 @@ def test_undecodable_folder_is_refused(tmp_path: Path) -> None:
 )
 def test_null_is_filled(values: list[str], fill: Any, expected: list[Any], tmp_path: Path) -> None:
     write(tmp_path, *values)
-    with pytest.raises(rk.ColumnError, match=rf"partition 'key' of .*/0\.parquet is {NULL}. Give `fill=\{{'key': "):
+    message = rf"must have no nulls; 'key' of .*/0\.parquet is {NULL}. Give `fill=\{{'key': "
+    with pytest.raises(rk.SourceError, match=message):
         rk.parquet(tmp_path, x="key").open()
-    rk.parquet(tmp_path, x="x").open()
+    with pytest.raises(rk.SourceError, match=message):  # as of the columns that are written beside predictions
+        rk.parquet(tmp_path, x="x").open().field("key")
     source = rk.parquet(tmp_path, x="key", fill={"key": fill})
     opened = source.open()
     assert sorted(column(opened)) == expected
@@ -100,13 +102,13 @@ def test_null_is_filled(values: list[str], fill: Any, expected: list[Any], tmp_p
 
 @pytest.mark.parametrize(("values", "fill"), [([NULL, "3"], "a"), ([NULL, "3"], 0.5), ([NULL, "a"], 1)])
 def test_fill_of_other_type_is_refused(values: list[str], fill: Any, tmp_path: Path) -> None:
-    with pytest.raises(rk.ColumnError, match="`fill` must have a value of the column's type; partition 'key' holds"):
+    with pytest.raises(rk.SourceError, match="`fill` must have a value of the column's type; partition 'key' holds"):
         rk.parquet(write(tmp_path, *values), x="key", fill={"key": fill}).open()
 
 
 def test_file_without_partition_is_named(tmp_path: Path) -> None:
     write(tmp_path, "1")
     pq.write_table(pa.table({"x": [1.0]}), tmp_path / "loose.parquet")
-    with pytest.raises(rk.ColumnError, match=r"'key' is in the names of other folders, and not in .*/loose\.parquet"):
+    with pytest.raises(rk.SourceError, match=r"'key' is in the names of other folders, and not in .*/loose\.parquet"):
         rk.parquet(tmp_path, x="key").open()
     assert rk.parquet(tmp_path, x="x").open().num_rows == 2
