@@ -122,7 +122,10 @@ class Layout:
         return tuple(batch)
 
     def decode(self, columns: Columns, where: str) -> Columns:
-        """Stored columns as arrays; see `raykeras.decode`. An error takes the place of one that may be unavailable."""
+        """Turn stored columns into arrays; see `raykeras.decode`.
+
+        An error takes the place of a column that cannot be decoded and that nobody may have asked for.
+        """
         decoded: Columns = {}
         for field in self.stored:
             column, ragged = columns[field.name], field.name in self.ragged
@@ -137,7 +140,7 @@ class Layout:
         return decoded
 
     def apply_transform(self, columns: Columns, key: Sequence[int], where: str) -> Columns:
-        """The user's function over decoded columns of `where`, its Generator seeded by `key`.
+        """Call the user's function with decoded columns of `where`, its Generator seeded by `key`.
 
         An error stays in the place of a column that it could not have, and does not return.
         """
@@ -169,12 +172,12 @@ class Layout:
 
 
 def cut(column: Any, start: int, stop: int) -> Any:
-    """Rows of a decoded column, or the error in its place."""
+    """Return rows of a decoded column, or the error in its place."""
     return column if isinstance(column, ColumnError) else column[start:stop]
 
 
 def joined(name: str, parts: Sequence[Any]) -> Any:
-    """The rows of parts of a decoded column, or an error in its place."""
+    """Join parts of a decoded column; return an error if there is one in their place, or they do not fit."""
     for part in parts:
         if isinstance(part, ColumnError):
             return part
@@ -203,7 +206,7 @@ class _NotGiven(KeyError):
 def run_transform(
     transform: Transform, columns: Columns, key: Sequence[int], where: str, unavailable: Mapping[str, ValidationError]
 ) -> Columns:
-    """Calls the user's function.
+    """Call the user's function.
 
     Args:
         transform: The function.

@@ -219,7 +219,7 @@ def _weighting(weights: Any) -> tuple[tuple[int, float], ...]:
 
 
 def _unavailable(opened: OpenSource) -> dict[str, ValidationError]:
-    """The columns that a transform cannot have, each with the reason; an error only if it asks for one."""
+    """Return the columns that a transform cannot have, each with the reason; an error only if it asks for one."""
     errors = {name: _type_error(field) for name, field in opened.fields.items()}
     return {name: error for name, error in errors.items() if error is not None} | dict(opened.unusable)
 
@@ -257,7 +257,7 @@ def _decoded_field(field: Field, source: Source) -> Field:
 
 
 def _probe(layout: Layout, opened: OpenSource, used: Collection[str]) -> dict[str, Field]:
-    """The columns that the transform returns for the first rows. Raises why one that is used cannot be had."""
+    """Return the columns that the transform makes of the first rows. Raises why one that is used cannot be had."""
     where = str(opened.head_unit)
     columns = layout.decode(opened.head(_PROBED_ROWS, layout.columns), where)
     fields = {}

@@ -244,7 +244,7 @@ class Source(ABC):
         """Reads the metadata. Raises SourceError or ColumnError."""
 
     def needed_columns(self) -> list[str] | None:
-        """The stored columns that are needed; None for all that can be used, where a transform takes them."""
+        """Return the stored columns that are needed; None for all that can be used, where a transform takes them."""
         if self.transform is not None:
             return None if self.columns is None else list(dict.fromkeys(self.columns))
         return sorted({name for spec in (self.x, self.y, self.sample_weight) for name in flat_names(spec)})
@@ -272,7 +272,7 @@ def fingerprint(value: Any) -> str:
 
 
 def what_changed(before: Mapping[str, Any], opened: OpenSource) -> str:
-    """What of a source's data is not what it was; the first thing that differs.
+    """Say what of a source's data is not what it was; the first thing that differs.
 
     Args:
         before: Its `fingerprint_parts` then.

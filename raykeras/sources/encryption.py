@@ -15,7 +15,7 @@ _ROW_GROUPS, _COLUMNS, _CRYPTO_METADATA = 4, 1, 8
 
 
 def encrypted_leaves(footer: bytes) -> frozenset[int]:
-    """The numbers of the encrypted columns, counted over the leaves of nested ones."""
+    """Return the numbers of the encrypted columns, counted over the leaves of nested ones."""
     groups = _Thrift(footer).struct().get(_ROW_GROUPS, [])
     chunks = [chunk for group in groups for chunk in enumerate(group.get(_COLUMNS, []))]
     return frozenset(leaf for leaf, chunk in chunks if _CRYPTO_METADATA in chunk)
@@ -28,7 +28,7 @@ class _Thrift:
         self._data, self._at = data, 0
 
     def struct(self) -> dict[int, Any]:
-        """Values by the numbers of their fields."""
+        """Read a struct: values by the numbers of their fields."""
         found: dict[int, Any] = {}
         number = 0
         while head := self._byte():

@@ -9,7 +9,7 @@ from raykeras.sources import Field
 
 
 def stored_field(field: pa.Field) -> Field:
-    """A column as it is stored; the dtype begins with "arrow:" where it cannot be used."""
+    """Describe a column as it is stored; the dtype begins with "arrow:" where it cannot be used."""
     kind = field.type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -54,12 +54,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def is_list(kind: pa.DataType) -> bool:
-    """Whether lengths may differ from row to row."""
+    """Return whether lengths may differ from row to row."""
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def is_narrow_list(kind: pa.DataType) -> bool:
-    """Whether it is lists of integers of fewer than 32 bits."""
+    """Return whether it is lists of integers of fewer than 32 bits."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     listed = False

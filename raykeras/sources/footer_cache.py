@@ -5,8 +5,8 @@ have the same stamp. They are kept in an SQLite file, in `$RAYKERAS_CACHE` or el
 deleted at any time.
 
 Nothing in that file is trusted. It is used only if it and its folder belong to this user and nobody else can write to
-them. URLs may hold credentials, so only their digests are stored. Each row has a checksum; a row that is damaged is
-as good as none, and a file with other tables, or none, is replaced.
+them. URLs may hold credentials, so only their digests are stored. Each row has a checksum; damaged rows are
+ignored, and a file with other tables, or none, is replaced.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Kept(NamedTuple):
 
 
 def stamp(info: Mapping[str, Any]) -> str | None:
-    """What changes when a file does, from what its filesystem says; None where it does not tell."""
+    """Return what changes when a file does, of what its filesystem says; None where it does not tell."""
     changes = [str(info[key]) for key in _CHANGES if info.get(key) is not None]
     return json.dumps([info.get("size"), info.get("ino"), *changes]) if changes else None
 
 
 def load(files: Sequence[tuple[str, str | None]]) -> dict[int, Kept]:
-    """What is kept of files.
+    """Return what is kept of files.
 
     Args:
         files: URL and stamp of each.
@@ -88,7 +88,7 @@ def load(files: Sequence[tuple[str, str | None]]) -> dict[int, Kept]:
 
 
 def save(files: Sequence[tuple[str, str | None, Kept]]) -> None:
-    """Keeps what is known of files, by URL and stamp, if there is a place for it; never raises."""
+    """Keep what is known of files, by URL and stamp, if there is a place for it; never raises."""
     path = _path()
     if path is None:
         return
@@ -133,13 +133,13 @@ def _write(path: Path, schemas: Mapping[str, bytes], rows: Sequence[tuple[Any, .
 
 
 def _path() -> Path | None:
-    """The SQLite file; None where there is no place for it."""
+    """Return the SQLite file; None where there is no place for it."""
     folder = os.environ.get("RAYKERAS_CACHE") or os.path.expanduser("~/.cache/raykeras")
     return None if folder.startswith("~") else Path(folder).absolute() / _NAME
 
 
 def _is_private(path: Path, is_kind: Any) -> bool:
-    """Whether a file or folder belongs to this user, and nobody else can write to it."""
+    """Return whether a file or folder belongs to this user, and nobody else can write to it."""
     try:
         state = os.stat(path, follow_symlinks=is_kind is stat.S_ISDIR)
     except OSError:
@@ -153,7 +153,7 @@ def _connected(path: Path, mode: str) -> contextlib.closing[sqlite3.Connection]:
 
 
 def _tables(database: sqlite3.Connection) -> dict[str, str]:
-    """Every table, view and trigger with the statement that made it."""
+    """Return every table, view and trigger with the statement that made it."""
     return dict(database.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
 
 

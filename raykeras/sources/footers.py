@@ -66,7 +66,7 @@ class Footer:
         return self.checked.issuperset(names if columns is None else set(names).intersection(columns))
 
     def packed(self) -> Kept:
-        """The footer as it is kept."""
+        """Return the footer as it is kept."""
         known = {name: getattr(self, name) for name in ("nulls", "lengths", "digest")}
         known |= {"checked": sorted(self.checked), "encrypted": sorted(self.encrypted)}
         content = json.dumps(known).encode() + b"\n" + self.rows.astype("<i8").tobytes()
@@ -74,7 +74,7 @@ class Footer:
 
     @classmethod
     def unpacked(cls, kept: Kept) -> Footer | None:
-        """The footer that was packed; None where that cannot be one of this schema, or is too large."""
+        """Return the footer that was packed; None if it cannot be one of this schema, or is too large."""
         try:
             unzip = zlib.decompressobj()
             known, _, rows = unzip.decompress(kept.known, MAX_NBYTES).partition(b"\n")
@@ -95,7 +95,7 @@ class Footer:
         return footer if footer._is_possible() else None
 
     def _is_possible(self) -> bool:
-        """Whether its numbers can be those of a file of its schema."""
+        """Return whether its numbers can be those of a file of its schema."""
         seen = [*self.nulls.values(), *(numbers for each in self.lengths.values() for numbers in each)]
         if (self.rows < 0).any() or not all(type(n) is int and 0 <= n < _MAX_COUNT for ns in seen for n in ns):
             return False
@@ -189,7 +189,7 @@ class _Kind:
 
 
 def _num_leaves(kind: pa.DataType) -> int:
-    """How many columns Parquet makes of a column: one for each value in a nested type."""
+    """Count the columns that Parquet makes of a column: one for each value in a nested type."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     return sum(_num_leaves(kind.field(i).type) for i in range(kind.num_fields)) if pa.types.is_nested(kind) else 1
@@ -229,7 +229,7 @@ def _read(
 
 
 def _end(stored: IO[bytes]) -> tuple[bytes, str]:
-    """The last bytes of a file, with the whole footer, and `Footer.digest`."""
+    """Read the last bytes of a file, with the whole footer; with them, return `Footer.digest`."""
     stored.seek(0, os.SEEK_END)
     size = stored.tell()
     stored.seek(max(0, size - _END_NBYTES))

@@ -21,7 +21,7 @@ Files = Sequence[tuple[str, Footer]]
 def check_columns(
     source: Source, files: Files, fields: Mapping[str, Field], names: Iterable[str]
 ) -> tuple[dict[str, Field], dict[str, ValidationError]]:
-    """Finds the columns that cannot be used.
+    """Find the columns that cannot be used.
 
     Args:
         source: With its `fill`, `pad` and `ragged`.

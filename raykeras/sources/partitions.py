@@ -29,7 +29,7 @@ _INT64 = range(-(1 << 63), 1 << 63)
 def read_partitions(
     files: Sequence[str], roots: Sequence[str], fill: Mapping[str, Any]
 ) -> tuple[tuple[Partition, ...], dict[str, Field], dict[str, SourceError]]:
-    """The partitions of files.
+    """Read the partitions of files from their paths.
 
     Args:
         files: Their paths.
