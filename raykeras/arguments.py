@@ -5,6 +5,7 @@ Enters: arrays, sources, tuples, counts. Leaves: sources, or an `OptionError`. N
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from raykeras.callbacks import DriverCallback
 from raykeras.columns import Role
 from raykeras.errors import OptionError
-from raykeras.options import Scale
+from raykeras.options import Run, Scale
 from raykeras.placement import unwrapped
 from raykeras.sources import OpenSource, Source
 from raykeras.sources.arrays import from_arrays, is_sequence
@@ -40,6 +41,11 @@ def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, .
                 raise OptionError(f"`{name}` is part of the source; give it there: `rk.parquet(..., {name}=...)`.")
         return x, ()
     _refuse_raw_dataset("x", x)
+    if isinstance(x, str | os.PathLike):
+        raise OptionError(
+            f"x must be data; got the path {os.fspath(x)!r}. To read Parquet files, pass "
+            f"`rk.parquet({os.fspath(x)!r}, x=..., y=...)`; for NumPy files, `rk.npy`."
+        )
     given: tuple[tuple[Role, Any], ...] = (("x", x), ("y", y), ("sample_weight", sample_weight))
     sequences = tuple(role for role, value in given if is_sequence(value))
     return from_arrays(x, y, sample_weight), sequences
@@ -76,6 +82,16 @@ def split_rows(opened: OpenSource, fraction: float) -> tuple[OpenSource, OpenSou
             "train on. Give `validation_data`."
         )
     return opened.slice(0, at), opened.slice(at, opened.num_rows)
+
+
+def check_scale_and_run(scale: Any, run: Any = None) -> None:
+    """Check the types of what is no number."""
+    if scale is not None and not isinstance(scale, Scale):
+        example = f"workers={scale}" if isinstance(scale, int) else "workers=2"
+        raise OptionError(f"`scale` must be a raykeras.Scale; got {scale!r}. Write `scale=rk.Scale({example})`.")
+    if run is not None and not isinstance(run, Run):
+        example = f"name={run!r}" if isinstance(run, str) else 'name="first"'
+        raise OptionError(f"`run` must be a raykeras.Run; got {run!r}. Write `run=rk.Run({example})`.")
 
 
 def check_batch_size(name: str, value: Any, scale: Scale) -> int:

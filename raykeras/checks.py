@@ -6,6 +6,7 @@ Enters: a built model and the layout of its data. Leaves: the layout as the mode
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from raykeras.columns import Layout, Tensor
 from raykeras.errors import CheckpointError, ModelError
 from raykeras.keras_api import KerasAPI
 from raykeras.options import Scale
-from raykeras.sources import nearest
+from raykeras.sources import listed, nearest
 
 
 def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
@@ -28,7 +29,7 @@ def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
         raise ModelError(f"A model must be compiled; {model.name!r} is not. Call `model.compile(...)` first.")
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
-    return _conformed(model, api, layout)
+    return _with_num_classes(model, api, _conformed(model, api, layout))
 
 
 def variables_of(model: Any) -> list[str]:
@@ -101,17 +102,24 @@ def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
     if shapes is None:
         return
     names, tensors = list(shapes), layout.role("x")
+    text = [tensor for tensor in tensors if tensor.kind == "string"]
+    if text and not any(tensor.dtype in ("string", "object") for tensor in _input_tensors(model)):
+        columns = ", ".join(repr(name) for tensor in text for name in tensor.columns or (tensor.label,))
+        raise ModelError(
+            f"An input of numbers must get numbers; {columns} holds text. Leave it out, make numbers of it in "
+            '`transform`, or begin the model with an input of dtype "string" and a preprocessing layer.'
+        )
     if tensors[0].name is None:
         if len(names) > 1:
             raise ModelError(
-                f"A model with several inputs needs x by their names; it has {', '.join(names)}, and x is one tensor. "
+                f"A model with several inputs needs x by their names; it has {listed(names)}, and x is one tensor. "
                 f"Give `x={{{names[0]!r}: ..., {names[1]!r}: ...}}`."
             )
         _check_shape(names[0], shapes[names[0]], tensors[0])
         return
     if "x" in layout.sequences:
         if len(tensors) != len(names):
-            raise ModelError(f"x must hold one array for each input; got {len(tensors)} for {', '.join(names)}.")
+            raise ModelError(f"x must hold one array for each input; got {len(tensors)} for {listed(names)}.")
         for name, tensor in zip(names, tensors, strict=True):
             _check_shape(name, shapes[name], tensor)
         return
@@ -119,12 +127,17 @@ def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
     for name in given:
         if name not in shapes:
             raise ModelError(
-                f"x must name the model's inputs; got {name!r}.{nearest(name, shapes)} Inputs: {', '.join(names)}."
+                f"x must name the model's inputs; got {name!r}.{nearest(name, shapes)} Inputs: {listed(names)}."
             )
     for name, shape in shapes.items():
         if name not in given:
-            raise ModelError(f"x must name all of the model's inputs; {name!r} is missing. Given: {', '.join(given)}.")
+            raise ModelError(f"x must name all of the model's inputs; {name!r} is missing. Given: {listed(given)}.")
         _check_shape(name, shape, given[name])
+
+
+def _input_tensors(model: Any) -> list[Any]:
+    inner = getattr(model, "_functional", None) or model
+    return list(inner.inputs)
 
 
 def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
@@ -145,8 +158,38 @@ def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
         if tensor.name not in names and not isinstance(model.outputs, dict):
             raise ModelError(
                 f"y must name the model's outputs; got {tensor.name!r}.{nearest(str(tensor.name), names)} "
-                f"Outputs: {', '.join(names)}."
+                f"Outputs: {listed(names)}."
             )
+
+
+def _with_num_classes(model: Any, api: KerasAPI, layout: Layout) -> Layout:
+    """The layout with the number of classes of each y that holds labels of a sparse categorical crossentropy."""
+    outputs, tensors, loss = getattr(model, "outputs", None), layout.role("y"), getattr(model, "loss", None)
+    if not isinstance(outputs, list | tuple) or len(outputs) < len(tensors):
+        return layout
+    names = api.output_names(model) or [""] * len(outputs)
+    if isinstance(loss, Mapping):
+        losses = [loss.get(name) for name in names]
+    else:
+        losses = list(loss) if isinstance(loss, list | tuple) else [loss] * len(outputs)
+    sizes = [output.shape[-1] if _takes_labels(each) else None for output, each in zip(outputs, losses, strict=False)]
+    if "y" in layout.sequences or (tensors and tensors[0].name is None):
+        by_tensor = dict(zip(tensors, sizes, strict=False))
+    else:
+        by_tensor = {tensor: dict(zip(names, sizes, strict=False)).get(str(tensor.name)) for tensor in tensors}
+    changed = (
+        dataclasses.replace(tensor, num_classes=by_tensor.get(tensor)) if tensor.kind == "dense" else tensor
+        for tensor in layout.tensors
+    )
+    return dataclasses.replace(layout, tensors=tuple(changed))
+
+
+def _takes_labels(loss: Any) -> bool:
+    """Whether a loss takes labels from 0 to the number of classes, and no others."""
+    if getattr(loss, "ignore_class", None) is not None:
+        return False
+    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
+    return name in ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
 
 
 def _plain_train_step(model: Any, api: KerasAPI) -> Any:

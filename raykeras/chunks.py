@@ -126,7 +126,7 @@ def _gathered(layout: Layout, columns: Columns, rows: np.ndarray, first_row: int
         return tensors(rows, "the arrays")
     except ColumnError:
         for row in rows:  # one by one, to name the row that is wrong
-            tensors(np.array([row]), f"rows from {first_row + row}")
+            tensors(np.array([row]), f"row {first_row + row}")
         raise
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from raykeras.decode import decode, for_transform, from_transform
 from raykeras.errors import ColumnError, UserCodeError, ValidationError
-from raykeras.sources import Columns, Field, Transform, nearest
+from raykeras.sources import Columns, Field, Transform, listed, nearest
 
 Role = Literal["x", "y", "sample_weight"]
 ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
@@ -42,6 +42,7 @@ class Tensor:
         dtype: NumPy name of the elements' type; "string" for text.
         shape: Shape of one row.
         class_weight: Class to weight, multiplied in; `class_column` is the column that holds the class.
+        num_classes: Of labels that must be from 0 to below it; None for anything else.
     """
 
     role: Role
@@ -52,6 +53,7 @@ class Tensor:
     shape: tuple[Any, ...] = ()
     class_weight: tuple[tuple[int, float], ...] = ()
     class_column: str | None = None
+    num_classes: int | None = None
 
     @property
     def label(self) -> str:
@@ -235,7 +237,7 @@ def run_transform(
         if wanted in unavailable:
             reason = f"which it cannot have: {unavailable[wanted]}"
         else:
-            known = ", ".join(map(str, columns))
+            known = listed(columns)
             reason = f"which is not among its columns.{nearest(str(wanted), columns)} Columns: {known}."
         raise ColumnError(f"`transform` {name!r} asked for column {wanted!r} in {where}, {reason}") from None
     except Exception as error:
@@ -244,7 +246,7 @@ def run_transform(
         raise ColumnError(
             f"`transform` must return a dict of arrays; {name!r} returned {type(result).__name__} in {where}."
         )
-    result = {column: from_transform(array) for column, array in result.items()}
+    result = {column: _returned(column, array, name, where) for column, array in result.items()}
     for column, array in result.items():
         if len(array) != num_rows:
             raise ColumnError(
@@ -252,6 +254,16 @@ def run_transform(
                 f"{len(array)} for {column!r} in {where}."
             )
     return result
+
+
+def _returned(column: str, array: Any, name: Any, where: str) -> Any:
+    try:
+        return from_transform(array)
+    except (pa.ArrowException, AttributeError, TypeError, ValueError) as error:
+        raise ColumnError(
+            f"`transform` must return arrays of numbers or of text; {name!r} returned something else for {column!r} in "
+            f"{where}: {str(error).splitlines()[0]}. Give lists one length, or leave the column out."
+        ) from None
 
 
 def wants_generator(transform: Transform) -> bool:
@@ -318,13 +330,34 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
     if tensor.class_column is not None:
         factor = class_weights(columns[tensor.class_column], tensor.class_weight)
         result = (result * factor.reshape(factor.shape + (1,) * (result.ndim - factor.ndim))).astype(tensor.dtype)
+    if tensor.num_classes is not None and num_rows:
+        _check_labels(tensor, result, num_rows, where)
     if tensor.role == "sample_weight" and not np.isfinite(result).all():
         bad = int(np.flatnonzero(~np.isfinite(result.reshape(num_rows, -1)).all(1))[0])
         raise ColumnError(
-            f"Weights must be finite; {' and '.join(map(repr, tensor.columns))} holds {result[bad]} at row {bad} of "
-            f"{where}. Mend the data, or set such rows' weight to 0."
+            f"Weights must be finite; {' and '.join(map(repr, tensor.columns))} holds {result[bad]} at "
+            f"{_row(bad, where)}. Mend the data, or set such rows' weight to 0."
         )
     return result
+
+
+def _check_labels(tensor: Tensor, labels: np.ndarray, num_rows: int, where: str) -> None:
+    num_classes = tensor.num_classes or 0
+    if labels.min() >= 0 and labels.max() < num_classes:
+        return
+    outside = ~((labels >= 0) & (labels < num_classes)).reshape(num_rows, -1).all(1)
+    bad = int(np.flatnonzero(outside)[0])
+    raise ColumnError(
+        f"Labels of a sparse categorical crossentropy over {num_classes:,} classes must be from 0 to "
+        f"{num_classes - 1:,}; {' and '.join(map(repr, tensor.columns))} holds {labels[bad]} at {_row(bad, where)}. "
+        "Give the model's last layer a unit for each class, or change the labels."
+    )
+
+
+def _row(number: int, where: str) -> str:
+    if where.startswith("rows from "):  # of arrays
+        return f"row {int(where.removeprefix('rows from ')) + number}"
+    return where if where.startswith("row ") else f"row {number} of {where}"
 
 
 def _stacked(arrays: Sequence[np.ndarray], num_rows: int, dtype: str) -> np.ndarray:

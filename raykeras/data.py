@@ -20,7 +20,7 @@ from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders
 from raykeras.plan import default_num_shards, window_rows_for
 from raykeras.pump import Pump
-from raykeras.sources import OpenSource, Source
+from raykeras.sources import OpenSource, Source, listed
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import check_weights, class_weight_by_output, resolve
 
@@ -210,9 +210,7 @@ def _with_class_weight(layout: Layout, class_weight: Mapping[Any, Any] | None, f
         return layout
     for name in weights:
         if name is not None and name not in names:
-            raise OptionError(
-                f"Weights must be given by the outputs of y; got {name!r}. Outputs: {', '.join(map(str, names))}."
-            )
+            raise OptionError(f"Weights must be given by the outputs of y; got {name!r}. Outputs: {listed(names)}.")
     made = []
     for output in outputs:
         weight = weights.get(output.name) or weights.get(None)

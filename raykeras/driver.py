@@ -18,6 +18,7 @@ from raykeras import events
 from raykeras.arguments import (
     check_counts,
     check_positive,
+    check_scale_and_run,
     split_callbacks,
 )
 from raykeras.attempts import resumed
@@ -46,6 +47,7 @@ from raykeras.noise import quiet
 from raykeras.options import Run, Scale
 from raykeras.orders import Orders, Outcome
 from raykeras.result import Result
+from raykeras.sources import listed, nearest
 from raykeras.tracebacks import without_frames
 from raykeras.transfer import ModelFile, as_model, is_model
 
@@ -119,6 +121,7 @@ def fit(
         KeyboardInterrupt: After Ctrl-C, when the run is saved.
         SystemExit: After SIGTERM or SIGHUP, when the run is saved; with 128 and the signal's number.
     """
+    check_scale_and_run(scale, run)
     scale, run = scale or Scale(), run or Run()
     for name, size in (("batch_size", batch_size), ("validation_batch_size", validation_batch_size)):
         if size is not None:
@@ -171,7 +174,7 @@ def fit(
     folder.make()
     folder.claim(orders.token)
     log, interrupt = RunLog(folder), Interrupt()
-    handlers: list[Callable[[Event], None]] = [log, display, _warn_of_unserializable()]
+    handlers: list[Callable[[Event], None]] = [log, display, _warn_of_unserializable(), _warn_of_monitor(run.monitor)]
     handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
     try:
         outcome, live_model = _trained(orders, model, worker_callbacks, packed, handlers, found, interrupt)
@@ -197,6 +200,24 @@ def _warn_of_unserializable() -> Callable[[Event], None]:
                 "optimizer, and no architecture: load them into a model that your own function builds.",
                 stacklevel=1,
             )
+
+    return handle
+
+
+def _warn_of_monitor(monitor: str) -> Callable[[Event], None]:
+    """Return a handler that warns after the first epoch if there is no such metric."""
+    is_done = monitor == Run.monitor
+
+    def handle(event: Event) -> None:
+        nonlocal is_done
+        if not is_done and isinstance(event, events.EpochEnded):
+            is_done = True
+            if monitor not in event.logs:
+                warnings.warn(
+                    f"`Run.monitor` must be a metric of the training; got {monitor!r}.{nearest(monitor, event.logs)} "
+                    f"Metrics: {listed(event.logs)}. No checkpoint is kept as the best one.",
+                    stacklevel=1,
+                )
 
     return handle
 

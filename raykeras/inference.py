@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykeras.arguments import as_source, check_batch_size, check_positive
+from raykeras.arguments import as_source, check_batch_size, check_positive, check_scale_and_run
 from raykeras.batches import Batches, as_batches
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import Room, connect, reading, room_found
@@ -87,6 +87,7 @@ def evaluate(
     Raises:
         ValidationError, ResourceError, UserCodeError: As `fit`.
     """
+    check_scale_and_run(scale)
     scale = _fixed(scale or Scale())
     check_batch_size("batch_size", batch_size, scale)
     if steps is not None:
@@ -179,6 +180,7 @@ def predict(
     Raises:
         ValidationError, ResourceError, UserCodeError: As `fit`.
     """
+    check_scale_and_run(scale)
     scale = _fixed(scale or Scale())
     check_positive("batch_size", batch_size)
     model = as_model(model, safe_mode=safe_mode)
@@ -294,7 +296,11 @@ def _predictions(
     if not in_process:
         dataset = dataset.map_batches(
             RemotePredictor,
-            fn_constructor_args=(build, dataclasses.replace(layout, transform=None), batch_size),  # it was applied
+            fn_constructor_args=(
+                [ray.put(build)],
+                dataclasses.replace(layout, transform=None),
+                batch_size,
+            ),  # it was applied
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=scale.num_replicas),

@@ -31,28 +31,31 @@ def iterated_dataset(make: Callable[[], Iterator[Sequence[np.ndarray]]], specs: 
         specs: One for each array.
 
     Returns:
-        A `tf.data.Dataset` of tuples of tensors. An exception of an iterator is raised by every further element, of
-        later iterations too: to come to an end instead, for another replica that asks, would hide it from Keras.
+        A `tf.data.Dataset` of tuples of tensors. After an exception of an iterator every further element fails, of
+        later iterations too: to come to an end instead, for another replica that asks, would hide it from Keras. What
+        TensorFlow raises then says no more than that; who makes the iterator must keep the exception. A function that
+        raised would have TensorFlow print its traceback several times.
     """
     nothing = [np.zeros([size or 0 for size in spec.shape], spec.dtype.as_numpy_dtype) for spec in specs]
     begun: list[Iterator[Any]] = []
-    failed: list[Exception] = []
+    has_failed = False
 
     def following(number: np.ndarray) -> list[Any]:
-        if failed:
-            raise failed[0]
+        nonlocal has_failed
+        arrays = None
         try:
-            if not number:
+            if not number and not has_failed:
                 begun[:] = [make()]
-            arrays = next(begun[0], None)
-        except Exception as error:
-            failed.append(error)
-            raise
-        return [np.bool_(arrays is not None), *(nothing if arrays is None else arrays)]
+            arrays = None if has_failed else next(begun[0], None)
+        except Exception:
+            has_failed = True
+        return [np.bool_(has_failed), np.bool_(arrays is not None), *(nothing if arrays is None else arrays)]
 
     @as_it_is
     def element(number: tf.Tensor) -> Any:
-        is_there, *tensors = tf.numpy_function(following, [number], [tf.bool, *(spec.dtype for spec in specs)])
+        kinds = [tf.bool, tf.bool, *(spec.dtype for spec in specs)]
+        is_failed, is_there, *tensors = tf.numpy_function(following, [number], kinds)
+        tf.debugging.Assert(tf.logical_not(is_failed), ["The data could not be read."])
         is_there.set_shape(())
         for tensor, spec in zip(tensors, specs, strict=True):
             tensor.set_shape(spec.shape)

@@ -15,6 +15,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
+from raykeras.errors import RaykerasError, root_cause
+
 
 def quiet() -> None:
     """Sets log levels, in the environment that workers inherit too. Imports nothing."""
@@ -22,7 +24,17 @@ def quiet() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name in ("ray.data", "ray.train", "ray._private", "ray._common", "ray.air"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray.data._internal.execution.streaming_executor_state", "ray.data.exceptions"):
+        logging.getLogger(name).addFilter(_is_not_ours)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors", UserWarning, r"ray\.data\..*")
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Leave out what Ray Data says of exceptions of raykeras, which are raised as well."""
+    error = sys.exc_info()[1]
+    is_of_task = "ReadPlanned" in record.getMessage()
+    return not is_of_task and (error is None or not isinstance(root_cause(error), RaykerasError))
 
 
 def import_tensorflow() -> None:

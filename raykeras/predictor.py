@@ -116,11 +116,11 @@ class RemotePredictor:
     """A `Predictor` in an actor. It makes the model in its first call, from which an exception comes back whole.
 
     Args:
-        build: Pickled function that gives the model.
+        build: Pickled function that gives the model; or a list of a reference to it, which Ray Data hands on as it is.
         layout, batch_size: As `Predictor`.
     """
 
-    def __init__(self, build: bytes, layout: Layout, batch_size: int) -> None:
+    def __init__(self, build: bytes | list[Any], layout: Layout, batch_size: int) -> None:
         self._build, self._layout, self._batch_size = build, layout, batch_size
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -137,9 +137,12 @@ class RemotePredictor:
 
     @functools.cached_property
     def _predictor(self) -> Predictor:
+        import ray
+
         quiet()
         import_tensorflow()
-        return Predictor(lambda: unpack_model(self._build), self._layout, self._batch_size)
+        build = self._build if isinstance(self._build, bytes) else ray.get(self._build[0])
+        return Predictor(lambda: unpack_model(build), self._layout, self._batch_size)
 
 
 def predicted_here(batches: Batches, build: Callable[[], Any]) -> Iterator[pa.Table]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from raykeras.checkpoint import Checkpoint, RunFolder, is_better
 from raykeras.errors import CheckpointError
+from raykeras.sources import listed
 from raykeras.transfer import weights_into
 
 
@@ -71,6 +72,6 @@ class Result:
                 best = (value, checkpoint)
         if best is None:
             raise CheckpointError(
-                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Theirs: {', '.join(sorted(names))}."
+                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Theirs: {listed(sorted(names))}."
             )
         return best[1]

@@ -16,7 +16,7 @@ import numpy as np
 
 from raykeras.columns import Layout, Role, Tensor
 from raykeras.errors import ColumnError, OptionError, ValidationError
-from raykeras.sources import Field, OpenSource, Source, Spec, flat_names, nearest
+from raykeras.sources import Field, OpenSource, Source, Spec, flat_names, listed, nearest
 
 ClassWeight = Mapping[Any, Any]
 """Class to weight; or that, by output name."""
@@ -125,7 +125,7 @@ def _tensor(
             made = "returned by `transform`" if source.transform else "in the source"
             raise ColumnError(
                 f"Every column named by x, y or sample_weight must be {made}; got {column!r} for {label}."
-                f"{nearest(column, fields)} Columns: {', '.join(fields)}."
+                f"{nearest(column, fields)} Columns: {listed(fields)}."
             )
     found = [fields[column] for column in names]
     if isinstance(columns, str):
@@ -159,7 +159,7 @@ def _with_weights(tensors: list[Tensor], class_weight: ClassWeight | None, float
             if name not in names:
                 raise OptionError(
                     f"`sample_weight` is given by the names of y's outputs; got {name!r}."
-                    f"{nearest(str(name), [str(n) for n in names])} Outputs: {', '.join(map(str, names)) or 'none'}."
+                    f"{nearest(str(name), [str(n) for n in names])} Outputs: {listed(names)}."
                 )
     by_output = class_weight_by_output(class_weight, names)
     if not by_output and (not weights or None in weights):
@@ -190,6 +190,10 @@ def class_weight_by_output(
 ) -> dict[str | None, tuple[tuple[int, float], ...]]:
     if not class_weight:
         return {}
+    if not isinstance(class_weight, Mapping):
+        raise OptionError(
+            f"`class_weight` must be a dict of class to weight; got {class_weight!r:.200}. Write `{{0: 1.0, 1: 2.0}}`."
+        )
     if not names:
         raise OptionError("`class_weight` needs y, which it looks its classes up in; the source has none.")
     if any(isinstance(value, Mapping) for value in class_weight.values()):
@@ -197,7 +201,7 @@ def class_weight_by_output(
             if name not in names:
                 raise OptionError(
                     f"`class_weight` of several outputs is given by their names; got {name!r}."
-                    f"{nearest(str(name), map(str, names))} Outputs: {', '.join(map(str, names))}."
+                    f"{nearest(str(name), map(str, names))} Outputs: {listed(names)}."
                 )
         return {name: _weighting(weights) for name, weights in class_weight.items()}
     if names != [None] and len(names) > 1:
@@ -275,4 +279,4 @@ def _probe(layout: Layout, opened: OpenSource, used: Collection[str]) -> dict[st
 
 
 def _described(field: Field) -> str:
-    return f"{field.kind} {field.dtype}{list(field.shape) if field.shape else ''}"
+    return "text" if field.kind == "string" else f"{field.kind} {field.dtype}{list(field.shape) if field.shape else ''}"

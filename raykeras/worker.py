@@ -16,7 +16,8 @@ from raykeras.built import make_variables
 from raykeras.checks import check_execution, check_model
 from raykeras.chunks import Feed
 from raykeras.cluster import Room, reading
-from raykeras.errors import RaykerasError, root_cause, user_code_error
+from raykeras.columns import Layout
+from raykeras.errors import ModelError, RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
 from raykeras.executions import counted_executions, is_countable
 from raykeras.keras_api import KerasAPI, api_of
@@ -115,7 +116,7 @@ def _run(
         train_data = orders.train.laid_out(check_model(model, api, orders.train.layout))
         validation_data = orders.validation
         if validation_data is not None:
-            validation_data = validation_data.laid_out(check_model(model, api, validation_data.layout))
+            validation_data = validation_data.laid_out(_validation_layout(model, api, validation_data.layout))
     known_steps = [_known_steps(orders, model, api)]
     if validation_data is not None:
         known_steps.append(validation_data.num_steps)
@@ -164,6 +165,13 @@ def _run(
         except LeftError:
             return training.left()
     return training.ended()
+
+
+def _validation_layout(model: Any, api: KerasAPI, layout: Layout) -> Layout:
+    try:
+        return check_model(model, api, layout)
+    except ModelError as error:
+        raise ModelError(f"Of the validation data: {error}") from None
 
 
 def _train_dataset(

@@ -33,6 +33,8 @@ import numpy as np
 
 from raykeras.errors import ColumnError, OptionError, SourceError, ValidationError
 
+_MAX_LISTED = 10
+
 Spec = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 """One column, several that are stacked into one matrix, or either by input or output name."""
 
@@ -147,7 +149,7 @@ class OpenSource:
     def field(self, name: str) -> Field:
         """The column of this name. Raises ColumnError with the nearest name, or SourceError if it cannot be read."""
         if name not in self.fields:
-            known = ", ".join(self.fields) or "none"
+            known = listed(self.fields)
             raise ColumnError(
                 f"Every column that is named must exist; got {name!r}.{nearest(name, self.fields)} Columns: {known}."
             )
@@ -264,6 +266,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'image'?`, or nothing."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Return names as text, the first of them if they are many."""
+    every = [str(name) for name in names]
+    more = f" and {len(every) - _MAX_LISTED} more" if len(every) > _MAX_LISTED else ""
+    return ", ".join(every[:_MAX_LISTED]) + more or "none"
 
 
 def fingerprint(value: Any) -> str:

@@ -22,6 +22,7 @@ from raykeras.sources import (
     UnitRef,
     fingerprint,
     flat_names,
+    listed,
     nearest,
 )
 
@@ -201,7 +202,7 @@ def _open_npz(path: str, keys: Sequence[str], transformed: bool) -> Columns:
                 if key not in archive.files:
                     raise ColumnError(
                         f"Every key that is named must be in the archive; got {key!r}."
-                        f"{nearest(key, archive.files)} Keys of {path!r}: {', '.join(archive.files)}."
+                        f"{nearest(key, archive.files)} Keys of {path!r}: {listed(archive.files)}."
                     )
             return {key: archive[key] for key in keys or archive.files}
     except FileNotFoundError:
@@ -225,8 +226,8 @@ def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource
             raise ColumnError(f"An array must hold numbers, bools or text; {_label(name, origin)} holds {array.dtype}.")
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{_label(name, origin)} has {n:,}" for name, n in lengths.items())
-        raise ColumnError(f"x, y and sample_weight must have the same number of rows; {listed}.")
+        found = ", ".join(f"{_label(name, origin)} has {n:,}" for name, n in lengths.items())
+        raise ColumnError(f"x, y and sample_weight must have the same number of rows; {found}.")
     num_rows = next(iter(lengths.values()))
     if num_rows == 0:
         raise ColumnError("A source must have at least one row; these arrays have none.")

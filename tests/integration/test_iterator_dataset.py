@@ -48,10 +48,12 @@ def test_failure_is_raised_again() -> None:
         yield arrays_of(1)
         raise OSError("the disk is gone")
 
-    iterator = iter(iterated_dataset(make, SPECS))
-    next(iterator)
+    dataset = iterated_dataset(make, SPECS)
     for _ in range(2):
-        with pytest.raises(tf.errors.OpError, match="the disk is gone"):
+        iterator = iter(dataset)
+        with pytest.raises(tf.errors.OpError, match="The data could not be read"):
+            list(iterator)
+        with pytest.raises(tf.errors.OpError, match="The data could not be read"):
             next(iterator)
 
 

@@ -62,5 +62,5 @@ def test_non_finite_weight_is_named_by_row(tmp_path: Path, monkeypatch: pytest.M
         return model
 
     run = rk.Run(storage=str(tmp_path))
-    with pytest.raises(rk.ColumnError, match="'sample_weight' holds nan at row 0 of rows from 37"):
+    with pytest.raises(rk.ColumnError, match="'sample_weight' holds nan at row 37"):
         rk.fit(build, np.ones((100, 2)), np.ones(100), sample_weight=weights, verbose=0, run=run)

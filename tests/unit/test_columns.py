@@ -175,7 +175,7 @@ def test_transform_errors(tmp_path: Path) -> None:
     ("specs", "message"),
     [
         ({"x": []}, "at least one column"),
-        ({"x": ["a", "s"]}, r"stacks 's', which is string"),
+        ({"x": ["a", "s"]}, r"stacks 's', which is text"),
         ({"x": "a", "sample_weight": "s"}, "Weights must be numbers"),
         ({"x": "a", "y": {"p": "a"}, "sample_weight": {"q": "a"}}, r"got 'q'.*Outputs: p"),
         ({"x": None}, "must say what x is"),
