@@ -55,12 +55,14 @@ def as_validation(data: Any) -> tuple[Source, tuple[Role, ...]]:
     if isinstance(data, Source):
         return data, ()
     _refuse_raw_dataset("validation_data", data)
-    if isinstance(data, tuple) and len(data) in (2, 3):
-        return as_source(data[0], data[1], data[2] if len(data) == 3 else None)
-    raise OptionError(
-        "`validation_data` must be a source, (x, y) or (x, y, sample_weight); got "
-        f"{type(data).__name__}{f' of {len(data)}' if isinstance(data, tuple) else ''}."
-    )
+    parts = tuple(data) if isinstance(data, list | tuple) else (data,)
+    if len(parts) not in (1, 2, 3):
+        raise OptionError(
+            "`validation_data` must be a source, batches, x, (x, y) or (x, y, sample_weight); got a "
+            f"{type(data).__name__} of {len(parts)}."
+        )
+    x, y, sample_weight = (*parts, None, None)[:3]
+    return as_source(x, y, sample_weight)
 
 
 def _refuse_raw_dataset(name: str, value: Any) -> None:
@@ -111,11 +113,9 @@ def check_positive(name: str, value: Any) -> int:
 
 
 def check_counts(*, epochs: Any, initial_epoch: Any, steps: Any, val_steps: Any) -> None:
-    check_positive("epochs", epochs)
-    if isinstance(initial_epoch, bool) or not isinstance(initial_epoch, int) or not 0 <= initial_epoch < epochs:
-        raise OptionError(
-            f"`initial_epoch` must be at least 0 and below `epochs`; got {initial_epoch!r} and {epochs!r}."
-        )
+    for name, value in (("epochs", epochs), ("initial_epoch", initial_epoch)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+            raise OptionError(f"`{name}` must be a whole number of at least 0; got {value!r}.")
     for name, value in (("steps_per_epoch", steps), ("validation_steps", val_steps)):
         if value is not None:
             check_positive(name, value)

@@ -12,16 +12,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import sys
 import uuid
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raykeras.arguments import as_source, check_batch_size, check_positive, check_scale_and_run
+from raykeras.arguments import (
+    as_source,
+    check_batch_size,
+    check_positive,
+    check_scale_and_run,
+    split_callbacks,
+)
 from raykeras.batches import Batches, as_batches
 from raykeras.checkpoint import RunFolder
 from raykeras.cluster import Room, connect, reading, room_found
@@ -34,10 +40,12 @@ from raykeras.logs import Logs
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.options import Scale
 from raykeras.orders import EvaluationOrders
+from raykeras.placement import OnChief, hand_back, pack, states_of, unwrapped
 from raykeras.predictor import (
     Predictor,
     RemotePredictor,
     column_array,
+    nested,
     pieces_of,
     predicted_by_actors,
     predicted_here,
@@ -58,9 +66,10 @@ def evaluate(
     x: Any,
     y: Any = None,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     sample_weight: Any = None,
     steps: int | None = None,
+    callbacks: Sequence[Any] | Any | None = None,
     scale: Scale | None = None,
     seed: int = 0,
     safe_mode: bool = True,
@@ -73,9 +82,10 @@ def evaluate(
             checkpoint or of a `.keras` file.
         x: A source, or whatever `fit` takes.
         y: As in `fit`.
-        batch_size: Rows of a global batch, over all replicas.
+        batch_size: Rows of a global batch, over all replicas; 32 by default.
         sample_weight: As in `fit`.
         steps: Evaluate the first so many batches only.
+        callbacks: Keras callbacks. With several workers they run on each, and yours have the chief's attributes then.
         scale: Workers, GPUs and replicas.
         seed: Seeds random layers.
         safe_mode: As in `fit`.
@@ -89,7 +99,7 @@ def evaluate(
     """
     check_scale_and_run(scale)
     scale = _fixed(scale or Scale())
-    check_batch_size("batch_size", batch_size, scale)
+    batch_size = check_batch_size("batch_size", 32 if batch_size is None else batch_size, scale)
     if steps is not None:
         check_positive("steps", steps)
     model = as_model(model, safe_mode=safe_mode)
@@ -102,20 +112,25 @@ def evaluate(
     read_ahead([data])
     room = Room() if here and in_memory([data]) else connect(scale, in_process=here)
     orders = EvaluationOrders(data, scale, seed, room)
+    _, every = split_callbacks(callbacks)
     if here:
-        logs, values = _evaluate_here(orders, model)
+        logs, values = _evaluate_here(orders, model, every)
     else:
         import ray
+        from ray import cloudpickle
 
+        packed = (*pack_model(model), pack(every, cloudpickle.dumps))
         with for_workers(data, scale.workers, room.cpus_per_task) as shared:
-            task = ray.put((dataclasses.replace(orders, data=shared), *pack_model(model)))
-            logs, values = run_on_workers(_evaluate, {"task": task}, scale=scale, cpus_per_worker=room.cpus_per_worker)
+            task = ray.put((dataclasses.replace(orders, data=shared), *packed, "tensorflow" in sys.modules))
+            config, cpus = {"task": task}, room.cpus_per_worker
+            logs, values, states = run_on_workers(_evaluate, config, scale=scale, cpus_per_worker=cpus)
+        hand_back(every, states, cloudpickle.loads)
     if return_dict:
         return logs
     return values if len(values) > 1 else values[0]
 
 
-def _evaluate_here(orders: EvaluationOrders, model: Any) -> tuple[Logs, list[Any]]:
+def _evaluate_here(orders: EvaluationOrders, model: Any, callbacks: list[Any]) -> tuple[Logs, list[Any]]:
     import_tensorflow()
     from ray import cloudpickle
 
@@ -127,27 +142,31 @@ def _evaluate_here(orders: EvaluationOrders, model: Any) -> tuple[Logs, list[Any
         return cloudpickle.loads(build)() if build else model
 
     def work() -> tuple[Logs, list[Any]]:
-        return worker.evaluate(orders, rank=0, api=api, build=built)
+        return worker.evaluate(orders, rank=0, api=api, build=built, callbacks=unwrapped(callbacks))
 
     logs, values = run_here(work)
     return logs, values
 
 
-def _evaluate(config: dict[str, Any]) -> tuple[Logs, list[Any]]:
+def _evaluate(config: dict[str, Any]) -> tuple[Logs, list[Any], list[dict[str, bytes]]]:
     """What runs on each worker."""
     quiet()
     import_tensorflow()
     import ray
     import ray.train
+    from ray import cloudpickle
 
     from raykeras import worker
 
     rank = ray.train.get_context().get_world_rank()
     with loading(rank):
-        orders, api, build = ray.get(config["task"])
+        orders, api, build, packed, keras_there = ray.get(config["task"])
+        every = cloudpickle.loads(packed)
     if not in_memory([orders.data]):
         orders = dataclasses.replace(orders, room=room_found(orders.room, rank))
-    return worker.evaluate(orders, rank=rank, api=api, build=lambda: unpack_model(build, rank))
+    mine = unwrapped(every if rank == 0 else [callback for callback in every if not isinstance(callback, OnChief)])
+    logs, values = worker.evaluate(orders, rank=rank, api=api, build=lambda: unpack_model(build, rank), callbacks=mine)
+    return logs, values, states_of(mine, keras_there) if rank == 0 else []
 
 
 @without_frames
@@ -155,7 +174,9 @@ def predict(
     model: Any,
     x: Any,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
+    steps: int | None = None,
+    callbacks: Sequence[Any] | Any | None = None,
     scale: Scale | None = None,
     output: str | None = None,
     columns: Sequence[str] = (),
@@ -166,7 +187,9 @@ def predict(
     Args:
         model: As `evaluate` takes it; it need not be compiled.
         x: A source, arrays, or batches as `fit` takes them. y and weights are not used.
-        batch_size: Rows that a replica is given at a time; batches of x's own are taken as they are.
+        batch_size: Rows that a replica is given at a time, 32 by default; batches of x's own are taken as they are.
+        steps: Predict the first so many batches only.
+        callbacks: Keras callbacks, for one replica in this process.
         scale: How many models predict at a time: one for each replica.
         output: Folder or fsspec URL to write Parquet files to; it must not hold anything yet, and
             is there whole or not at all.
@@ -182,38 +205,48 @@ def predict(
     """
     check_scale_and_run(scale)
     scale = _fixed(scale or Scale())
-    check_positive("batch_size", batch_size)
+    batch_size = check_positive("batch_size", 32 if batch_size is None else batch_size)
+    if steps is not None:
+        check_positive("steps", steps)
+    _, every = split_callbacks(callbacks)
+    if every and not (scale.num_replicas == 1 and runs_here(scale)):
+        raise OptionError(
+            f"`callbacks` of `predict` need one replica in this process, where the model is; got {scale}. Leave "
+            "`scale` or `callbacks` out."
+        )
     model = as_model(model, safe_mode=safe_mode)
     if columns and output is None:
         raise OptionError(f"`columns` are written beside the predictions; got {list(columns)} without `output`.")
     quiet()
     batches = as_batches(x, current_floatx())
     if batches is not None:
-        _check_batches(batches, columns, scale)
+        _check_batches(batches, columns, scale, steps)
         target = _new_folder(output)
-        with contextlib.closing(_batch_predictions(model, batches.of_x(), scale)) as tables:
+        with contextlib.closing(_batch_predictions(model, batches.of_x(), scale, steps, every)) as tables:
             return _handed_out(tables, target)
     source, sequences = as_source(x, None, None)
     source = dataclasses.replace(source, y=None, sample_weight=None)
     opened = source.open()
+    if steps is not None:
+        opened = opened.slice(0, min(opened.num_rows, steps * batch_size))
     layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
     for name in columns:
         opened.field(name)
     target = _new_folder(output)
-    with contextlib.closing(_predictions(model, opened, layout, tuple(columns), batch_size, scale)) as tables:
+    with contextlib.closing(_predictions(model, opened, layout, tuple(columns), batch_size, scale, every)) as tables:
         return _handed_out(tables, target)
 
 
-def _check_batches(batches: Batches, columns: Sequence[str], scale: Scale) -> None:
+def _check_batches(batches: Batches, columns: Sequence[str], scale: Scale, steps: int | None) -> None:
     if columns:
         raise OptionError(
             f"`columns` are those of a source; got {list(columns)}, and a {batches.described}, which has none. Put the "
             "predictions together with your own columns by their order."
         )
-    if batches.is_infinite:
+    if batches.is_infinite and steps is None:
         raise OptionError(
             f"`predict` goes through the data once, so that it must have an end; got an infinite {batches.described}. "
-            "Take a part of it, as by `dataset.take(...)`."
+            "Give `steps`."
         )
     if batches.kind == "sequence" and not (scale.num_replicas == 1 and runs_here(scale)):
         check_picklable(batches.data)
@@ -237,20 +270,23 @@ def _handed_out(tables: Generator[pa.Table], target: RunFolder | None) -> Any:
         return target.path
 
 
-def _batch_predictions(model: Any, batches: Batches, scale: Scale) -> Generator[pa.Table]:
+def _batch_predictions(
+    model: Any, batches: Batches, scale: Scale, steps: int | None, callbacks: list[Any]
+) -> Generator[pa.Table]:
     """Tables of predictions of the user's own batches, in their order."""
     from ray import cloudpickle
 
     if scale.num_replicas == 1 and runs_here(scale):
         import_tensorflow()
         _, build = pack_model(model, lazily=True)
-        yield from predicted_here(batches, cloudpickle.loads(build) if build else lambda: model)
+        yield from predicted_here(batches, cloudpickle.loads(build) if build else lambda: model, steps, callbacks)
         return
     _, build = pack_model(model)
     room = connect(scale, in_process=False)
     yield from predicted_by_actors(
         batches,
         build,
+        steps=steps,
         num_models=scale.num_replicas,
         num_cpus=room.cpus_per_worker / scale.replicas,
         num_gpus=1 if scale.gpus_per_worker else 0,
@@ -259,7 +295,13 @@ def _batch_predictions(model: Any, batches: Batches, scale: Scale) -> Generator[
 
 
 def _predictions(
-    model: Any, opened: OpenSource, layout: Layout, columns: tuple[str, ...], batch_size: int, scale: Scale
+    model: Any,
+    opened: OpenSource,
+    layout: Layout,
+    columns: tuple[str, ...],
+    batch_size: int,
+    scale: Scale,
+    callbacks: list[Any],
 ) -> Generator[pa.Table]:
     """Tables of predictions in source order; see `raykeras.predictor`."""
     from ray import cloudpickle
@@ -270,10 +312,12 @@ def _predictions(
     predict_table = None
     if in_process:
         import_tensorflow()
-        predict_table = Predictor(cloudpickle.loads(build) if build else lambda: model, layout, batch_size)
+        make = cloudpickle.loads(build) if build else lambda: model
+        predict_table = Predictor(make, layout, batch_size, callbacks)
         if opened.reader.in_memory:
             for piece in pieces:
                 yield predict_table(read_piece(opened.reader, layout, columns, piece))
+            predict_table.close()
             return
     import ray
 
@@ -311,6 +355,8 @@ def _predictions(
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             consumer.take()
             yield predict_table(table) if predict_table else table
+        if predict_table:
+            predict_table.close()
         return
     except Exception as error:
         cause = root_cause(error)
@@ -321,15 +367,8 @@ def _predictions(
 
 def _as_returned(tables: list[pa.Table]) -> Any:
     whole = pa.concat_tables(tables)
-    arrays: dict[str, np.ndarray] = {}
-    kinds = set()
-    for column in whole.column_names:
-        kind, name = split_name(column)
-        kinds.add(kind)
-        arrays[name] = column_array(whole.column(column))
-    if kinds == {"dict"}:
-        return arrays
-    return list(arrays.values()) if kinds == {"list"} else next(iter(arrays.values()))
+    leaves = [(split_name(column)[0] or (), column_array(whole.column(column))) for column in whole.column_names]
+    return nested(leaves)
 
 
 def _write(target: RunFolder, tables: Iterator[pa.Table]) -> None:

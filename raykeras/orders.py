@@ -205,6 +205,12 @@ class Orders:
         return self.resumption.epoch, self.resumption.step
 
     @property
+    def trains_nothing(self) -> bool:
+        """Whether no epoch is left."""
+        epoch, step = self.begins_at
+        return epoch >= self.epochs and not step
+
+    @property
     def num_steps(self) -> int | None:
         """Steps of an epoch; None where it is not known before one was made."""
         return self.steps_per_epoch or self.train.num_steps

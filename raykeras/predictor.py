@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from raykeras.blocks import TASK_NBYTES
 from raykeras.columns import Layout
 from raykeras.epochs import Epochs
 from raykeras.errors import RaykerasError, root_cause
+from raykeras.keras_api import KerasAPI, api_of
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.pump import Chunk, alike, as_ours, batches_per_task, chunk_of, chunks_made
 from raykeras.reads import TaskFailure
@@ -30,8 +32,8 @@ from raykeras.transfer import unpack_model
 OUTPUT = "prediction"
 """The column of a single output."""
 
-Kind = Literal["one", "list", "dict", "carried"]
-"""How `Model.predict` returns a column's output; or that it is none of its."""
+Path = tuple[Any, ...]
+"""Where an output is in what `Model.predict` returns: keys of dicts, indexes of lists, and `(index,)` of tuples."""
 
 _GROUP_NBYTES, _GROUP_BATCHES = 16 << 20, 256  # of batches that go through one call of `Model.predict`
 _GROUPS_AHEAD = 2  # for each model
@@ -65,7 +67,7 @@ def read_piece(reader: Reader, layout: Layout, carried: Sequence[str], piece: Pi
     decoded = layout.decode({name: columns[name] for name in layout.columns}, where)
     table = layout.pack(layout.assemble(layout.apply_transform(decoded, (0, piece.index), where), where))
     for name in carried:
-        table = table.append_column(f"carried:{name}", _as_arrow(columns[name]))
+        table = table.append_column(_column(None, name), _as_arrow(columns[name]))
     return table
 
 
@@ -76,12 +78,25 @@ class Predictor:
         build: Gives the model.
         layout: Unpacks tables.
         batch_size: Rows that the model is given at a time.
+        callbacks: Keras callbacks, which see one prediction of all tables.
     """
 
-    def __init__(self, build: Callable[[], Any], layout: Layout, batch_size: int) -> None:
+    def __init__(
+        self, build: Callable[[], Any], layout: Layout, batch_size: int, callbacks: Sequence[Any] = ()
+    ) -> None:
         self._model = build()
         self._layout = layout
         self._batch_size = batch_size
+        self._callbacks = _one_prediction(api_of(self._model), callbacks, self._model) if callbacks else None
+
+    def close(self) -> None:
+        """End the callbacks' prediction."""
+        if self._callbacks is not None:
+            self._callbacks.list.on_predict_end()
+
+    def _predicted(self, data: Any) -> Any:
+        options = {} if self._callbacks is None else {"callbacks": [self._callbacks]}
+        return self._model.predict(data, verbose=0, **options)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predictions of a table's rows and what it carries, as columns named `kind:name`."""
@@ -91,8 +106,8 @@ class Predictor:
 
         x = self._layout.structure(as_tensors(self._layout, self._layout.unpack(table)))[0]
         data = tf.data.Dataset.from_tensor_slices((x,)).batch(self._batch_size)
-        columns = _named(self._model, self._model.predict(data, verbose=0))
-        columns |= {name: table.column(name) for name in table.column_names if name.startswith("carried:")}
+        columns = _named(self._model, self._predicted(data))
+        columns |= {name: table.column(name) for name in table.column_names if name.startswith(_CARRIED)}
         return pa.table(columns)
 
     def of_batches(self, chunk: Chunk) -> pa.Table:
@@ -109,7 +124,27 @@ class Predictor:
             return (self._layout.structure([tensor[ends[i] : ends[i + 1]] for tensor in tensors])[0],)
 
         data = tf.data.Dataset.range(len(chunk.rows)).map(batch)
-        return pa.table(_named(self._model, self._model.predict(data, verbose=0)))
+        return pa.table(_named(self._model, self._predicted(data)))
+
+
+def _one_prediction(api: KerasAPI, callbacks: Sequence[Any], model: Any) -> Any:
+    """Return a callback that makes one prediction of several for others: its batches are counted through all."""
+    every = api.module.callbacks.CallbackList(list(callbacks), add_history=False, add_progbar=False, model=model)
+
+    class OnePrediction(api.module.callbacks.Callback):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.list, self._batch = every, -1
+            every.on_predict_begin()
+
+        def on_predict_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self._batch += 1
+            every.on_predict_batch_begin(self._batch, logs)
+
+        def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
+            every.on_predict_batch_end(self._batch, logs)
+
+    return OnePrediction()
 
 
 class RemotePredictor:
@@ -145,15 +180,25 @@ class RemotePredictor:
         return Predictor(lambda: unpack_model(build), self._layout, self._batch_size)
 
 
-def predicted_here(batches: Batches, build: Callable[[], Any]) -> Iterator[pa.Table]:
-    """Predictions of the user's own batches, in their order, by a model of this process."""
-    predictor = Predictor(build, batches.layout, 1)
-    for chunk in _groups(batches):
+def predicted_here(
+    batches: Batches, build: Callable[[], Any], steps: int | None, callbacks: Sequence[Any] = ()
+) -> Iterator[pa.Table]:
+    """Yield predictions of the user's own batches, in their order, by a model of this process."""
+    predictor = Predictor(build, batches.layout, 1, callbacks)
+    for chunk in _groups(batches, steps):
         yield predictor.of_batches(chunk)
+    predictor.close()
 
 
 def predicted_by_actors(
-    batches: Batches, build: bytes, *, num_models: int, num_cpus: float, num_gpus: float, cpus_per_task: float
+    batches: Batches,
+    build: bytes,
+    *,
+    steps: int | None,
+    num_models: int,
+    num_cpus: float,
+    num_gpus: float,
+    cpus_per_task: float,
 ) -> Generator[pa.Table]:
     """The same by models in processes of their own. What a Sequence makes is made by tasks."""
     import ray
@@ -162,9 +207,9 @@ def predicted_by_actors(
     actors = [ray.remote(**options)(RemotePredictor).remote(build, batches.layout, 1) for _ in range(num_models)]
     waiting: deque[Any] = deque()
     groups = (
-        _made_by_tasks(batches, cpus_per_task)
+        _made_by_tasks(batches, cpus_per_task, steps)
         if batches.kind == "sequence"
-        else (ray.put([g]) for g in _groups(batches))
+        else (ray.put([g]) for g in _groups(batches, steps))
     )
     try:
         for actor, group in zip(itertools.cycle(actors), groups, strict=False):
@@ -183,11 +228,11 @@ def predicted_by_actors(
             ray.kill(actor)
 
 
-def _groups(batches: Batches) -> Iterator[Chunk]:
+def _groups(batches: Batches, steps: int | None) -> Iterator[Chunk]:
     """Consecutive batches of one shape."""
     group: list[Flat] = []
     nbytes = 0
-    for batch in _one_pass(batches):
+    for batch in itertools.islice(_one_pass(batches), steps):
         if group and (nbytes >= _GROUP_NBYTES or len(group) == _GROUP_BATCHES or not alike(group[0], batch)):
             yield chunk_of(group, [len(b[0]) for b in group])
             group, nbytes = [], 0
@@ -207,33 +252,76 @@ def _one_pass(batches: Batches) -> Iterator[Flat]:
         epochs.close()
 
 
-def _made_by_tasks(batches: Batches, cpus_per_task: float) -> Iterator[Any]:
+def _made_by_tasks(batches: Batches, cpus_per_task: float, steps: int | None) -> Iterator[Any]:
     """References to chunks of a Sequence."""
     import ray
 
     make = ray.remote(num_cpus=cpus_per_task)(chunks_made)
     known, shared = ray.put(batches.without_data()), ray.put(batches.data)
     epochs = Epochs(batches, shuffle=False, seed=0, steps=None, restart=False).indexes()
-    indexes = next(epochs)
+    indexes = itertools.islice(next(epochs), steps)
     while some := list(itertools.islice(indexes, batches_per_task(batches))):
         yield make.remote(known, shared, some, (0, 0), 1)
     epochs.close()
 
 
 def _named(model: Any, predicted: Any) -> dict[str, Any]:
-    """What `predict` returned, as Arrow columns named `kind:name`."""
-    if isinstance(predicted, Mapping):
-        return {f"dict:{name}": _as_arrow(value) for name, value in predicted.items()}
-    if not isinstance(predicted, list | tuple):
-        return {f"one:{OUTPUT}": _as_arrow(predicted)}
-    names = getattr(model, "output_names", None) or [f"output_{i}" for i in range(len(predicted))]
-    return {f"list:{name}": _as_arrow(value) for name, value in zip(names, predicted, strict=True)}
+    """Return what `predict` returned as Arrow columns, whose names tell where each was."""
+    leaves = list(_leaves(predicted))
+    names = list(getattr(model, "output_names", None) or ())
+    is_list = isinstance(predicted, list | tuple) and len(names) == len(leaves)
+    columns = {}
+    for number, (path, value) in enumerate(leaves):
+        if is_list:
+            name = str(names[number])
+        else:
+            name = ".".join(f"output_{part}" if part.isdigit() else part for part in map(_part, path)) or OUTPUT
+        columns[_column(path, name)] = _as_arrow(value)
+    return columns
 
 
-def split_name(column: str) -> tuple[Kind, str]:
-    """The kind and the name of a column of predictions."""
-    kind, _, name = column.partition(":")
-    return kind, name  # type: ignore[return-value]
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, (*path, i if isinstance(value, list) else (i,)))
+    else:
+        yield path, value
+
+
+def _part(part: Any) -> str:
+    return str(part[0] if isinstance(part, tuple) else part)
+
+
+_CARRIED = "carried:"
+
+
+def _column(path: Path | None, name: str) -> str:
+    return f"{_CARRIED}{name}" if path is None else json.dumps([path, name])
+
+
+def split_name(column: str) -> tuple[Path | None, str]:
+    """Return where a column of predictions was, None for one that is carried along, and its name."""
+    if column.startswith(_CARRIED):
+        return None, column.removeprefix(_CARRIED)
+    path, name = json.loads(column)
+    return tuple(tuple(part) if isinstance(part, list) else part for part in path), name
+
+
+def nested(leaves: Sequence[tuple[Path, Any]]) -> Any:
+    """Return values in the dicts, lists and tuples that they were in."""
+    first, value = leaves[0]
+    if not first:
+        return value
+    parts: dict[Any, list[tuple[Path, Any]]] = {}
+    for path, leaf in leaves:
+        parts.setdefault(path[0], []).append((path[1:], leaf))
+    made = {key: nested(inner) for key, inner in parts.items()}
+    if isinstance(first[0], str):
+        return made
+    return list(made.values()) if isinstance(first[0], int) else tuple(made.values())
 
 
 def column_array(column: pa.ChunkedArray) -> np.ndarray:

@@ -226,10 +226,10 @@ class Saver:
         if self._every is not None or must:
             self._save(epoch + 1, 0, logs, stopped=stopped)
 
-    def save_last(self, epoch: int, logs: Mapping[str, Any]) -> None:
+    def save_last(self, epoch: int, logs: Mapping[str, Any], stopped: bool) -> None:
         """Saves what is not saved yet. Restored weights are not those that the last epoch's logs tell of."""
         if self._saved != (epoch + 1, 0):
-            self._save(epoch + 1, 0, logs, stopped=True)
+            self._save(epoch + 1, 0, logs, stopped=stopped)
         elif self._digest != self._weights_digest():
             self._save(epoch + 1, 0, {}, suffix=RESTORED, stopped=True)
 

@@ -182,9 +182,8 @@ class Training:
         """What a training gives that came to its end."""
         epochs = self._history.epoch
         last_epoch = epochs[-1] if epochs else self._orders.epochs - 1
-        self._saver.save_last(
-            last_epoch, plain_logs({name: values[-1] for name, values in self._history.history.items() if values})
-        )
+        last_logs = {name: values[-1] for name, values in self._history.history.items() if values}
+        self._saver.save_last(last_epoch, plain_logs(last_logs), stopped=bool(epochs))
         self._close_keeper()
         self._tell_artifacts(last_epoch)
         return self._outcome(left=False)

@@ -66,7 +66,7 @@ class ModelFile:
 
 def is_model(model: Any) -> bool:
     """Return whether it is a Keras model, and not what makes one."""
-    return hasattr(model, "fit") and hasattr(model, "train_step")
+    return hasattr(model, "fit") and hasattr(model, "train_step") and not isinstance(model, type)
 
 
 def as_model(model: Any, *, safe_mode: bool = True) -> Any:

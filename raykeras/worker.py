@@ -46,7 +46,9 @@ def run(orders: Orders, links: Links, *, api: KerasAPI, build: Callable[[], Any]
         return _run(orders, links, api, build, callbacks, streams)
 
 
-def evaluate(orders: EvaluationOrders, *, rank: int, api: KerasAPI, build: Callable[[], Any]) -> tuple[Logs, list[Any]]:
+def evaluate(
+    orders: EvaluationOrders, *, rank: int, api: KerasAPI, build: Callable[[], Any], callbacks: Sequence[Any] = ()
+) -> tuple[Logs, list[Any]]:
     """Evaluates a model on every row once.
 
     Returns:
@@ -73,7 +75,8 @@ def evaluate(orders: EvaluationOrders, *, rank: int, api: KerasAPI, build: Calla
         dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
         executions = _executions(model, api, strategy, None, data.num_steps)
         with exact(model, api, data.layout, strategy, rows), executions:
-            logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True)
+            options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
+            logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True, **options)
     return plain_logs(logs), api.in_order(model, logs)
 
 
@@ -145,7 +148,7 @@ def _run(
             "validation_steps": validation_data.num_steps,
             "validation_freq": orders.validation_freq,
         }
-    if orders.resumption is not None:
+    if orders.resumption is not None or orders.trains_nothing:
         make_variables(model, api, train_data.layout, strategy)  # or there is nothing to put them into
     rows = [] if strategy is None else train.sample()
     executions = _executions(model, api, strategy, *known_steps, done=step)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tensorflow as tf
 
 import raykeras as rk
 from tests.support.kept_workers import TWO
@@ -71,6 +72,82 @@ def test_evaluate_arrays_with_steps() -> None:
     np.testing.assert_allclose(
         rk.evaluate(build, X, Y, batch_size=BATCH, steps=2, return_dict=False), expected, rtol=1e-5
     )
+
+
+@pytest.mark.usefixtures("two_workers")
+@SCALES
+def test_evaluate_calls_callbacks(scale: rk.Scale) -> None:
+    class Recorder(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[Any] = []
+
+        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.calls.append(batch)
+
+        def on_test_end(self, logs: Any = None) -> None:
+            self.calls.append(sorted(logs))
+
+    mine, expected = Recorder(), Recorder()
+    build().evaluate(X, Y, batch_size=BATCH, callbacks=[expected], verbose=0)
+    rk.evaluate(build, X, Y, batch_size=BATCH, callbacks=[mine], scale=scale)
+    assert mine.calls == expected.calls
+
+
+def test_predict_calls_callbacks_as_in_one_prediction(source: rk.Source) -> None:
+    class Recorder(keras.callbacks.Callback):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: list[Any] = []
+
+        def on_predict_begin(self, logs: Any = None) -> None:
+            self.calls.append("begin")
+
+        def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
+            self.calls.append((batch, logs["outputs"].shape))
+
+        def on_predict_end(self, logs: Any = None) -> None:
+            self.calls.append("end")
+
+    mine, expected, streamed = Recorder(), Recorder(), Recorder()
+    build().predict(X, batch_size=BATCH, callbacks=[expected], verbose=0)
+    rk.predict(build, X, batch_size=BATCH, callbacks=[mine])
+    assert mine.calls == expected.calls
+    rk.predict(build, source, batch_size=BATCH, callbacks=streamed)
+    assert [call[0] for call in streamed.calls[1:-1]] == list(range(len(streamed.calls) - 2))
+    with pytest.raises(rk.OptionError, match="`callbacks` of `predict` need one replica in this process"):
+        rk.predict(build, X, callbacks=[mine], scale=TWO)
+
+
+@pytest.mark.usefixtures("two_workers")
+@ONE_AND_TWO_WORKERS
+def test_predict_with_steps(source: rk.Source, scale: rk.Scale) -> None:
+    model = build()
+    expected = model.predict(X[: 2 * BATCH], verbose=0)
+    data = tf.data.Dataset.from_tensor_slices(X).batch(BATCH).repeat()
+    for x in (source, X, data, (X[i : i + BATCH] for i in range(0, ROWS, BATCH))):
+        predicted = rk.predict(model, x, batch_size=BATCH, steps=2, scale=scale)
+        np.testing.assert_allclose(predicted, expected, atol=1e-6)
+    np.testing.assert_allclose(rk.predict(model, X, batch_size=None), model.predict(X, verbose=0), atol=1e-6)
+
+
+class Nested(keras.Model):
+    """Returns its outputs in dicts, lists and tuples."""
+
+    def call(self, inputs: Any) -> Any:
+        return {"a": [inputs, (inputs * 2, inputs * 3)], "b": {"c": inputs * 4}}
+
+
+@pytest.mark.usefixtures("two_workers")
+@ONE_AND_TWO_WORKERS
+def test_predictions_are_nested_as_in_keras(scale: rk.Scale, tmp_path: Path) -> None:
+    expected = Nested().predict(X, verbose=0)
+    predicted = rk.predict(Nested, X, scale=scale)
+    keras.tree.assert_same_structure(predicted, expected)
+    for value, wanted in zip(keras.tree.flatten(predicted), keras.tree.flatten(expected), strict=True):
+        np.testing.assert_allclose(value, wanted)
+    table = pq.read_table(rk.predict(Nested, X, scale=scale, output=str(tmp_path / "out")))
+    assert table.column_names == ["a.output_0", "a.output_1.output_0", "a.output_1.output_1", "b.c"]
 
 
 def test_evaluate_and_predict_with_checkpoint(source: rk.Source, tmp_path: Path) -> None:

@@ -389,10 +389,10 @@ def test_inputs_and_outputs_by_name(fit: Fit) -> None:
     [
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1; got 0"),
         ({"batch_size": 1, "scale": rk.Scale(replicas_per_worker=2)}, "at least the number of replicas.*got 1 and 2"),
-        ({"epochs": 0}, "`epochs`"),
-        ({"initial_epoch": 1}, "`initial_epoch`.*got 1 and 1"),
+        ({"epochs": -1}, "`epochs` must be a whole number of at least 0; got -1"),
+        ({"initial_epoch": 0.5}, "`initial_epoch` must be"),
         ({"validation_split": 1.5}, "`validation_split` must be above 0 and below 1"),
-        ({"validation_data": [X, Y]}, "`validation_data` must be"),
+        ({"validation_data": (X, Y, W, W)}, "`validation_data` must be"),
         ({"callbacks": [keras.callbacks.EarlyStopping]}, "`callbacks` must be callback objects"),
         ({"verbose": 5}, "`verbose`"),
         ({"class_weight": {"a": 1.0}}, "`class_weight` maps classes"),
@@ -402,6 +402,33 @@ def test_invalid_arguments(fit: Fit, tmp_path: Path, options: dict[str, Any], me
     with pytest.raises(rk.OptionError, match=message):
         fit(build(), X, Y, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 2, "initial_epoch": 2}], ids=["no", "past"])
+def test_no_epochs_train_nothing(fit: Fit, options: dict[str, Any], tmp_path: Path) -> None:
+    called: list[str] = []
+
+    class Recorder(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            called.append("begin")
+
+        def on_train_end(self, logs: Any = None) -> None:
+            called.append("end")
+
+    run = rk.Run(storage=str(tmp_path), name="none")
+    keras.utils.set_random_seed(0)
+    model = build()()
+    history = model.fit(X, Y, verbose=0, **options)
+    result = fit(build(), X, Y, callbacks=[Recorder()], run=run, **options)
+    assert result.history == history.history == {} and result.epoch == []
+    assert called == ["begin", "end"]
+    assert_same_weights(result.checkpoints[-1].load_model(), model)
+    assert fit(build(), X, Y, run=run, epochs=3).epoch == list(range(options.get("initial_epoch", 0), 3))
+
+
+def test_validation_data_as_a_list(fit: Fit) -> None:
+    expected = fit(build(), X, Y, validation_data=(X[:29], Y[:29])).history
+    assert fit(build(), X, Y, validation_data=[X[:29], Y[:29]]).history == expected
 
 
 def test_second_run_of_same_name_is_refused_without_resume(fit: Fit, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
     """Starts a Ray head with token authentication and a home of its own; gives the environment of its clients."""
     home = tempfile.mkdtemp()
@@ -50,6 +51,7 @@ def head() -> Iterator[dict[str, str]]:
     bin_folder = os.path.dirname(sys.executable)
     environment |= {
         "RAY_AUTH_MODE": "token",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
         "HOME": home,
         "PATH": f"{bin_folder}:{environment['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -90,21 +92,42 @@ def _wait_for_jobs_api(address: str) -> None:
         time.sleep(0.5)
 
 
+def ray_job(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `ray job`; again while the node's agent, which starts last, is not there yet."""
+    command, deadline = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments], time.monotonic() + 120
+    while True:
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+
+
 def test_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
     assert "ray job submit --working-dir . -- raykeras fit pipelines/digits.py --workers 2" in README
-    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--"]
+    submit = ["submit", "--working-dir", ".", "--"]
     command = ["raykeras", "fit", "pipelines/digits.py", "--workers", "2", "--epochs", "2"]
     options = ["--storage", str(tmp_path / "runs")]
-    done = subprocess.run(
-        [*submit, *command, *options], env=head, cwd=ROOT, capture_output=True, text=True, timeout=400
-    )
+    done = ray_job(*submit, *command, *options, environment=head)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     assert "val_accuracy" in lines[1]
     assert list((tmp_path / "runs").glob("digits-*/checkpoints/epoch-000002/model.keras"))
     without_token = {**head, "HOME": "/nonexistent"}
-    refused = subprocess.run(
-        [*submit, *command], env=without_token, cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
+    refused = ray_job(*submit, *command, environment=without_token)
     assert refused.returncode != 0
+
+
+def test_stopped_job_is_saved(head: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "run"
+    command = ["raykeras", "fit", "pipelines/digits.py", "--epochs", "100000", "--checkpoint-every", "none"]
+    submit = ["submit", "--no-wait", "--submission-id", "stopped", "--working-dir", ".", "--", *command]
+    done = ray_job(*submit, "--storage", str(run.parent), "--name", run.name, environment=head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    deadline = time.monotonic() + 120
+    while not (run / "events.jsonl").exists() or "EpochEnded" not in (run / "events.jsonl").read_text():
+        assert time.monotonic() < deadline, ray_job("logs", "stopped", environment=head).stdout
+        time.sleep(0.5)
+    assert ray_job("stop", "stopped", environment=head).returncode == 0
+    last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["status"]) == ("RunEnded", "interrupted")
+    assert list(run.glob("checkpoints/epoch-*/model.keras"))
