@@ -1,0 +1,65 @@
+"""The packages of all extras can be installed together at the pinned versions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+EXTRAS = ("s3", "gcs", "legacy", "test")
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+
+
+def pins() -> dict[str, str]:
+    """Return the pinned version of each package on this Python."""
+    lines = [Requirement(line) for line in CONSTRAINTS.read_text().splitlines()]
+    return {
+        canonicalize_name(line.name): next(iter(line.specifier)).version
+        for line in lines
+        if line.marker is None or line.marker.evaluate()
+    }
+
+
+def requirements() -> Iterator[tuple[str, Requirement]]:
+    """Yield every requirement of raykeras, and of the installed packages that it requires, with the package's name."""
+    waiting, seen = [("raykeras", frozenset(EXTRAS))], set()
+    while waiting:
+        package = waiting.pop()
+        if package in seen:
+            continue
+        seen.add(package)
+        name, extras = package
+        try:
+            found = [Requirement(line) for line in requires(name) or []]
+        except PackageNotFoundError:  # its extra is not installed
+            continue
+        for required in found:
+            marker = required.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, "")):
+                yield name, required
+                waiting.append((canonicalize_name(required.name), frozenset(required.extras)))
+
+
+def test_pins_satisfy_every_requirement() -> None:
+    pinned = pins()
+    conflicts = [
+        f"{name} requires {required}; pinned is {pinned[canonicalize_name(required.name)]}"
+        for name, required in requirements()
+        if canonicalize_name(required.name) in pinned
+        and not required.specifier.contains(pinned[canonicalize_name(required.name)], prereleases=True)
+    ]
+    assert not conflicts
+
+
+def test_every_required_package_is_pinned() -> None:
+    missing = {required.name for _, required in requirements() if canonicalize_name(required.name) not in pins()}
+    assert not missing
+
+
+def test_every_line_pins_one_version() -> None:
+    for line in CONSTRAINTS.read_text().splitlines():
+        assert re.fullmatch(r'[\w.-]+==[\w.]+( ; python_version (<|>=) "[\d.]+")?', line), line
