@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -17,6 +18,7 @@ import pytest
 
 from tests.support import leftovers
 from tests.support.kept_workers import KeptWorkers
+from tests.support.s3 import S3
 
 NUM_CPUS = 4  # three new workers leave one for data tasks and the fractions that kept workers hold
 _LEFT = pytest.StashKey[list[str]]()
@@ -82,7 +84,28 @@ def tensorflow() -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tensorflow: None) -> Iterator[None]:
+def s3_server() -> Iterator[S3]:
+    """An S3 server of this session, to which `s3://` URLs lead in this process and in those that it starts."""
+    server = S3()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in server.environment.items():
+            environment.setenv(name, value)
+        yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(s3_server: S3, request: pytest.FixtureRequest) -> str:
+    """A new bucket's URL."""
+    import fsspec
+
+    name = f"test-{zlib.crc32(request.node.nodeid.encode()):08x}"
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tensorflow: None, s3_server: S3) -> Iterator[None]:
     """A Ray in a folder that it shares with no other Ray of this machine, whose address it would find there."""
     with (
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
