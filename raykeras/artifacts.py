@@ -6,10 +6,12 @@ Enters: a folder of this machine, into which callbacks write. Leaves: the same f
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 
 from raykeras.checkpoint import RunFolder
+from raykeras.storage_errors import retried
 
 FOLDER = "artifacts"
 
@@ -45,10 +47,13 @@ class Artifacts:
                 self._seen[path] = version
                 target = f"{self._run / FOLDER}/{os.path.relpath(path, self.path)}"
                 if self._staging:
-                    self._run.fs.makedirs(os.path.dirname(target), exist_ok=True)
-                    self._run.fs.put_file(path, target)
+                    retried(functools.partial(self._put, path, target))
                 stored.append(target)
         return stored
+
+    def _put(self, path: str, target: str) -> None:
+        self._run.fs.makedirs(os.path.dirname(target), exist_ok=True)
+        self._run.fs.put_file(path, target)
 
     def close(self) -> None:
         if self._staging:

@@ -9,6 +9,8 @@ not a checkpoint, and one that does not agree with it is damaged.
 
 from __future__ import annotations
 
+import errno
+import functools
 import math
 import os
 import shutil
@@ -17,12 +19,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 
 from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
+from raykeras.storage_errors import is_garbled, is_of_storage, retried
 from raykeras.train_state import dump_state, parse_state
 
 MODEL_FILE = "model.keras"
@@ -36,7 +39,16 @@ OWNER_FILE = "owner"
 RESTORED = "-restored"
 """Ends the name of a checkpoint of weights that a callback restored: no training goes on from there."""
 
+_PREFIX = "epoch-"
 _BUFFER_NBYTES = 4 << 20
+
+T = TypeVar("T")
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a path or URL, and the path in it. Its listings are new: other processes write, too."""
+    fs, inside = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    return fs, inside
 
 
 def is_better(monitor: str, value: float, than: float) -> bool:
@@ -68,29 +80,36 @@ class RunFolder:
 
     @property
     def fs(self) -> fsspec.AbstractFileSystem:
-        return fsspec.core.url_to_fs(self.path)[0]
+        return filesystem(self.path)[0]
 
     def __truediv__(self, name: str) -> str:
         return f"{self.path}/{name}"
 
     def exists(self) -> bool:
-        return bool(self.fs.exists(self.path))
+        return retried(lambda: bool(self.fs.exists(self.path)))
 
     def is_run(self) -> bool:
         """Whether it holds a run."""
-        return bool(self.fs.exists(self / OWNER_FILE))
+        return retried(lambda: bool(self.fs.exists(self / OWNER_FILE)))
 
     def make(self) -> None:
         """Makes the folder. Raises CheckpointError if it cannot be written to."""
-        try:
-            self.fs.makedirs(self.path, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"A run's storage must be writable; {self.path!r} is not: {error}") from None
+        self._write(lambda: self.fs.makedirs(self.path, exist_ok=True))
 
     def claim(self, token: str) -> None:
-        """Makes this driver the only one that writes checkpoints here."""
-        with self.fs.open(self / OWNER_FILE, "w") as file:
-            file.write(token)
+        """Makes this driver the only one that writes checkpoints here. Raises CheckpointError as `make`."""
+        self._write(lambda: self.fs.pipe_file(self / OWNER_FILE, token.encode()))
+
+    def _write(self, call: Callable[[], None]) -> None:
+        try:
+            retried(call)
+        except Exception as error:
+            if not is_of_storage(error):
+                raise
+            raise CheckpointError(
+                f"A run's storage must be writable; {self.path!r} is not: {error} Give another `storage`, or mend this "
+                "one."
+            ) from None
 
     def is_claimed_by(self, token: str) -> bool:
         """Whether no other driver has claimed it since."""
@@ -99,18 +118,31 @@ class RunFolder:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first."""
+        return [Checkpoint(path) for path, is_complete in retried(self._listed).items() if is_complete]
+
+    def incomplete(self) -> list[str]:
+        """Folders of checkpoints whose writing was cut off, or still goes on."""
+        return [path for path, is_complete in retried(self._listed).items() if not is_complete]
+
+    def _listed(self) -> dict[str, bool]:
+        """Each folder of a checkpoint, sorted, and whether it is complete."""
         fs, root = self.fs, self / FOLDER
         if not fs.exists(root):
-            return []
+            return {}
         names = sorted(os.path.basename(str(p).rstrip("/")) for p in fs.ls(root, detail=False))
-        found = [Checkpoint(f"{root}/{name}") for name in names if not name.startswith(".")]
-        return [checkpoint for checkpoint in found if fs.exists(f"{checkpoint.path}/{STATE_FILE}")]
+        names = [name for name in names if name.lstrip(".").startswith(_PREFIX)]
+        return {
+            f"{root}/{name}": not name.startswith(".") and fs.exists(f"{root}/{name}/{STATE_FILE}") for name in names
+        }
 
     def newest_whole(self, damaged: Callable[[Checkpoint, CheckpointError], None]) -> Checkpoint | None:
         """The newest checkpoint from which training can go on; None if there is none.
 
         Args:
             damaged: Called with each one that is newer and not whole, and with what is wrong.
+
+        Raises:
+            CheckpointError: If one cannot be read at present, which says nothing of whether it is whole.
         """
         for checkpoint in reversed(self.checkpoints()):
             if checkpoint.path.endswith(RESTORED):
@@ -118,6 +150,8 @@ class RunFolder:
             try:
                 checkpoint.verify()
             except CheckpointError as error:
+                if error.__cause__ is not None:  # storage failed
+                    raise
                 damaged(checkpoint, error)
             else:
                 return checkpoint
@@ -139,10 +173,11 @@ class Checkpoint:
         """Position, logs and versions, as `raykeras.snapshot` describes them.
 
         Raises:
-            CheckpointError: If the file is damaged.
+            CheckpointError: If the file is damaged, or cannot be read.
         """
-        with fsspec.open(f"{self.path}/{STATE_FILE}", "rb") as file:
-            return parse_state(file.read(), f"{self.path}/{STATE_FILE}")
+        path = f"{self.path}/{STATE_FILE}"
+        fs, inside = filesystem(path)
+        return parse_state(self._read(lambda: fs.cat_file(inside)), path)
 
     @property
     def model_file(self) -> str:
@@ -170,17 +205,30 @@ class Checkpoint:
         return int(self.state["epoch"])
 
     def verify(self) -> None:
-        """Raises CheckpointError if a file of it is missing or was changed."""
+        """Raises CheckpointError if a file of it is missing or was changed; with a cause if storage failed."""
+        written = self.state["files"]
+        fs, root = filesystem(self.path)
+        for name, expected in written.items():  # of all files, before one is read
+            size = self._read(functools.partial(fs.size, f"{root}/{name}"))
+            _compare(f"{self.path}/{name}", {"size": size}, expected)
+        for name, expected in written.items():
+            digest = self._read(functools.partial(_digest_in, fs, f"{root}/{name}"))
+            _compare(f"{self.path}/{name}", digest, expected)
+
+    def _read(self, read: Callable[[], T]) -> T:
+        """What a function reads, which is called again where storage fails temporarily."""
         try:
-            written = self.state["files"]
-            fs, root = fsspec.core.url_to_fs(self.path)
-            for name, expected in written.items():  # of all files, before one is read
-                _compare(f"{self.path}/{name}", {"size": fs.size(f"{root}/{name}")}, expected)
-            for name, expected in written.items():
-                with fs.open(f"{root}/{name}", "rb") as file:
-                    _compare(f"{self.path}/{name}", digest_of(file), expected)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
+            return retried(read)
+        except Exception as error:
+            if not is_of_storage(error):
+                raise
+            bad_disk = "://" not in self.path and getattr(error, "errno", None) == errno.EIO
+            if isinstance(error, FileNotFoundError) or is_garbled(error) or bad_disk:
+                raise CheckpointError(f"{self.path} is damaged: {type(error).__name__}: {error}") from None
+            raise CheckpointError(
+                f"{self.path} cannot be read at present: {type(error).__name__}: {error} Start again once storage can "
+                "be reached."
+            ) from error
 
     def load_model(self, **options: Any) -> Any:
         """The model, compiled, its optimizer included.
@@ -203,8 +251,8 @@ class Checkpoint:
             yield f"{self.path}/{name}"
             return
         with tempfile.TemporaryDirectory() as folder:
-            fs, path = fsspec.core.url_to_fs(f"{self.path}/{name}")
-            fs.get(path, f"{folder}/{name}")
+            fs, path = filesystem(f"{self.path}/{name}")
+            self._read(lambda: fs.get_file(path, f"{folder}/{name}"))
             yield f"{folder}/{name}"
 
 
@@ -215,7 +263,7 @@ def checkpoint_name(epoch: int, step: int = 0) -> str:
         epoch: Epochs that are finished.
         step: Steps of the next that are, too.
     """
-    return f"epoch-{epoch:06d}" + (f"-step-{step:09d}" if step else "")
+    return f"{_PREFIX}{epoch:06d}" + (f"-step-{step:09d}" if step else "")
 
 
 def write_state(folder: str, state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -248,6 +296,11 @@ def digest_of(file: IO[bytes]) -> dict[str, Any]:
     return {"size": size, "crc32": f"{crc:08x}"}
 
 
+def _digest_in(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    with fs.open(path, "rb") as file:
+        return digest_of(file)
+
+
 def store(run: RunFolder, name: str, write: Callable[[str], None]) -> Checkpoint:
     """Puts a checkpoint into a run's folder; it is there whole or not at all.
 
@@ -255,6 +308,9 @@ def store(run: RunFolder, name: str, write: Callable[[str], None]) -> Checkpoint
         run: The run's folder.
         name: The checkpoint's.
         write: Writes it into an empty local folder.
+
+    Raises:
+        CheckpointError: If storage failed; its cause says how.
     """
     fs, target = run.fs, f"{run / FOLDER}/{name}"
     try:
@@ -268,8 +324,12 @@ def store(run: RunFolder, name: str, write: Callable[[str], None]) -> Checkpoint
                 fs.rm(f"{target}/{STATE_FILE}")
             for file in sorted(os.listdir(folder), key=lambda file: file == STATE_FILE):
                 fs.put_file(os.path.join(folder, file), f"{target}/{file}")
-    except OSError as error:
-        raise CheckpointError(f"A checkpoint could not be written to {target!r}: {error}") from error
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
+        raise CheckpointError(
+            f"A checkpoint could not be written to {target!r}: {type(error).__name__}: {error}"
+        ) from error
     return Checkpoint(target)
 
 
@@ -291,13 +351,15 @@ def _store_local(target: str, write: Callable[[str], None]) -> None:
 
 
 def prune(run: RunFolder, keep: int, monitor: str) -> None:
-    """Removes all checkpoints but the newest `keep`, and the best one by a metric."""
+    """Removes all checkpoints but the newest `keep`, and the best one by a metric; and what is none, or half of one."""
     kept = run.checkpoints()
     best: tuple[float, str] | None = None
     for checkpoint in kept:
         try:
             value = checkpoint.state["logs"].get(monitor)
-        except CheckpointError:
+        except CheckpointError as error:
+            if error.__cause__ is not None:  # storage failed
+                raise
             continue
         if isinstance(value, int | float) and is_better(monitor, value, best[0] if best else math.nan):
             best = (value, checkpoint.path)
@@ -305,3 +367,5 @@ def prune(run: RunFolder, keep: int, monitor: str) -> None:
         if best is None or checkpoint.path != best[1]:
             run.fs.rm(f"{checkpoint.path}/{STATE_FILE}")  # first: half of a checkpoint is none
             run.fs.rm(checkpoint.path, recursive=True)
+    for path in run.incomplete():
+        run.fs.rm(path, recursive=True)

@@ -30,6 +30,7 @@ from raykeras.logs import as_json
 from raykeras.options import Run
 from raykeras.orders import Orders
 from raykeras.snapshot import Buffers, Snapshot, take
+from raykeras.storage_errors import is_of_storage, is_temporary
 
 _BACKOFF_S = (0.5, 1, 2, 4, 8, 16, 30)
 """Pauses between the attempts to write a checkpoint; the last one again and again."""
@@ -128,14 +129,10 @@ class Keeper:
                 name, snapshot, saved = waiting = self._waiting
             try:
                 self._store(name, snapshot)
-            except OSError as error:
-                cause = f"{type(error).__name__}: {error}"
-            except RaykerasError as error:
-                if not isinstance(error.__cause__, OSError):
-                    return error
-                cause = str(error)
             except Exception as error:
-                return CheckpointError(f"A checkpoint could not be written: {type(error).__name__}: {error}")
+                if not is_temporary(error):
+                    return _final(error)
+                cause = _text(error)
             else:
                 snapshot.release()
                 self._send(saved)
@@ -164,6 +161,19 @@ class Keeper:
 
         checkpoint.store(self._folder, name, write)
         checkpoint.prune(self._folder, self._run.keep, self._run.monitor)
+
+
+def _final(error: Exception) -> RaykerasError:
+    """An error after which nothing is written any more."""
+    if is_of_storage(error.__cause__ or error):
+        return CheckpointError(f"{_text(error)} This does not pass by itself: mend it, and call `fit` again to go on.")
+    if isinstance(error, RaykerasError):
+        return error
+    return CheckpointError(f"A checkpoint could not be written: {_text(error)}")
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, RaykerasError) else f"{type(error).__name__}: {error}"
 
 
 class Saver:

@@ -1,0 +1,169 @@
+"""Checkpoints on S3 whose requests fail: what is temporary is repeated, what is permanent is raised."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+import raykeras as rk
+from raykeras import checkpoint, events, saving, storage_errors
+from raykeras.checkpoint import MODEL_FILE, OWNER_FILE, STATE_FILE, Checkpoint, RunFolder
+from raykeras.events import Event
+from raykeras.saving import Keeper
+from tests.support.s3 import S3
+
+TIMEOUT_S = 60.0
+
+
+class Snapshot:
+    """Stands in for a training's state."""
+
+    def __init__(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def write(self, folder: str) -> None:
+        Path(folder, MODEL_FILE).write_bytes(np.random.default_rng(self._epoch).bytes(300))
+        checkpoint.write_state(folder, {"epoch": self._epoch, "step": 0, "logs": {}}, {})
+
+    def release(self) -> None:
+        """Holds no memory."""
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does not pause between attempts; s3fs makes one, and waits a second for an answer."""
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
+    monkeypatch.setattr(storage_errors, "READ_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(saving, "_BACKOFF_S", (0.01,))
+
+
+@pytest.fixture
+def run(bucket: str) -> RunFolder:
+    run = RunFolder(f"{bucket}/run")
+    run.make()
+    run.claim("token")
+    return run
+
+
+def store(run: RunFolder, epoch: int) -> Checkpoint:
+    return checkpoint.store(run, checkpoint.checkpoint_name(epoch), Snapshot(epoch).write)
+
+
+def keep(run: RunFolder, num_epochs: int) -> list[Event]:
+    """Write a checkpoint for each epoch, as training does; return the events."""
+    seen: list[Event] = []
+    keeper = Keeper(run, "token", rk.Run(keep=2), seen.append)
+    for epoch in range(1, num_epochs + 1):
+        saved = events.CheckpointSaved(rank=0, epoch=epoch - 1, step=0, path="")
+        keeper.put(checkpoint.checkpoint_name(epoch), Snapshot(epoch), saved)  # type: ignore[arg-type]
+        wait_for(lambda epoch=epoch: len(kinds(seen, events.CheckpointSaved)) == epoch or keeper._failure)
+    keeper.close()
+    return seen
+
+
+def kinds(seen: list[Event], kind: type[Event]) -> list[Event]:
+    return [event for event in seen if isinstance(event, kind)]
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "file"),
+    [
+        ("unavailable", MODEL_FILE),
+        ("dropped", STATE_FILE),
+        ("hangs", MODEL_FILE),
+        ("applied", STATE_FILE),
+        ("unavailable", OWNER_FILE),
+    ],
+)
+def test_write_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str, file: str) -> None:
+    method = "GET" if file == OWNER_FILE else "PUT"
+    with s3_server.failing(fault, method=method, path=file, last=1 if fault == "hangs" else 2):
+        seen = keep(run, 1)
+    assert kinds(seen, events.StorageFailed)
+    (kept,) = run.checkpoints()
+    kept.verify()
+
+
+@pytest.mark.parametrize(("fault", "what"), [("denied", "AccessDenied"), ("expired", "ExpiredToken")])
+def test_write_is_not_repeated_after_permanent_failure(run: RunFolder, s3_server: S3, fault: str, what: str) -> None:
+    with (
+        s3_server.failing(fault, method="PUT", path=MODEL_FILE) as denied,
+        pytest.raises(rk.CheckpointError, match=f"{what}.*does not pass by itself"),
+    ):
+        keep(run, 1)
+    assert denied.num_requests == 1
+    assert run.checkpoints() == []
+
+
+def test_failed_removal_leaves_no_half_of_a_checkpoint(run: RunFolder, s3_server: S3) -> None:
+    with s3_server.failing("applied", method="POST", path="delete", last=2):
+        keep(run, 4)
+    assert [kept.epoch for kept in run.checkpoints()] == [3, 4]
+    names = {path.split("/")[3] for path in run.fs.find(run / checkpoint.FOLDER)}
+    assert names == {checkpoint.checkpoint_name(epoch) for epoch in (3, 4)}
+
+
+def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
+    errors: list[str] = []
+    return run.newest_whole(lambda damaged, error: errors.append(str(error))), errors
+
+
+@pytest.mark.parametrize("fault", ["short", "garbled"])
+@pytest.mark.parametrize("file", [MODEL_FILE, STATE_FILE])
+def test_previous_checkpoint_is_used_where_one_cannot_be_read_whole(
+    run: RunFolder, s3_server: S3, fault: str, file: str
+) -> None:
+    before, _ = store(run, 1), store(run, 2)
+    with s3_server.failing(fault, method="GET", path=f"{checkpoint.checkpoint_name(2)}/{file}"):
+        found, errors = newest(run)
+    assert found == before
+    assert len(errors) == 1 and "damaged" in errors[0]
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "dropped", "hangs", "short"])
+def test_read_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str) -> None:
+    store(run, 1)
+    last = store(run, 2)
+    with s3_server.failing(fault, method="GET", path=MODEL_FILE, last=1):
+        assert newest(run) == (last, [])
+    with s3_server.failing(fault, method="GET", path=MODEL_FILE, last=1), last.local_file(MODEL_FILE) as path:
+        assert Path(path).stat().st_size == 300
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "denied"])
+def test_storage_that_cannot_be_read_is_not_taken_for_damage(run: RunFolder, s3_server: S3, fault: str) -> None:
+    store(run, 1)
+    with (
+        s3_server.failing(fault, method="GET", path=MODEL_FILE),
+        pytest.raises(rk.CheckpointError, match="cannot be read at present"),
+    ):
+        newest(run)
+
+
+def test_checkpoints_of_other_processes_are_found(run: RunFolder) -> None:
+    assert run.checkpoints() == []
+    store(run, 1)
+    assert len(run.checkpoints()) == 1
+    other = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+    for path in other.find(f"{run.path}/{checkpoint.FOLDER}"):
+        other.copy(path, path.replace(checkpoint.checkpoint_name(1), checkpoint.checkpoint_name(2)))
+    assert len(run.checkpoints()) == 2
+
+
+def test_unreachable_storage_is_reported_at_start(bucket: str, s3_server: S3) -> None:
+    with s3_server.failing("denied", method="PUT"), pytest.raises(rk.CheckpointError, match="must be writable"):
+        RunFolder(f"{bucket}/run").claim("token")
