@@ -13,13 +13,10 @@ import contextlib
 import dataclasses
 import gc
 import sys
-import uuid
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
-import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raykeras.arguments import (
     as_source,
@@ -29,7 +26,6 @@ from raykeras.arguments import (
     split_callbacks,
 )
 from raykeras.batches import Batches, as_batches
-from raykeras.checkpoint import RunFolder
 from raykeras.cluster import Room, connect, reading, room_found
 from raykeras.columns import Layout
 from raykeras.data import check_picklable, for_workers, in_memory, open_data, read_ahead, validation_orders
@@ -40,6 +36,7 @@ from raykeras.logs import Logs
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.options import Scale
 from raykeras.orders import EvaluationOrders
+from raykeras.output import Output, open_output
 from raykeras.placement import OnChief, hand_back, pack, states_of, unwrapped
 from raykeras.predictor import (
     Predictor,
@@ -191,8 +188,9 @@ def predict(
         steps: Predict the first so many batches only.
         callbacks: Keras callbacks, for one replica in this process.
         scale: How many models predict at a time: one for each replica.
-        output: Folder or fsspec URL to write Parquet files to; it must not hold anything yet, and
-            is there whole or not at all.
+        output: Folder or fsspec URL to write Parquet files to, and `_SUCCESS` once all are there. It must
+            not hold anything but the output of a call that was stopped. A local folder is there whole or
+            not at all; one of an object store holds `_INCOMPLETE` until it is whole, and is no source.
         columns: Columns of the source to write beside the predictions.
         safe_mode: As in `fit`.
 
@@ -221,7 +219,7 @@ def predict(
     batches = as_batches(x, current_floatx())
     if batches is not None:
         _check_batches(batches, columns, scale, steps)
-        target = _new_folder(output)
+        target = None if output is None else open_output(output)
         with contextlib.closing(_batch_predictions(model, batches.of_x(), scale, steps, every)) as tables:
             return _handed_out(tables, target)
     source, sequences = as_source(x, None, None)
@@ -232,7 +230,7 @@ def predict(
     layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
     for name in columns:
         opened.field(name)
-    target = _new_folder(output)
+    target = None if output is None else open_output(output)
     with contextlib.closing(_predictions(model, opened, layout, tuple(columns), batch_size, scale, every)) as tables:
         return _handed_out(tables, target)
 
@@ -252,21 +250,12 @@ def _check_batches(batches: Batches, columns: Sequence[str], scale: Scale, steps
         check_picklable(batches.data)
 
 
-def _new_folder(output: str | None) -> RunFolder | None:
-    if output is None:
-        return None
-    target = RunFolder.under(*output.rstrip("/").rsplit("/", 1)) if "/" in output else RunFolder.under(".", output)
-    if target.exists() and target.fs.ls(target.path):
-        raise OptionError(f"`output` must be a new or empty folder; {target.path!r} is not. Remove it first.")
-    return target
-
-
-def _handed_out(tables: Generator[pa.Table], target: RunFolder | None) -> Any:
+def _handed_out(tables: Generator[pa.Table], target: Output | None) -> Any:
     """What `predict` returns. The models end with it, and not once an exception's traceback is forgotten."""
     with contextlib.closing(tables):
         if target is None:
             return _as_returned(list(tables))
-        _write(target, tables)
+        target.write(map(_renamed, tables))
         return target.path
 
 
@@ -371,23 +360,9 @@ def _as_returned(tables: list[pa.Table]) -> Any:
     return nested(leaves)
 
 
-def _write(target: RunFolder, tables: Iterator[pa.Table]) -> None:
-    """Writes beside the target, then moves."""
-    fs, path = fsspec.core.url_to_fs(target.path)
-    beside = f"{path}.partial-{uuid.uuid4().hex[:8]}"
-    fs.makedirs(beside, exist_ok=True)
-    try:
-        for number, table in enumerate(tables):
-            names = [split_name(column)[1] for column in table.column_names]
-            with fs.open(f"{beside}/part-{number:06d}.parquet", "wb") as file:
-                pq.write_table(table.rename_columns(names), file)
-        if fs.exists(path):
-            fs.rmdir(path)
-        fs.mv(beside, path, recursive=True)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            fs.rm(beside, recursive=True)
-        raise
+def _renamed(table: pa.Table) -> pa.Table:
+    """With columns named by the outputs."""
+    return table.rename_columns([split_name(column)[1] for column in table.column_names])
 
 
 def _fixed(scale: Scale) -> Scale:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykeras.errors import OptionError, SourceError
+from raykeras.output import INCOMPLETE, SUCCESS, refuse_incomplete
 from raykeras.sources import (
     Cache,
     Columns,
@@ -248,6 +249,7 @@ def _find(paths: Sequence[str], options: dict[str, Any]) -> tuple[fsspec.Abstrac
             found = {p: info for p, info in matches.items() if info["type"] != "directory"}
             for folder in matches.keys() - found.keys():
                 found.update(_inside(fs, folder))
+            refuse_incomplete(p for name in (INCOMPLETE, SUCCESS) for p in fs.glob(f"{os.path.dirname(local)}/{name}"))
         elif fs.isdir(local):
             found, root = _inside(fs, local), local
         elif fs.exists(local):
@@ -267,7 +269,9 @@ def _inside(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Mapping[str
         relative = path[len(folder) :].strip("/").split("/")
         return any(part.startswith(("_", ".")) for part in relative)
 
-    found = fs.find(folder, detail=True).items()
+    listed = fs.find(folder, detail=True)
+    refuse_incomplete(listed)
+    found = listed.items()
     return {path: info for path, info in found if path.endswith(_ENDINGS) and not hidden(path)}
 
 
