@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 
 from raykeras.checkpoint import RunFolder
 from raykeras.storage_errors import retried
+from raykeras.temporary import TemporaryFolder
 
 FOLDER = "artifacts"
 
@@ -28,7 +28,7 @@ class Artifacts:
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._staging = None if run.is_local else tempfile.TemporaryDirectory(prefix="raykeras-artifacts-")
+        self._staging = None if run.is_local else TemporaryFolder("artifacts")
         self.path = self._staging.name if self._staging else run / FOLDER
         self._seen: dict[str, tuple[int, int]] = {}
         if self._staging and run.fs.exists(run / FOLDER):  # of an interrupted run, which goes on

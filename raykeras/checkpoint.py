@@ -14,7 +14,6 @@ import functools
 import math
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import fsspec
 from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
 from raykeras.storage_errors import is_garbled, is_of_storage, retried
+from raykeras.temporary import TemporaryFolder
 from raykeras.train_state import dump_state, parse_state
 
 MODEL_FILE = "model.keras"
@@ -250,7 +250,7 @@ class Checkpoint:
         if "://" not in self.path:
             yield f"{self.path}/{name}"
             return
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryFolder("model") as folder:
             fs, path = filesystem(f"{self.path}/{name}")
             self._read(lambda: fs.get_file(path, f"{folder}/{name}"))
             yield f"{folder}/{name}"
@@ -317,7 +317,7 @@ def store(run: RunFolder, name: str, write: Callable[[str], None]) -> Checkpoint
         if run.is_local:
             _store_local(target, write)
             return Checkpoint(target)
-        with tempfile.TemporaryDirectory(prefix="raykeras-checkpoint-") as folder:
+        with TemporaryFolder("checkpoint") as folder:
             write(folder)
             fs.makedirs(target, exist_ok=True)
             if fs.exists(f"{target}/{STATE_FILE}"):

@@ -48,6 +48,7 @@ from raykeras.options import Run, Scale
 from raykeras.orders import Orders, Outcome
 from raykeras.result import Result
 from raykeras.sources import listed, nearest
+from raykeras.temporary import remove_abandoned
 from raykeras.tracebacks import without_frames
 from raykeras.transfer import ModelFile, as_model, is_model
 
@@ -171,6 +172,7 @@ def fit(
     )
     found: list[Event] = []
     orders = resumed(orders, found.append)
+    remove_abandoned()
     folder.make()
     folder.claim(orders.token)
     log, interrupt = RunLog(folder), Interrupt()
@@ -181,6 +183,7 @@ def fit(
     finally:
         display.close()
         log.close()
+        remove_abandoned()  # of workers that were killed
     if outcome.left:
         raise interrupt.exception(f"The run was interrupted; it can go on from {redacted(folder.path)}.")
     build = None if is_model(model) or isinstance(model, ModelFile) else model

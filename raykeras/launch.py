@@ -29,6 +29,7 @@ from raykeras.noise import import_tensorflow, quiet
 from raykeras.orders import Orders, Outcome
 from raykeras.placement import hand_back, named, pack, placed, states_of
 from raykeras.saving import Keeper
+from raykeras.temporary import remove_abandoned
 from raykeras.transfer import is_model, load_model, pack_model, put_back, save_model, unpack_model
 from raykeras.watch import Watch, end_process
 from raykeras.world import watched_world
@@ -208,6 +209,7 @@ def _work(config: dict[str, Any]) -> Outcome | None:
     with loading(rank):
         orders, packed, keras_there = ray.get(config["task"])
         callbacks = cloudpickle.loads(packed.callbacks)
+    remove_abandoned()
     desk = config["desk"]
     desk.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
     if not in_memory([orders.train, orders.validation]):

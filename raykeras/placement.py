@@ -19,7 +19,6 @@ import copy
 import io
 import os
 import pickle
-import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raykeras.errors import OptionError
+from raykeras.temporary import TemporaryFolder
 
 Placement = Literal["every", "chief", "saves", "refused"]
 
@@ -199,7 +199,7 @@ def placed(
         artifacts: The chief's folder, for relative paths.
         from_chief: Gives on every worker what the chief put in; all must call it.
     """
-    with tempfile.TemporaryDirectory(prefix="raykeras-unkept-") as unkept:
+    with TemporaryFolder("unkept") as unkept:
         chosen = {}
         for index, (name, inner) in enumerate(named(callbacks).items()):
             placement = placement_of(callbacks[index])

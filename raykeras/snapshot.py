@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from raykeras.errors import CheckpointError
 from raykeras.keras_api import KerasAPI
 from raykeras.patching import replaced
 from raykeras.plain import from_plain, to_plain
+from raykeras.temporary import TemporaryFolder
 
 
 class Buffers:
@@ -171,7 +171,7 @@ def take(
     groups: list[_Group] = []
     saving = api.saving_lib
     original = saving.H5IOStore
-    with tempfile.TemporaryDirectory(prefix="raykeras-snapshot-") as folder:
+    with TemporaryFolder("snapshot") as folder:
         path = os.path.join(folder, MODEL_FILE)
         with contextlib.ExitStack() as stack:
             stack.enter_context(replaced(saving, "H5IOStore", _collecting(groups, buffers)))

@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from raykeras.columns import Layout
 from raykeras.custom_objects import recorded, restored
 from raykeras.errors import CheckpointError, ModelError, OptionError, loading
 from raykeras.keras_api import KerasAPI, api_of, likely_api
+from raykeras.temporary import TemporaryFolder
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def weights_into(model: Any, checkpoint: str) -> Any:
 
     def build() -> Any:
         made = model if is_model(model) else model()
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryFolder("model") as folder:
             local = os.path.join(folder, name)
             fs, source = fsspec.core.url_to_fs(file)
             fs.get(source, local)
@@ -192,7 +192,7 @@ def save_model(model: Any, api: KerasAPI) -> tuple[bytes, dict[str, Any]]:
         ModelError: If Keras cannot write it.
     """
     api.build_optimizer(model)
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder("model") as folder:
         path = os.path.join(folder, MODEL_FILE)
         with recorded(api) as table:
             try:
@@ -221,7 +221,7 @@ def _loaded(data: bytes, api: KerasAPI, custom_objects: Mapping[str, Any], safe_
     """Load the bytes of a `.keras` file."""
     if not zipfile.is_zipfile(io.BytesIO(data)):  # as which tf_keras would read an older format, code and all
         raise ValueError("It is no zip archive.")
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryFolder("model") as folder:
         path = os.path.join(folder, MODEL_FILE)
         with open(path, "wb") as file:
             file.write(data)
