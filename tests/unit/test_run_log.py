@@ -1,0 +1,130 @@
+"""The log of a run: it goes on in an earlier one, and a run does not fail because of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from raykeras import events, gathering
+from raykeras.checkpoint import RunFolder
+from raykeras.events import Event
+from raykeras.gathering import Gathering, RunLog
+from tests.support.s3 import S3
+
+HISTORY = "epoch,loss,val_loss\r\n0,0.5,0.6\r\n1,0.4,\r\n"
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of temporary folders. Pauses are short, and s3fs makes one attempt."""
+    monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
+    monkeypatch.setattr(gathering, "_PAUSES_S", (0.01,))
+    monkeypatch.setattr(gathering, "LAST_WAIT_S", 1.0)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def started(epoch: int = 0) -> Event:
+    return events.RunStarted(params={}, workers=1, replicas=1, initial_epoch=epoch, path="")
+
+
+def log_epochs(folder: RunFolder, *epochs: int) -> None:
+    """Log a run of some epochs as `fit` does."""
+    log = RunLog(folder)
+    gathered = Gathering([log])
+    gathered.send(started(epochs[0]))
+    for epoch in epochs:
+        gathered.send(events.EpochEnded(epoch=epoch, step=1, logs={"loss": 0.25}))
+    gathered.close(events.RunEnded(status="completed", logs={}))
+    try:
+        gathered.raise_failure()
+    finally:
+        log.close()
+
+
+def written(folder: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the names of the events, and the rows of the history."""
+    fs, path = fsspec.core.url_to_fs(folder, use_listings_cache=False)
+    lines = fs.cat_file(f"{path}/events.jsonl").decode().splitlines()
+    rows = fs.cat_file(f"{path}/history.csv").decode().splitlines()
+    return [json.loads(line)["event"] for line in lines], list(csv.DictReader(rows))
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_log_continues_an_earlier_one(storage: str, bucket: str, tmp_path: Path, temporary: Path) -> None:
+    folder = RunFolder(f"{bucket}/run" if storage == "s3" else str(tmp_path / "run"))
+    folder.make()
+    log_epochs(folder, 0, 1)
+    log_epochs(folder, 1, 2)
+    names, rows = written(folder.path)
+    once = ["RunStarted", "EpochEnded", "EpochEnded", "RunEnded"]
+    assert names == once * 2
+    assert [row["epoch"] for row in rows] == ["0", "1", "2"]
+    assert not os.listdir(temporary)
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "dropped", "applied"])
+def test_temporary_failure_of_upload_is_repeated(fault: str, bucket: str, s3_server: S3, temporary: Path) -> None:
+    with s3_server.failing(fault, method="PUT", path="events.jsonl", last=3) as failing, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_epochs(RunFolder(f"{bucket}/run"), 0)
+    assert failing.num_requests > 3
+    assert written(f"{bucket}/run")[0] == ["RunStarted", "EpochEnded", "RunEnded"]
+    assert not os.listdir(temporary)
+
+
+@pytest.mark.parametrize("fault", ["denied", "unavailable"])
+def test_log_is_kept_where_it_cannot_be_uploaded(fault: str, bucket: str, s3_server: S3, temporary: Path) -> None:
+    with s3_server.failing(fault, method="PUT", path="events.jsonl"), pytest.warns(UserWarning) as warned:
+        log_epochs(RunFolder(f"{bucket}/run"), 0, 1)
+    (name,) = os.listdir(temporary)
+    (warning,) = warned
+    assert str(temporary / name) in str(warning.message) and f"{bucket}/run" in str(warning.message)
+    assert written(str(temporary / name))[0] == ["RunStarted", "EpochEnded", "EpochEnded", "RunEnded"]
+
+
+def test_full_disk_does_not_fail_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "_write_history", full)
+    with pytest.warns(UserWarning, match="could not all be written there: OSError: .*No space left"):
+        log_epochs(RunFolder(str(tmp_path)), 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs"),
+    [
+        (HISTORY, ["0", "1", "7"]),
+        (HISTORY + "2,0.3", ["0", "1", "7"]),
+        (HISTORY + "2,0.3,0.2,9\r\nthree,1,1\r\n,,\r\n-1,0,0\r\n3,x,0\r\n4,0.1,0.1\r\n", ["0", "1", "4", "7"]),
+        ("loss,val_loss\r\n0.5,0.6\r\n", ["7"]),
+        ("", ["7"]),
+        ("\0\x80\xff,\0", ["7"]),
+        ('"' + "x" * 200_000, ["7"]),
+    ],
+    ids=["whole", "cut off", "bad rows", "no epoch", "empty", "no text", "no end"],
+)
+def test_rows_of_a_malformed_history_are_dropped(text: str, epochs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_bytes(text.encode("latin-1"))
+    log_epochs(RunFolder(str(tmp_path)), 7)
+    assert [row["epoch"] for row in written(str(tmp_path))[1]] == epochs
+
+
+@pytest.mark.parametrize(
+    "data", [b'{"event": "RunEnded"}\n', b'{"event": "RunEnded"}\n{"event": "Ep', b'{"event"', b"\0" * 9, b""]
+)
+def test_line_that_was_cut_off_is_dropped(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(data)
+    log_epochs(RunFolder(str(tmp_path)), 0)
+    assert written(str(tmp_path))[0] == ["RunEnded"] * data.count(b"\n") + ["RunStarted", "EpochEnded", "RunEnded"]
