@@ -61,7 +61,7 @@ def is_better(monitor: str, value: float, than: float) -> bool:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder on any fsspec storage. Picklable.
+    """A run's folder on any fsspec storage. Picklable. Methods raise CheckpointError if storage fails.
 
     Attributes:
         path: Absolute folder or fsspec URL.
@@ -85,31 +85,33 @@ class RunFolder:
     def __truediv__(self, name: str) -> str:
         return f"{self.path}/{name}"
 
-    def exists(self) -> bool:
-        return retried(lambda: bool(self.fs.exists(self.path)))
+    def is_empty(self) -> bool:
+        """Whether it holds nothing, or is not there."""
+        return self._reached(lambda: not self.fs.exists(self.path) or not self.fs.ls(self.path))
 
     def is_run(self) -> bool:
         """Whether it holds a run."""
-        return retried(lambda: bool(self.fs.exists(self / OWNER_FILE)))
+        return self._reached(lambda: bool(self.fs.exists(self / OWNER_FILE)))
 
     def make(self) -> None:
-        """Makes the folder. Raises CheckpointError if it cannot be written to."""
-        self._write(lambda: self.fs.makedirs(self.path, exist_ok=True))
+        """Makes the folder."""
+        self._reached(lambda: self.fs.makedirs(self.path, exist_ok=True))
 
     def claim(self, token: str) -> None:
-        """Makes this driver the only one that writes checkpoints here. Raises CheckpointError as `make`."""
-        self._write(lambda: self.fs.pipe_file(self / OWNER_FILE, token.encode()))
+        """Makes this driver the only one that writes checkpoints here."""
+        self._reached(lambda: self.fs.pipe_file(self / OWNER_FILE, token.encode()))
 
-    def _write(self, call: Callable[[], None]) -> None:
+    def _reached(self, call: Callable[[], T]) -> T:
+        """What a function returns, which is called again where storage fails temporarily."""
         try:
-            retried(call)
+            return retried(call)
         except Exception as error:
             if not is_of_storage(error):
                 raise
             raise CheckpointError(
-                f"A run's storage must be writable; {self.path!r} is not: {error} Give another `storage`, or mend this "
-                "one."
-            ) from None
+                f"A run's storage must be readable and writable; {self.path!r} is not: {type(error).__name__}: {error} "
+                "Give another `storage`, or mend this one."
+            ) from error
 
     def is_claimed_by(self, token: str) -> bool:
         """Whether no other driver has claimed it since."""
@@ -118,22 +120,26 @@ class RunFolder:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first."""
-        return [Checkpoint(path) for path, is_complete in retried(self._listed).items() if is_complete]
+        return [Checkpoint(path) for path, is_complete in self._listed().items() if is_complete]
 
     def incomplete(self) -> list[str]:
         """Folders of checkpoints whose writing was cut off, or still goes on."""
-        return [path for path, is_complete in retried(self._listed).items() if not is_complete]
+        return [path for path, is_complete in self._listed().items() if not is_complete]
 
     def _listed(self) -> dict[str, bool]:
         """Each folder of a checkpoint, sorted, and whether it is complete."""
         fs, root = self.fs, self / FOLDER
-        if not fs.exists(root):
-            return {}
-        names = sorted(os.path.basename(str(p).rstrip("/")) for p in fs.ls(root, detail=False))
-        names = [name for name in names if name.lstrip(".").startswith(_PREFIX)]
-        return {
-            f"{root}/{name}": not name.startswith(".") and fs.exists(f"{root}/{name}/{STATE_FILE}") for name in names
-        }
+
+        def listed() -> dict[str, bool]:
+            paths = fs.ls(root, detail=False) if fs.exists(root) else []
+            names = sorted(os.path.basename(str(path).rstrip("/")) for path in paths)
+            return {
+                f"{root}/{name}": not name.startswith(".") and fs.exists(f"{root}/{name}/{STATE_FILE}")
+                for name in names
+                if name.lstrip(".").startswith(_PREFIX)
+            }
+
+        return self._reached(listed)
 
     def newest_whole(self, damaged: Callable[[Checkpoint, CheckpointError], None]) -> Checkpoint | None:
         """The newest checkpoint from which training can go on; None if there is none.

@@ -303,7 +303,7 @@ def _folder(run: Run) -> RunFolder:
     name = run.name or time.strftime("run-%Y%m%d-%H%M%S")
     for number in itertools.count(1):
         folder = RunFolder.under(run.storage, name if number == 1 else f"{name}-{number}")
-        if not folder.exists() or not folder.fs.ls(folder.path):
+        if folder.is_empty():
             return folder
         if run.name is not None:
             break

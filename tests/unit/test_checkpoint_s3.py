@@ -165,5 +165,8 @@ def test_checkpoints_of_other_processes_are_found(run: RunFolder) -> None:
 
 
 def test_unreachable_storage_is_reported_at_start(bucket: str, s3_server: S3) -> None:
-    with s3_server.failing("denied", method="PUT"), pytest.raises(rk.CheckpointError, match="must be writable"):
+    with (
+        s3_server.failing("denied", method="PUT"),
+        pytest.raises(rk.CheckpointError, match="must be readable and writable"),
+    ):
         RunFolder(f"{bucket}/run").claim("token")
