@@ -191,8 +191,8 @@ def _read_history(path: str) -> list[dict[str, Any]]:
 def _is_whole(row: dict[Any, Any]) -> bool:
     """Whether a row has an epoch, and a number or nothing for each metric."""
     try:
-        values = [json.loads(value) if value.startswith("[") else float(value) for value in row.values() if value]
-        return int(row["epoch"]) >= 0 and None not in map(plain_number, values)
+        values = [json.loads(value) if value.startswith("[") else float(value) for value in row.values() if value != ""]
+        return int(row["epoch"]) >= 0 and all(plain_number(value) is not None for value in values)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return False
 

@@ -23,19 +23,7 @@ from raykeras.archive import crc_of_archive, stored_member
 from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, STATE_FILE, Checkpoint, RunFolder
 from raykeras.plain import NotPlainError, from_plain, to_plain
 from raykeras.train_state import dump_state, parse_state
-
-STATE: dict[str, Any] = {
-    "epoch": 1,
-    "step": 0,
-    "logs": {},
-    "step_logs": {},
-    "position": {"num_rows": 75, "num_shards": 4, "window_rows": 25, "order": "shuffled"},
-    "signature": {"keras": "keras", "variables": ["kernel [8, 3]"], "optimizer": "Adam", "options": {"beta_1": 0.9}},
-    "keras": {"package": "keras", "version": "3.15.1"},
-    "stopped": False,
-    "extra": ["callbacks"],
-    "callbacks": {"raykeras": "dict", "keys": ["wait"], "values": [{"raykeras": "tuple", "items": [1]}]},
-}
+from tests.support.train_state import STATE
 
 
 def store(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:

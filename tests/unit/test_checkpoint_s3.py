@@ -17,6 +17,7 @@ from raykeras.checkpoint import MODEL_FILE, OWNER_FILE, STATE_FILE, Checkpoint, 
 from raykeras.events import Event
 from raykeras.saving import Keeper
 from tests.support.s3 import S3
+from tests.support.train_state import STATE
 
 TIMEOUT_S = 60.0
 
@@ -29,7 +30,7 @@ class Snapshot:
 
     def write(self, folder: str) -> None:
         Path(folder, MODEL_FILE).write_bytes(np.random.default_rng(self._epoch).bytes(300))
-        checkpoint.write_state(folder, {"epoch": self._epoch, "step": 0, "logs": {}}, {})
+        checkpoint.write_state(folder, {**STATE, "epoch": self._epoch}, {})
 
     def release(self) -> None:
         """Holds no memory."""
