@@ -26,7 +26,7 @@ from raykeras.sources import footer_cache, footers
 from raykeras.sources.footers import Footer, read_footers
 
 COLUMNS = ["x", "y", "series", "elsewhere"]
-FUZZ = settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FUZZ = settings(max_examples=350, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 @pytest.fixture(autouse=True)
