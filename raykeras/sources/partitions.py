@@ -23,6 +23,7 @@ Partition = tuple[tuple[str, Any], ...]
 
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = re.compile(r"-?[0-9]+", re.ASCII)
+_INTEGERS = (int, np.integer)
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -47,7 +48,7 @@ def read_partitions(
     errors: dict[str, SourceError] = {}
     for name in dict.fromkeys(name for partition in found for name in partition):
         given = [partition[name] for partition in found if partition.get(name) is not None]
-        is_integer = all(map(_is_integer, given)) if given else isinstance(fill.get(name), int)
+        is_integer = all(map(_is_integer, given)) if given else isinstance(fill.get(name), _INTEGERS)
         fields[name] = Field(name, "dense", "int64") if is_integer else Field(name, "string", "string")
         for path, partition in zip(files, found, strict=True):
             if (error := _error(path, partition, fields[name], fill)) is not None:
@@ -85,7 +86,7 @@ def _error(path: str, partition: Mapping[str, Any], field: Field, fill: Mapping[
             f"A partition that is used must have no nulls; {name!r} of {path} is {_NULL}. "
             f"Give `fill={{{name!r}: value}}`, or leave that file out."
         )
-    kinds = (int, np.integer) if field.kind == "dense" else (str,)
+    kinds = _INTEGERS if field.kind == "dense" else (str,)
     if isinstance(fill[name], bool) or not isinstance(fill[name], kinds):
         what = "integers" if field.kind == "dense" else "text"
         return SourceError(

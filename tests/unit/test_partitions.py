@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -81,7 +82,7 @@ def test_undecodable_folder_is_refused(tmp_path: Path) -> None:
     [
         ([NULL, "3"], 7, [3, 7]),
         ([NULL, "a"], "b", ["a", "b"]),
-        ([NULL], 7, [7]),
+        ([NULL], np.int32(7), [7]),
         ([NULL], "b", ["b"]),
         (["%5F_HIVE_DEFAULT_PARTITION__", "3"], -1, [-1, 3]),
     ],
