@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import os
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,7 +145,30 @@ def num_gpus_here() -> int:
 
 
 def _start(scale: Scale) -> bool:
-    """Connects to where RAY_ADDRESS or `ray start` says, else starts Ray; whether it did."""
+    """Connect to where RAY_ADDRESS or `ray start` says, else start Ray; return whether it did.
+
+    Raises:
+        ResourceError: Ray does not start, twice.
+    """
+    import ray
+
+    try:
+        return _started(scale)
+    except Exception:  # Ray raises a bare one where a node takes longer than its limit
+        ray.shutdown()
+    try:
+        return _started(scale)
+    except Exception as error:
+        ray.shutdown()
+        logs = os.path.join(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "session_latest", "logs")
+        raise ResourceError(
+            f"Ray must start, within a limit of its own; it did not, twice: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'} Its logs are in {logs!r}. "
+            "Free CPUs and memory, or start it beforehand by `ray start --head`."
+        ) from error
+
+
+def _started(scale: Scale) -> bool:
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

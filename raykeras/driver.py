@@ -187,7 +187,8 @@ def fit(
     if outcome.left:
         raise interrupt.exception(f"The run was interrupted; it can go on from {redacted(folder.path)}.")
     build = None if is_model(model) or isinstance(model, ModelFile) else model
-    return Result(outcome.history, outcome.epoch, outcome.params, folder.path, live_model, build)
+    params = {**outcome.params, "verbose": verbose}
+    return Result(outcome.history, outcome.epoch, params, folder.path, live_model, build)
 
 
 def _warn_of_unserializable() -> Callable[[Event], None]:
