@@ -244,6 +244,7 @@ def _find(paths: Sequence[str], options: dict[str, Any]) -> tuple[fsspec.Abstrac
     fs: Any = None
     for path in paths:
         fs, local = fsspec.core.url_to_fs(path, **options)
+        fs.invalidate_cache()  # of listings, which others may have changed since
         if any(c in local for c in "*?["):
             matches, root = fs.glob(local, detail=True), local[: min(local.index(c) for c in "*?[" if c in local)]
             found = {p: info for p, info in matches.items() if info["type"] != "directory"}
