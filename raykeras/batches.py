@@ -267,7 +267,8 @@ def as_array(value: Any) -> np.ndarray:
             f"The parts of a batch must be dense arrays; got a {type(value).__name__}. Make it dense, as by "
             "`tensor.to_tensor()`."
         )
-    return np.asarray(value)
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # which NumPy does not know
 
 
 def _guarded(make: Callable[[], Any]) -> Any:

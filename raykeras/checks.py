@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     """
     if not api.is_compiled(model):
         raise ModelError(f"A model must be compiled; {model.name!r} is not. Call `model.compile(...)` first.")
+    layout = _without_other_inputs(model, api, layout)
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
     return _with_num_classes(model, api, _conformed(model, api, layout))
@@ -95,6 +97,21 @@ def _conformed(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     if not isinstance(struct, list | tuple) or {str(t.name) for t in weights} != set(names):
         return layout
     return layout.as_sequence("sample_weight", names)
+
+
+def _without_other_inputs(model: Any, api: KerasAPI, layout: Layout) -> Layout:
+    """The layout without what is named in x and is no input, where all inputs are given; warns as Keras does."""
+    shapes, names = api.input_shapes(model), [tensor.name for tensor in layout.role("x")]
+    if shapes is None or "x" in layout.sequences or None in names or not set(shapes) < set(names):
+        return layout
+    others = [str(name) for name in names if name not in shapes]
+    warnings.warn(
+        f"x should name the model's inputs only; got {listed(others)} as well, which the model does not get. Inputs: "
+        f"{listed(shapes)}.",
+        stacklevel=2,
+    )
+    tensors = tuple(tensor for tensor in layout.tensors if tensor.role != "x" or tensor.name in shapes)
+    return dataclasses.replace(layout, tensors=tensors)
 
 
 def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:

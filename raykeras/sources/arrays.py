@@ -277,6 +277,8 @@ def _name_arrays(role: str, value: Any, arrays: Columns) -> Spec:
     if is_sequence(value):
         return {str(i): _name_arrays(f"{role}[{i}]", part, arrays) for i, part in enumerate(value)}  # type: ignore[misc]
     array = np.asarray(value)
+    if array.dtype.name == "bfloat16":  # which NumPy does not know
+        array = array.astype(np.float32)
     one_column = array.ndim == 1 and role != "sample_weight" and hasattr(value, "iloc")
     arrays[role] = array[:, None] if one_column else array  # a pandas Series is one column, as in Keras
     return role

@@ -385,7 +385,7 @@ def test_invalid_batches_are_refused_before_start() -> None:
     fails("must be an array, or a list or dict of arrays", (({"a": {"b": X}}, Y) for _ in range(3)))
     fails("batch 0: x 75, y 74", ((X, Y[1:]) for _ in range(3)))
     fails("must name the model's outputs|Outputs: None", Slices((X, Y)), class_weight={"a": {1: 2}})
-    with pytest.raises(rk.OptionError, match=r"infinite tf\.data\.Dataset\. Take a part of it"):
+    with pytest.raises(rk.OptionError, match=r"infinite tf\.data\.Dataset\. Give `steps`"):
         rk.predict(dense("keras"), data.batch(BATCH).repeat())
     with pytest.raises(rk.OptionError, match="`columns` are those of a source"):
         rk.predict(dense("keras"), data.batch(BATCH), output="/nowhere", columns=["id"])

@@ -404,6 +404,20 @@ def test_invalid_arguments(fit: Fit, tmp_path: Path, options: dict[str, Any], me
     assert not list(tmp_path.iterdir())
 
 
+def test_other_keys_of_x_are_left_out(fit: Fit) -> None:
+    expected = fit(build(), {"features": X}, Y).history
+    with pytest.warns(UserWarning, match="got other as well, which the model does not get. Inputs: features"):
+        assert fit(build(), {"features": X, "other": W}, Y).history == expected
+    data = tf.data.Dataset.from_tensor_slices(({"features": X, "other": W}, Y)).batch(BATCH)
+    with pytest.warns(UserWarning, match="got other as well"):
+        assert fit(build(), data, shuffle=False).epoch == [0]
+
+
+def test_bfloat16_tensors(fit: Fit) -> None:
+    x = tf.cast(X, tf.bfloat16)
+    assert fit(build(), x, Y).history == fit(build(), tf.cast(x, tf.float32), Y).history
+
+
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 2, "initial_epoch": 2}], ids=["no", "past"])
 def test_no_epochs_train_nothing(fit: Fit, options: dict[str, Any], tmp_path: Path) -> None:
     called: list[str] = []

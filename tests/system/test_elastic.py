@@ -76,7 +76,7 @@ def hanging(folder: Path, rank: int) -> Any:
     return Hangs()
 
 
-@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
     seen: list[rk.events.Event] = []
     run = {"hang_timeout_s": 6.0}
@@ -92,7 +92,7 @@ def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
     assert "on_epoch_begin" in stacks["attempt-0-rank-1.txt"]
 
 
-@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_capacity_beside_partially_used_cpu() -> None:
     """The workers and tasks that fit are counted, or they would never be scheduled."""
     orders: Any = SimpleNamespace(widest=TWO, scale=TWO, room=Room(1.0))
