@@ -339,10 +339,7 @@ def test_signal_saves_and_run_resumes(
 
     with kept_workers.used():
         undisturbed = fit(str(tmp_path), "undisturbed", **options)
-    with (
-        default_handler(number),
-        pytest.raises(raised[0], match=raised[1]),  # new workers, which have to end
-    ):
+    with kept_workers.used(), default_handler(number), pytest.raises(raised[0], match=raised[1]):
         fit(str(tmp_path), "run", [Interrupts(), slow(0.1)], **options)
     last = events_of(str(tmp_path / "run"))[-1]
     assert (last["event"], last["status"]) == ("RunEnded", "interrupted")

@@ -114,7 +114,7 @@ def wait_to_be_ended(config: dict[str, Any]) -> None:
     time.sleep(600)
 
 
-@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
     def kill_controller() -> None:
         while len(os.listdir(tmp_path)) < TWO.workers:
