@@ -1,6 +1,6 @@
 """Keras' own tests, which come with its wheel, plain and through raykeras.
 
-    python -m tests.compat.keras_suite [--replicas 1 2] [MODULE ...]
+    python -m tests.compat.keras_suite [--replicas N] [MODULE ...]
 
 Prints, of the tests that pass plain, how many pass through raykeras on one replica and on two, and each other one with
 its reason in `keras_suite.json`. Fails if one has no reason there, or one with a reason passes.
@@ -60,13 +60,13 @@ def run(modules: Sequence[str], folder: Path, options: Sequence[str]) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--replicas", type=int, action="append", help="by default 1 and 2")
     parser.add_argument("modules", nargs="*", default=MODULES, metavar="MODULE", help="of keras.src")
     arguments = parser.parse_args()
     reasons: dict[str, dict[str, str]] = json.loads(REASONS.read_text()) if REASONS.exists() else {}
     print("| replicas | pass plain | pass through raykeras | |\n| --- | --- | --- | --- |")
     wrong: list[str] = []
-    for replicas in arguments.replicas:
+    for replicas in arguments.replicas or (1, 2):
         options, known = [f"--replicas={replicas}"], reasons.get(f"replicas-{replicas}", {})
         with tempfile.TemporaryDirectory() as folder:
             plain = run(arguments.modules, Path(folder), options)
