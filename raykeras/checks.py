@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -158,7 +159,7 @@ def _input_tensors(model: Any) -> list[Any]:
 
 
 def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
-    if getattr(type(model), "train_step", None) is not _plain_train_step(model, api):
+    if not _is_plain(model, api, "train_step"):
         return  # the user's own step may want anything
     tensors = layout.role("y")
     if not tensors:
@@ -184,6 +185,8 @@ def _with_num_classes(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     outputs, tensors, loss = getattr(model, "outputs", None), layout.role("y"), getattr(model, "loss", None)
     if not isinstance(outputs, list | tuple) or len(outputs) < len(tensors):
         return layout
+    if not all(_is_plain(model, api, method) for method in ("train_step", "test_step", "compute_loss")):
+        return layout  # the user's own may make other labels of y
     names = api.output_names(model) or [""] * len(outputs)
     if isinstance(loss, Mapping):
         losses = [loss.get(name) for name in names]
@@ -203,17 +206,20 @@ def _with_num_classes(model: Any, api: KerasAPI, layout: Layout) -> Layout:
 
 def _takes_labels(loss: Any) -> bool:
     """Whether a loss takes labels from 0 to the number of classes, and no others."""
-    if getattr(loss, "ignore_class", None) is not None:
+    if isinstance(loss, str):
+        return loss == "sparse_categorical_crossentropy"
+    named = loss if isinstance(loss, types.FunctionType) else type(loss)
+    if named.__module__.split(".")[0] not in ("keras", "tf_keras"):
         return False
-    name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
-    return name in ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
+    options = getattr(loss, "_fn_kwargs", {})
+    is_default = options.get("ignore_class") is None and options.get("axis", -1) == -1
+    return is_default and named.__name__ in ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
 
 
-def _plain_train_step(model: Any, api: KerasAPI) -> Any:
-    for cls in type(model).__mro__:
-        if cls.__module__.split(".")[0] == api.name and "train_step" in vars(cls):
-            return vars(cls)["train_step"]
-    return None
+def _is_plain(model: Any, api: KerasAPI, method: str) -> bool:
+    """Whether a method of a model is Keras' own."""
+    owner = next((cls for cls in type(model).__mro__ if method in vars(cls)), None)
+    return owner is not None and owner.__module__.split(".")[0] == api.name
 
 
 def _check_shape(name: str, wanted: tuple[Any, ...] | None, tensor: Tensor) -> None:

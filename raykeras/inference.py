@@ -327,13 +327,10 @@ def _predictions(
         consumer=consumer,
     )
     if not in_process:
+        applied = dataclasses.replace(layout, transform=None)  # the tasks that read have called it
         dataset = dataset.map_batches(
             RemotePredictor,
-            fn_constructor_args=(
-                [ray.put(build)],
-                dataclasses.replace(layout, transform=None),
-                batch_size,
-            ),  # it was applied
+            fn_constructor_args=([ray.put(build)], applied, batch_size),
             batch_size=None,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=scale.num_replicas),

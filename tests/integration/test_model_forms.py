@@ -257,6 +257,35 @@ def test_fit_that_adds_callbacks(package: str, tmp_path: Path) -> None:
 
 
 @PACKAGES
+@pytest.mark.parametrize("own", ["ignore_class", "train_step", "compute_loss"])
+def test_labels_beyond_the_classes_that_keras_takes(own: str, package: str, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+
+    class Model(keras.Model):  # type: ignore[misc]
+        if own == "train_step":
+
+            def train_step(self, data: Any) -> Any:
+                x, y = data
+                return super().train_step((x, tf.maximum(y, 0)))
+
+        if own == "compute_loss":
+
+            def compute_loss(self, x: Any = None, y: Any = None, y_pred: Any = None, *args: Any, **options: Any) -> Any:
+                return super().compute_loss(x, tf.maximum(y, 0), y_pred, *args, **options)
+
+    def build() -> Any:
+        inputs = keras.Input((8,))
+        model = Model(inputs, keras.layers.Dense(3, activation="softmax")(inputs))
+        ignored = -1 if own == "ignore_class" else None
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(ignore_class=ignored))
+        return model
+
+    labels = np.where(np.arange(len(Y)) % 5, Y, -1)
+    history, model = plain_fit(package, build, X, labels)
+    assert_same_training(rk.fit(build, X, labels, **OPTIONS, run=rk.Run(storage=str(tmp_path))), history, model)
+
+
+@PACKAGES
 def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
     marker, path = str(tmp_path / "ran"), str(tmp_path / "model.keras")
