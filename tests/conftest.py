@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import hypothesis
 import pytest
@@ -49,8 +50,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
     for item in items:
-        shared = {"kept_workers", "forked"} & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group(min(shared, default=item.path.stem)))
+        shared = {"forked", "kept_workers", "two_workers"} & set(getattr(item, "fixturenames", ()))
+        if _on_fewer_scales(item):
+            shared.discard("two_workers")
+        group = "kept_workers" if shared == {"two_workers"} else min(shared, default=item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _on_fewer_scales(item: pytest.Item) -> bool:
+    marked = item.get_closest_marker("fewer_scales") and item.callspec.params["package"] == "tf_keras"
+    return bool(marked) and not item.config.getoption("--exhaustive")
 
 
 @pytest.hookimpl(trylast=True)
@@ -128,7 +137,14 @@ def kept_workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def two_workers(kept_workers: KeptWorkers) -> Iterator[None]:
-    """Runs what this test starts on two workers on the kept ones."""
-    with kept_workers.used():
+def on_fewer_scales(request: pytest.FixtureRequest) -> bool:
+    """Whether this test trains on two replicas of one worker instead of on two workers."""
+    return _on_fewer_scales(request.node)
+
+
+@pytest.fixture
+def two_workers(request: pytest.FixtureRequest, on_fewer_scales: bool) -> Iterator[None]:
+    """Runs what this test starts on two workers on the kept ones, which fewer scales do not need."""
+    workers = nullcontext() if on_fewer_scales else request.getfixturevalue("kept_workers").used()
+    with workers:
         yield

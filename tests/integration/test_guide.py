@@ -129,10 +129,8 @@ class Example:
 
 
 @pytest.fixture
-def example(package: str, tmp_path: Path, request: pytest.FixtureRequest) -> Example:
-    fewer = package == "tf_keras" and request.node.get_closest_marker("fewer_scales")
-    on_replicas = fewer and not request.config.getoption("--exhaustive")
-    return Example(package, tmp_path, (ONE, REPLICAS if on_replicas else TWO))
+def example(package: str, tmp_path: Path, on_fewer_scales: bool) -> Example:
+    return Example(package, tmp_path, (ONE, REPLICAS if on_fewer_scales else TWO))
 
 
 # API overview: a first end-to-end example
