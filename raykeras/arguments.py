@@ -6,6 +6,7 @@ Enters: arrays, sources, tuples, counts. Leaves: sources, or an `OptionError`. N
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from raykeras.errors import OptionError
 from raykeras.options import Run, Scale
 from raykeras.placement import unwrapped
 from raykeras.sources import OpenSource, Source
-from raykeras.sources.arrays import from_arrays, is_sequence
+from raykeras.sources.arrays import from_arrays
 from raykeras.sources.dataset import is_ray_dataset
+from raykeras.structures import Structure, structure_of
 
 
 def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
@@ -33,13 +35,13 @@ def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
     )
 
 
-def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, ...]]:
-    """What the user passed as x, y and sample_weight, as a source; and the roles that are lists."""
+def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, Mapping[Role, Structure]]:
+    """What the user passed as x, y and sample_weight, as a source; and how it is nested."""
     if isinstance(x, Source):
         for name, value in (("y", y), ("sample_weight", sample_weight)):
             if value is not None:
                 raise OptionError(f"`{name}` is part of the source; give it there: `rk.parquet(..., {name}=...)`.")
-        return x, ()
+        return x, {}
     _refuse_raw_dataset("x", x)
     if isinstance(x, str | os.PathLike):
         raise OptionError(
@@ -47,13 +49,12 @@ def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, tuple[Role, .
             f"`rk.parquet({os.fspath(x)!r}, x=..., y=...)`; for NumPy files, `rk.npy`."
         )
     given: tuple[tuple[Role, Any], ...] = (("x", x), ("y", y), ("sample_weight", sample_weight))
-    sequences = tuple(role for role, value in given if is_sequence(value))
-    return from_arrays(x, y, sample_weight), sequences
+    return from_arrays(x, y, sample_weight), {role: structure_of(value) for role, value in given}
 
 
-def as_validation(data: Any) -> tuple[Source, tuple[Role, ...]]:
+def as_validation(data: Any) -> tuple[Source, Mapping[Role, Structure]]:
     if isinstance(data, Source):
-        return data, ()
+        return data, {}
     _refuse_raw_dataset("validation_data", data)
     parts = tuple(data) if isinstance(data, list | tuple) else (data,)
     if len(parts) not in (1, 2, 3):

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from raykeras.batches import part_of
+from raykeras.batches import parts_of
 from raykeras.columns import Tensor
+from raykeras.elements import packed
 from raykeras.epochs import too_few
 from raykeras.iterated import as_it_is, iterated_dataset
 from raykeras.keras_api import KerasAPI
@@ -163,11 +164,12 @@ class BatchStream:
 
     def _flat(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         """Tensors in the order of the layout, of a dataset of the user's."""
-        layout = self._batches.layout
+        tensors = self._batches.layout.tensors
 
         @as_it_is
         def flat(*batch: Any) -> Any:
-            return tuple(part_of(batch, tensor, layout) for tensor in layout.tensors)
+            parts = parts_of(batch)
+            return tuple(parts[tensor.role, tensor.name] for tensor in tensors)
 
         return dataset.map(flat)
 
@@ -206,7 +208,7 @@ class BatchStream:
             batch = self._structured([tensor[cuts[i] : cuts[i + 1]] for tensor in tensors])
             if self._num_replicas == self._num_ranks == 1:
                 return batch
-            return batch, global_rows[i // self._num_replicas]
+            return packed(batch, global_rows[i // self._num_replicas])
 
         return tf.data.Dataset.range(tf.size(cuts, tf.int64) - 1).map(element)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from raykeras.columns import ROLES, Layout, Role, Tensor
 from raykeras.errors import OptionError, RaykerasError, user_code_error
+from raykeras.structures import leaves, name_of, structure_of
 
 Kind = Literal["dataset", "sequence", "loader", "generator"]
 Flat = list[np.ndarray]
@@ -74,12 +75,9 @@ class Batches:
         Raises:
             OptionError: If it is not such a batch.
         """
-        parts, arrays = as_tuple(batch), []
+        parts, arrays = parts_of(batch), []
         for tensor in self.layout.tensors:
-            try:
-                value = part_of(parts, tensor, self.layout)
-            except (IndexError, KeyError, TypeError):
-                value = None
+            value = parts.get((tensor.role, tensor.name))
             if value is None:
                 raise OptionError(f"All batches must be alike; batch {number} has no {tensor.label}.")
             array = as_array(value)
@@ -214,36 +212,19 @@ def _layout_of(batches: Sequence[Any], what: str, floatx: str) -> Layout:
 
 def _layout(batch: tuple[Any, ...], spec: Callable[[Any], tuple[str, tuple[int | None, ...]]], what: str) -> Layout:
     tensors: list[Tensor] = []
-    sequences: list[Role] = []
-    for role, part in zip(ROLES, batch, strict=False):
-        if part is None or type(part).__name__ == "NoneTensorSpec":
-            continue
-        if isinstance(part, list | tuple):
-            sequences.append(role)
-        for name, value in _named(part):
-            if isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(np.ndim, value))):
-                raise OptionError(f"{role} of a {what} must be an array, or a list or dict of arrays; got {part!r}.")
-            dtype, shape = spec(value)
-            tensors.append(Tensor(role, name, (), "string" if dtype == "string" else "dense", dtype, shape))
+    for (role, name), value in parts_of(batch).items():
+        dtype, shape = spec(value)
+        tensors.append(Tensor(role, name, (), "string" if dtype == "string" else "dense", dtype, shape))
     if not tensors or tensors[0].role != "x":
         raise OptionError(f"A batch must be (x,), (x, y) or (x, y, sample_weight); a {what} gave {batch!r}.")
-    return Layout(tuple(tensors), (), {}, (), {}, None, tuple(sequences))
+    structures = {role: structure_of(part) for role, part in zip(ROLES, batch, strict=False)}
+    return Layout(tuple(tensors), (), {}, (), {}, structures=structures)
 
 
-def _named(part: Any) -> list[tuple[str | None, Any]]:
-    if isinstance(part, Mapping):
-        return [(str(name), value) for name, value in part.items()]
-    if isinstance(part, list | tuple):
-        return [(str(i), value) for i, value in enumerate(part)]
-    return [(None, part)]
-
-
-def part_of(batch: Sequence[Any], tensor: Tensor, layout: Layout) -> Any:
-    """What a batch holds of a tensor of its layout."""
-    part = batch[ROLES.index(tensor.role)]
-    if tensor.name is None:
-        return part
-    return part[int(tensor.name) if tensor.role in layout.sequences else tensor.name]
+def parts_of(batch: Any) -> dict[tuple[Role, str | None], Any]:
+    """Return the arrays or tensors of a batch by the roles and names that they have in a layout."""
+    by_role = zip(ROLES, as_tuple(batch), strict=False)
+    return {(role, name_of(path)): value for role, part in by_role for path, value in leaves(part)}
 
 
 def as_tuple(batch: Any) -> tuple[Any, ...]:

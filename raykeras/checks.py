@@ -19,6 +19,7 @@ from raykeras.errors import CheckpointError, ModelError
 from raykeras.keras_api import KerasAPI
 from raykeras.options import Scale
 from raykeras.sources import listed, nearest
+from raykeras.structures import is_deep
 
 
 def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
@@ -92,18 +93,18 @@ def check_execution(model: Any, scale: Scale) -> None:
 def _conformed(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     """The layout as the model takes it: Keras 3 wants the weights of a list of outputs as a list too."""
     names, weights = api.output_names(model), layout.role("sample_weight")
-    if api.is_legacy or names is None or isinstance(model.outputs, dict) or "sample_weight" in layout.sequences:
+    if api.is_legacy or names is None or isinstance(model.outputs, dict) or layout.is_sequence("sample_weight"):
         return layout
     struct = getattr(model, "_outputs_struct", None)
     if not isinstance(struct, list | tuple) or {str(t.name) for t in weights} != set(names):
         return layout
-    return layout.as_sequence("sample_weight", names)
+    return layout.with_structure("sample_weight", tuple(names))
 
 
 def _without_other_inputs(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     """The layout without what is named in x and is no input, where all inputs are given; warns as Keras does."""
     shapes, names = api.input_shapes(model), [tensor.name for tensor in layout.role("x")]
-    if shapes is None or "x" in layout.sequences or None in names or not set(shapes) < set(names):
+    if shapes is None or layout.is_sequence("x") or None in names or not set(shapes) < set(names):
         return layout
     others = [str(name) for name in names if name not in shapes]
     warnings.warn(
@@ -112,14 +113,19 @@ def _without_other_inputs(model: Any, api: KerasAPI, layout: Layout) -> Layout:
         stacklevel=2,
     )
     tensors = tuple(tensor for tensor in layout.tensors if tensor.role != "x" or tensor.name in shapes)
-    return dataclasses.replace(layout, tensors=tensors)
+    return dataclasses.replace(layout, tensors=tensors).with_structure("x", {name: name for name in shapes})
 
 
 def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
-    shapes = api.input_shapes(model)
+    shapes, structure = api.input_shapes(model), layout.structures.get("x")
     if shapes is None:
         return
     names, tensors = list(shapes), layout.role("x")
+    if is_deep(structure):
+        raise ModelError(
+            f"x must be nested as the model's inputs; it is {structure!r:.200}, and the inputs are {listed(names)}. "
+            "Give an array, or a list or dict of arrays."
+        )
     text = [tensor for tensor in tensors if tensor.kind == "string"]
     if text and not any(tensor.dtype in ("string", "object") for tensor in _input_tensors(model)):
         columns = ", ".join(repr(name) for tensor in text for name in tensor.columns or (tensor.label,))
@@ -135,19 +141,27 @@ def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:
             )
         _check_shape(names[0], shapes[names[0]], tensors[0])
         return
-    if "x" in layout.sequences:
-        if len(tensors) != len(names):
-            raise ModelError(f"x must hold one array for each input; got {len(tensors)} for {listed(names)}.")
-        for name, tensor in zip(names, tensors, strict=True):
-            _check_shape(name, shapes[name], tensor)
-        return
     given = {str(t.name): t for t in tensors}
+    absent = [name for name, part in structure.items() if part is None] if isinstance(structure, Mapping) else []
+    if isinstance(structure, tuple):
+        if len(structure) != len(names):
+            raise ModelError(f"x must hold one array for each input; got {len(structure)} for {listed(names)}.")
+        absent = [name for name, part in zip(names, structure, strict=True) if part is None]
+        given = {name: given[part] for name, part in zip(names, structure, strict=True) if part is not None}
     for name in given:
         if name not in shapes:
             raise ModelError(
                 f"x must name the model's inputs; got {name!r}.{nearest(name, shapes)} Inputs: {listed(names)}."
             )
+    for name in absent:
+        if name in shapes and not api.is_optional(model, name):
+            raise ModelError(
+                f"Only an optional input takes None; {name!r} is not optional. Give it an array, or make it with "
+                "`keras.Input(..., optional=True)`."
+            )
     for name, shape in shapes.items():
+        if name in absent:
+            continue
         if name not in given:
             raise ModelError(f"x must name all of the model's inputs; {name!r} is missing. Given: {listed(given)}.")
         _check_shape(name, shape, given[name])
@@ -170,10 +184,11 @@ def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
             )
         return
     names = api.output_names(model)
-    if names is None or tensors[0].name is None or "y" in layout.sequences:
+    structure = layout.structures.get("y")
+    if names is None or tensors[0].name is None or isinstance(structure, tuple) or is_deep(structure):
         return
     for tensor in tensors:
-        if tensor.name not in names and not isinstance(model.outputs, dict):
+        if tensor.name not in names:
             raise ModelError(
                 f"y must name the model's outputs; got {tensor.name!r}.{nearest(str(tensor.name), names)} "
                 f"Outputs: {listed(names)}."
@@ -183,22 +198,25 @@ def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
 def _with_num_classes(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     """The layout with the number of classes of each y that holds labels of a sparse categorical crossentropy."""
     outputs, tensors, loss = getattr(model, "outputs", None), layout.role("y"), getattr(model, "loss", None)
-    if not isinstance(outputs, list | tuple) or len(outputs) < len(tensors):
+    if not isinstance(outputs, list | tuple) or len(outputs) < len(tensors) or is_deep(layout.structures.get("y")):
         return layout
     if not all(_is_plain(model, api, method) for method in ("train_step", "test_step", "compute_loss")):
         return layout  # the user's own may make other labels of y
-    names = api.output_names(model) or [""] * len(outputs)
+    names: list[Any] = api.output_names(model) or [""] * len(outputs)
     if isinstance(loss, Mapping):
         losses = [loss.get(name) for name in names]
     else:
         losses = list(loss) if isinstance(loss, list | tuple) else [loss] * len(outputs)
     sizes = [output.shape[-1] if _takes_labels(each) else None for output, each in zip(outputs, losses, strict=False)]
-    if "y" in layout.sequences or (tensors and tensors[0].name is None):
-        by_tensor = dict(zip(tensors, sizes, strict=False))
-    else:
-        by_tensor = {tensor: dict(zip(names, sizes, strict=False)).get(str(tensor.name)) for tensor in tensors}
+    if layout.is_sequence("y"):
+        names = [str(number) for number in range(len(outputs))]
+    elif tensors and tensors[0].name is None:
+        names = [None]
+    num_classes = dict(zip(names, sizes, strict=False))
     changed = (
-        dataclasses.replace(tensor, num_classes=by_tensor.get(tensor)) if tensor.kind == "dense" else tensor
+        dataclasses.replace(tensor, num_classes=num_classes.get(tensor.name))
+        if tensor.role == "y" and tensor.kind == "dense"
+        else tensor
         for tensor in layout.tensors
     )
     return dataclasses.replace(layout, tensors=tuple(changed))

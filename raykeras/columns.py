@@ -23,6 +23,7 @@ import pyarrow as pa
 from raykeras.decode import decode, for_transform, from_transform
 from raykeras.errors import ColumnError, UserCodeError, ValidationError
 from raykeras.sources import Columns, Field, Transform, listed, nearest
+from raykeras.structures import Structure, filled, has_none
 
 Role = Literal["x", "y", "sample_weight"]
 ROLES: tuple[Role, ...] = ("x", "y", "sample_weight")
@@ -73,7 +74,7 @@ class Layout:
 
     Attributes:
         tensors: All of them; x first, then y, then sample_weight.
-        sequences: Roles whose tensors are handed on as a list instead of a dict.
+        structures: How the tensors of a role are nested, if they are neither one nor a dict of them by name.
         stored: The columns to read.
         unavailable: Where a transform gets all columns that can be used, the error for each of the others; None
             where every column that is read has to be one that can be used.
@@ -85,7 +86,7 @@ class Layout:
     ragged: tuple[str, ...]
     fill: Mapping[str, Any]
     transform: Transform | None = None
-    sequences: tuple[Role, ...] = ()
+    structures: Mapping[Role, Structure] = dataclasses.field(default_factory=dict)
     unavailable: Mapping[str, ValidationError] | None = None
 
     @property
@@ -99,26 +100,36 @@ class Layout:
     def role(self, role: Role) -> list[Tensor]:
         return [tensor for tensor in self.tensors if tensor.role == role]
 
-    def as_sequence(self, role: Role, names: Sequence[str]) -> Layout:
-        """The same tensors, with those of a role handed on as a list in the order of `names`."""
-        ordered = sorted(self.role(role), key=lambda tensor: names.index(str(tensor.name)))
-        others = [tensor for tensor in self.tensors if tensor.role != role]
-        tensors = sorted([*others, *ordered], key=lambda tensor: ROLES.index(tensor.role))
-        return dataclasses.replace(self, tensors=tuple(tensors), sequences=(*self.sequences, role))
+    def is_sequence(self, role: Role) -> bool:
+        """Return whether the tensors of a role are a list."""
+        return isinstance(self.structures.get(role), tuple)
+
+    @property
+    def has_none(self) -> bool:
+        """Whether the model gets None somewhere in x, y or sample_weight."""
+        roles = {tensor.role for tensor in self.tensors}
+        return any(role in roles and has_none(self.structures[role]) for role in self.structures)
+
+    def with_structure(self, role: Role, structure: Structure) -> Layout:
+        return dataclasses.replace(self, structures={**self.structures, role: structure})
+
+    def weighted_as_y(self) -> Layout:
+        """Return the layout with the weights, one for each tensor of y, nested as y."""
+        return self.with_structure("sample_weight", self.structures["y"]) if "y" in self.structures else self
 
     def structure(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """Values in the order of `tensors` as Keras takes them: (x,), (x, y) or (x, y, sample_weight)."""
         batch: list[Any] = []
         for role in ROLES:
-            named = [(t.name, value) for t, value in zip(self.tensors, flat, strict=True) if t.role == role]
+            named = {t.name: value for t, value in zip(self.tensors, flat, strict=True) if t.role == role}
             if not named:
                 batch.append(None)
-            elif role in self.sequences:
-                batch.append(tuple(value for _, value in named))
-            elif named[0][0] is None:
-                batch.append(named[0][1])
+            elif None in named:
+                batch.append(named[None])
+            elif role in self.structures:
+                batch.append(filled(self.structures[role], named))
             else:
-                batch.append(dict(named))
+                batch.append(named)
         while batch[-1] is None:
             batch.pop()
         return tuple(batch)

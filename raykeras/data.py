@@ -7,6 +7,7 @@ into batches, `BatchOrders` for batches that the user makes; or an error before 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,19 +22,20 @@ from raykeras.orders import BatchOrders, DataOrders
 from raykeras.plan import default_num_shards, window_rows_for
 from raykeras.pump import Pump
 from raykeras.sources import OpenSource, Source, listed
-from raykeras.sources.arrays import ArrayReader
+from raykeras.sources.arrays import ArrayReader, ArraySource
 from raykeras.specs import check_weights, class_weight_by_output, resolve
+from raykeras.structures import Structure
 
 _WHOLE_SHARD = 1 << 62  # a window without end: rows in memory cost nothing to shuffle
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a source that was opened; `sequences` are the roles that were given as lists."""
+    """Rows of a source that was opened, and how they are nested for the model."""
 
     source: Source
     opened: OpenSource
-    sequences: tuple[Role, ...]
+    structures: Mapping[Role, Structure]
 
     def split(self, fraction: float) -> tuple[Rows, Rows]:
         """All but the last fraction, and that."""
@@ -48,8 +50,8 @@ def open_data(x: Any, y: Any, sample_weight: Any, floatx: str) -> Given:
     """Opens what was passed as x, y and sample_weight."""
     batches = as_batches(x, floatx)
     if batches is None:
-        source, sequences = as_source(x, y, sample_weight)
-        return Rows(source, source.open(), sequences)
+        source, structures = as_source(x, y, sample_weight)
+        return Rows(source, source.open(), structures)
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise OptionError(
@@ -64,8 +66,25 @@ def open_validation(data: Any, floatx: str) -> Given:
     batches = as_batches(data, floatx)
     if batches is not None:
         return batches
-    source, sequences = as_validation(data)
-    return Rows(source, source.open(), sequences)
+    source, structures = as_validation(data)
+    return Rows(source, source.open(), structures)
+
+
+def steps_within(given: Given, steps_per_epoch: int | None, batch_size: int | None) -> int | None:
+    """Return None, with a warning, where arrays or batches hold less than an epoch: it ends with them, as in Keras."""
+    num_batches, what = None, "arrays"
+    if isinstance(given, Batches):
+        num_batches, what = given.num_batches, given.described
+    elif isinstance(given.source, ArraySource):
+        num_batches = -(-given.opened.num_rows // (batch_size or 32))
+    if steps_per_epoch is None or num_batches is None or steps_per_epoch <= num_batches:
+        return steps_per_epoch
+    warnings.warn(
+        f"`steps_per_epoch` must be at most the number of batches, or an epoch ends early; got {steps_per_epoch}, and "
+        f"the {what} make {num_batches}. Leave it out, or repeat the data.",
+        stacklevel=2,
+    )
+    return None
 
 
 def train_orders(
@@ -85,7 +104,7 @@ def train_orders(
         layout = _with_class_weight(given.layout, class_weight, floatx)
         return BatchOrders(given, layout, given.num_batches, bool(shuffle), seed, steps_per_epoch)
     batch_size = check_batch_size("batch_size", batch_size or 32, scale)
-    layout = resolve(given.source, given.opened, class_weight=class_weight, floatx=floatx, sequences=given.sequences)
+    layout = resolve(given.source, given.opened, class_weight=class_weight, floatx=floatx, structures=given.structures)
     check_weights(given.opened, layout)
     by_index = given.opened.reader.in_memory and layout.transform is None
     window_rows = _WHOLE_SHARD if by_index else window_rows_for(layout.row_nbytes)
@@ -120,7 +139,7 @@ def validation_orders(
     opened = given.opened
     if steps is not None:
         opened = opened.slice(0, min(opened.num_rows, steps * batch_size))
-    layout = resolve(given.source, opened, floatx=floatx, sequences=given.sequences)
+    layout = resolve(given.source, opened, floatx=floatx, structures=given.structures)
     check_weights(opened, layout)
     num_shards = default_num_shards(scale.workers)
     window_rows, held = window_rows_for(layout.row_nbytes), _held(given.source, opened, layout)
@@ -203,7 +222,7 @@ def _with_class_weight(layout: Layout, class_weight: Mapping[Any, Any] | None, f
     """The layout with a weight for each output, where a class weight, or a weight, is given for any; as `resolve`."""
     outputs, weights = layout.role("y"), {tensor.name: tensor for tensor in layout.role("sample_weight")}
     names = [tensor.name for tensor in outputs]
-    if class_weight and "y" in layout.sequences:  # by the number of the output
+    if class_weight and layout.is_sequence("y"):  # by the number of the output
         class_weight = {str(k) if isinstance(v, Mapping) else k: v for k, v in class_weight.items()}
     by_output = class_weight_by_output(class_weight, names)
     if not by_output and (not weights or None in weights):
@@ -220,8 +239,5 @@ def _with_class_weight(layout: Layout, class_weight: Mapping[Any, Any] | None, f
         weighting = by_output.get(output.name, ())
         dtype = floatx if weighting else dtype
         made.append(Tensor("sample_weight", output.name, (), "dense", dtype, shape, weighting))
-    sequences = layout.sequences
-    if "y" in sequences and "sample_weight" not in sequences:
-        sequences = (*sequences, "sample_weight")
     kept = tuple(tensor for tensor in layout.tensors if tensor.role != "sample_weight")
-    return replace(layout, tensors=(*kept, *made), sequences=sequences)
+    return replace(layout, tensors=(*kept, *made)).weighted_as_y()

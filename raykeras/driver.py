@@ -32,6 +32,7 @@ from raykeras.data import (
     open_data,
     open_validation,
     read_ahead,
+    steps_within,
     train_orders,
     validation_orders,
 )
@@ -100,7 +101,8 @@ def fit(
         class_weight: Class to weight, or that by output name; multiplies with the sample weights.
         sample_weight: Array, or dict of arrays by output name; with a source, part of the source.
         initial_epoch: Epoch to start at.
-        steps_per_epoch: Batches of an epoch; the data goes on where it stopped and starts over.
+        steps_per_epoch: Batches of an epoch; the data goes on where it stopped and starts over. Where arrays or
+            batches of your own hold fewer, an epoch ends with them, as in Keras.
         validation_steps: Batches of a validation, always the first ones.
         validation_batch_size: Rows of a validation batch; `batch_size` by default.
         validation_freq: Validate every so many epochs, or in these epochs.
@@ -135,6 +137,7 @@ def fit(
     quiet()
     floatx = current_floatx()
     given, held_out = _opened(open_data(x, y, sample_weight, floatx), validation_data, validation_split, floatx)
+    steps_per_epoch = steps_within(given, steps_per_epoch, batch_size)
     common: dict[str, Any] = {"scale": scale, "seed": run.seed, "floatx": floatx}
     train = train_orders(
         given,

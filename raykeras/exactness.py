@@ -32,6 +32,7 @@ from typing import Any
 import tensorflow as tf
 
 from raykeras.columns import Layout
+from raykeras.elements import unpacked
 from raykeras.errors import ModelError
 from raykeras.exact_keras import patch_keras
 from raykeras.exact_tf_keras import losses_in_layers, patch_tf_keras
@@ -104,8 +105,8 @@ def _sharing(step: Any, name: str) -> Any:
     """A step that takes the global batch's rows off its data, and knows this replica's share."""
 
     def share_step(data: Any) -> Any:
-        batch, global_rows = data
-        rows = tf.shape(tf.nest.flatten(batch[0])[0])[0]
+        batch, global_rows = unpacked(data)
+        rows = tf.shape(next(x for x in tf.nest.flatten(batch[0]) if x is not None))[0]
         current.share = tf.cast(rows, tf.float32) / tf.cast(global_rows, tf.float32)
         current.num_losses, current.num_added, current.weighed, current.loss = 0, 0, False, None
         try:

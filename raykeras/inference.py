@@ -222,12 +222,12 @@ def predict(
         target = None if output is None else open_output(output)
         with contextlib.closing(_batch_predictions(model, batches.of_x(), scale, steps, every)) as tables:
             return _handed_out(tables, target)
-    source, sequences = as_source(x, None, None)
+    source, structures = as_source(x, None, None)
     source = dataclasses.replace(source, y=None, sample_weight=None)
     opened = source.open()
     if steps is not None:
         opened = opened.slice(0, min(opened.num_rows, steps * batch_size))
-    layout = resolve(source, opened, floatx=current_floatx(), sequences=sequences)
+    layout = resolve(source, opened, floatx=current_floatx(), structures=structures)
     for name in columns:
         opened.field(name)
     target = None if output is None else open_output(output)

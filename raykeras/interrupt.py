@@ -41,7 +41,7 @@ class Interrupt:
 
     def watch(self, event: Event) -> None:
         """Note whether workers train, by the events of the run."""
-        if isinstance(event, events.BatchEnded):
+        if isinstance(event, events.BatchEnded | events.EpochEnded):
             self._has_stepped = True
         elif isinstance(event, events.WorkerFailed | events.RunRestarted):
             self._has_stepped = False
@@ -66,9 +66,9 @@ class Interrupt:
         def handle(number: int, frame: Any) -> None:  # which must neither print nor wait
             restore()
             self.signal = number
-            if not self._has_stepped:
-                raise self.exception("")
             self._received.put(number)
+            if not self._has_stepped:
+                raise self.exception("")  # and if that is swallowed, as in a destructor, the workers leave all the same
 
         thread = threading.Thread(target=self._pass_on, name="raykeras-interrupt", daemon=True)
         thread.start()
@@ -96,8 +96,9 @@ class Interrupt:
         number = self._received.get()
         if number is None:
             return
-        text = f"\nraykeras: {signal.Signals(number).name}; finishing the step and saving. Again to leave at once."
-        print(text, file=sys.stderr, flush=True)
+        if self._has_stepped:
+            text = f"\nraykeras: {signal.Signals(number).name}; finishing the step and saving. Again to leave at once."
+            print(text, file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # the workers have just ended
             if self._call is not None:
                 self._call("leave")

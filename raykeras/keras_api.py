@@ -20,6 +20,7 @@ import numpy as np
 from raykeras.errors import ModelError
 from raykeras.logs import plain_number
 from raykeras.patching import replaced
+from raykeras.structures import is_deep
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,34 @@ class KerasAPI:
 
     def input_shapes(self, model: Any) -> dict[str, tuple[int | None, ...] | None] | None:
         """Shape of a row of each input, by the name that data is fed under; None where it does not say."""
-        inner = getattr(model, "_functional", None) or model  # a Sequential of Keras 3 holds a functional model
+        tensors = self._inputs(model)
+        return None if tensors is None else {name: _row_shape(tensor) for name, tensor in tensors.items()}
+
+    def is_optional(self, model: Any, name: str) -> bool:
+        """Return whether an input can be None, by the name that data is fed under."""
+        tensor = (self._inputs(model) or {}).get(name)
+        return bool(tensor is not None and getattr(tensor._keras_history[0], "optional", False))
+
+    def _inputs(self, model: Any) -> dict[str, Any] | None:
+        inner = _functional(model)
         if not getattr(inner, "inputs", None):
             return None
         struct = getattr(inner, "_nested_inputs" if self.is_legacy else "_inputs_struct", None)
+        if is_deep(struct):
+            return None
         if isinstance(struct, dict):
-            return {str(name): _row_shape(tensor) for name, tensor in struct.items()}
+            return {str(name): tensor for name, tensor in struct.items()}
         names = inner.input_names if self.is_legacy else [tensor.name for tensor in inner.inputs]
-        return {str(name): _row_shape(tensor) for name, tensor in zip(names, inner.inputs, strict=True)}
+        return {str(name): tensor for name, tensor in zip(names, inner.inputs, strict=True)}
 
     def output_names(self, model: Any) -> list[str] | None:
+        """Return the names that y goes by, in the order of the outputs; None where there are none."""
+        inner = _functional(model)
+        struct = getattr(inner, "_nested_outputs" if self.is_legacy else "_outputs_struct", None)
+        if isinstance(struct, dict):
+            names = {id(tensor): str(name) for name, tensor in struct.items()}
+            is_told = not is_deep(struct) and len(names) == len(struct)  # no tensor is there twice
+            return [names[id(tensor)] for tensor in inner.outputs] if is_told else None
         if not getattr(model, "outputs", None) or getattr(model, "output_names", None) is None:
             return None
         return [str(name) for name in model.output_names]
@@ -203,6 +222,11 @@ class KerasAPI:
             optimizer._create_all_weights(model.trainable_variables)
         elif not getattr(optimizer, "built", getattr(optimizer, "_built", False)):
             optimizer.build(model.trainable_variables)
+
+
+def _functional(model: Any) -> Any:
+    """Return the functional model that a Sequential of Keras 3 holds; else the model."""
+    return getattr(model, "_functional", None) or model
 
 
 def _row_shape(tensor: Any) -> tuple[int | None, ...] | None:

@@ -64,6 +64,13 @@ _REFUSED: Mapping[str, str] = {
 }
 """Why, and what to do."""
 
+_TRACKERS: Mapping[str, str] = {
+    "mlflow": "mlflow.log_metrics(logs, step=epoch, run_id=...)",
+    "wandb": "wandb.log({**logs, 'epoch': epoch})",
+    "comet_ml": "experiment.log_metrics(logs, epoch=epoch)",
+}
+"""Packages whose callbacks log to a run of the process that made them, and how to log there."""
+
 _PATHS = (
     "filepath",
     "filename",
@@ -148,6 +155,8 @@ def placement_of(callback: Any) -> Placement:
     """By the nearest of its classes that is Keras' own."""
     if isinstance(callback, OnChief):
         return "chief"
+    if _tracker_of(callback) is not None:
+        return "refused"
     return next((PLACEMENTS[name] for name in _keras_classes(callback) if name in PLACEMENTS), "every")
 
 
@@ -161,7 +170,7 @@ def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
     for callback in callbacks:
         inner = unwrapped([callback])[0]
         if placement_of(callback) == "refused":
-            reason = next(_REFUSED[name] for name in _keras_classes(inner) if name in _REFUSED)
+            reason = _why_refused(inner)
             raise OptionError(f"{type(inner).__name__} cannot run on several workers: it {reason}.")
         made = copy.copy(inner)
         for name in _OF_A_FIT:
@@ -172,6 +181,20 @@ def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
             raise _not_picklable(made, dumps, error) from None
         bare.append(OnChief(made) if isinstance(callback, OnChief) else made)
     return dumps(bare)
+
+
+def _why_refused(callback: Any) -> str:
+    if (tracker := _tracker_of(callback)) is not None:
+        return (
+            f"logs to the {tracker} run of this process, which they do not have. Log from this process, in the "
+            f"`on_epoch_end(self, epoch, logs)` of a `raykeras.DriverCallback`: `{_TRACKERS[tracker]}`"
+        )
+    return next(_REFUSED[name] for name in _keras_classes(callback) if name in _REFUSED)
+
+
+def _tracker_of(callback: Any) -> str | None:
+    roots = (cls.__module__.split(".")[0] for cls in type(callback).__mro__)
+    return next((root for root in roots if root in _TRACKERS), None)
 
 
 def _not_picklable(callback: Any, dumps: Callable[[Any], bytes], error: Exception) -> OptionError:

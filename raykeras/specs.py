@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from raykeras.columns import Layout, Role, Tensor
 from raykeras.errors import ColumnError, OptionError, ValidationError
 from raykeras.sources import Field, OpenSource, Source, Spec, flat_names, listed, nearest
+from raykeras.structures import Structure
 
 ClassWeight = Mapping[Any, Any]
 """Class to weight; or that, by output name."""
@@ -32,7 +33,7 @@ def resolve(
     *,
     class_weight: ClassWeight | None = None,
     floatx: str = "float32",
-    sequences: Iterable[Role] = (),
+    structures: Mapping[Role, Structure] | None = None,
 ) -> Layout:
     """The tensors that a source's specs ask for. Probes the transform on the first rows.
 
@@ -67,7 +68,7 @@ def resolve(
         for name, columns in _entries(role, spec):
             tensors.append(_tensor(role, name, columns, fields, source, floatx))
     tensors = _with_weights(tensors, class_weight, floatx)
-    return dataclasses.replace(layout, tensors=tuple(tensors), sequences=tuple(sequences))
+    return dataclasses.replace(layout, tensors=tuple(tensors), structures=structures or {}).weighted_as_y()
 
 
 def check_weights(opened: OpenSource, layout: Layout) -> None:

@@ -62,8 +62,14 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
 def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset) -> Any:
     """The dataset as `fit` takes it: each replica gets an element of it in turn, nothing is split."""
     if strategy is None:
+        dataset.as_numpy_iterator = _refuse_to_iterate
         return dataset
     return strategy.distribute_datasets_from_function(lambda _: dataset)
+
+
+def _refuse_to_iterate() -> Any:
+    """Stands in for `as_numpy_iterator`, by which MLflow's autolog would read all data to hash it."""
+    raise TypeError("raykeras reads its data once, for the training; call autolog with `log_datasets=False`")
 
 
 def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from raykeras.chunks import Chunk, Feed, chunks_of, components
 from raykeras.columns import Layout, Tensor
+from raykeras.elements import packed
 from raykeras.iterated import as_it_is, iterated_dataset
 
 PREFETCHED_CHUNKS = 2  # an execution of many steps begins in one chunk and ends in the next
@@ -168,7 +169,9 @@ class Stream:
             batches = _batches(layout, arrays, cuts)
             if replicas == self.feed.num_ranks == 1:
                 return batches
-            return tf.data.Dataset.zip((batches, tf.data.Dataset.from_tensor_slices(tf.repeat(global_rows, replicas))))
+            rows = tf.data.Dataset.from_tensor_slices(tf.repeat(global_rows, replicas))
+            pairs = tf.data.Dataset.zip((batches, rows))
+            return pairs.map(as_it_is(packed)) if layout.has_none else pairs
 
         options = tf.data.Options()
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF

@@ -25,6 +25,7 @@ from raykeras.sources import (
     listed,
     nearest,
 )
+from raykeras.structures import is_nested, leaves, name_of
 
 _UNIT_NBYTES = 4 << 20
 
@@ -154,7 +155,7 @@ def from_arrays(x: Any, y: Any = None, sample_weight: Any = None, **options: Any
 
     Args:
         x: An array, an eager tensor, a pandas DataFrame or Series; or a dict of them by input name, or
-            a list in the order of the inputs.
+            a list in the order of the inputs; or nested, as by `raykeras.structures`.
         y: Likewise, by output.
         sample_weight: Likewise, by output.
         **options: Of `Source`.
@@ -272,21 +273,18 @@ def _name_files(role: str, value: Any, paths: dict[str, str]) -> Spec:
 def _name_arrays(role: str, value: Any, arrays: Columns) -> Spec:
     if value is None:
         return None
-    if isinstance(value, Mapping):
-        return {key: _name_arrays(f"{role}.{key}", part, arrays) for key, part in value.items()}  # type: ignore[misc]
-    if is_sequence(value):
-        return {str(i): _name_arrays(f"{role}[{i}]", part, arrays) for i, part in enumerate(value)}  # type: ignore[misc]
-    array = np.asarray(value)
-    if array.dtype.name == "bfloat16":  # which NumPy does not know
-        array = array.astype(np.float32)
-    one_column = array.ndim == 1 and role != "sample_weight" and hasattr(value, "iloc")
-    arrays[role] = array[:, None] if one_column else array  # a pandas Series is one column, as in Keras
-    return role
-
-
-def is_sequence(value: Any) -> bool:
-    """Whether it is several arrays in the order of the inputs or outputs, and not one as nested lists."""
-    return isinstance(value, list | tuple) and bool(value) and all(hasattr(part, "shape") for part in value)
+    spec: dict[str, str] = {}
+    for path, part in leaves(value):
+        array = np.asarray(part)
+        if array.dtype.name == "bfloat16":  # which NumPy does not know
+            array = array.astype(np.float32)
+        one_column = array.ndim == 1 and role != "sample_weight" and hasattr(part, "iloc")
+        label = role + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+        arrays[label] = array[:, None] if one_column else array  # a pandas Series is one column, as in Keras
+        spec[name_of(path) or ""] = label
+    if not spec:
+        raise OptionError(f"{role} must hold an array at least; got {value!r:.200}.")
+    return spec if is_nested(value) else role
 
 
 def _absolute(path: str) -> str:

@@ -1,21 +1,25 @@
-"""Keras' own tests, which come with its wheel, plain and through raykeras.
+"""Keras' own tests of `fit`, `evaluate` and `predict`, plain and through raykeras.
 
-    python -m tests.compat.keras_suite [--replicas N] [MODULE ...]
+    python -m tests.compat.keras_suite [--scale NAME] [--tf-keras CHECKOUT] [MODULE ...]
 
-Prints, of the tests that pass plain, how many pass through raykeras on one replica and on two, and each other one with
-its reason in `keras_suite.json`. Fails if one has no reason there, or one with a reason passes.
+Those of Keras 3 come with its wheel; those of tf_keras with a checkout of the installed version. Prints how many of the
+tests that pass plain pass through raykeras, and each other one with its reason in `keras_suite.json`. Fails if one has
+no reason there, if one with a reason passes, or if fewer pass than must.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -37,17 +41,36 @@ MODULES = (
     "utils.summary_utils_test",
     "distillation",
 )
+TF_KERAS_FILES = ("tf_keras/engine/training_test.py", "tf_keras/callbacks_test.py")
 _TIMEOUT_S = 240
 
 
-def run(modules: Sequence[str], folder: Path, options: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Run the tests; return the outcome of each, and the first line of what went wrong."""
+@dataclass(frozen=True)
+class Scale:
+    """What tests run on, and which share of them must pass."""
+
+    name: str
+    options: tuple[str, ...]
+    least: float
+
+
+SCALES = (
+    Scale("1 replica", ("--replicas=1",), 0.97),
+    Scale("2 replicas", ("--replicas=2",), 0.95),
+    Scale("2 workers", ("--workers=2", "--sample=30"), 0.95),
+)
+
+
+def run(tests: Sequence[str], folder: Path, options: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Run tests in a folder; return the outcome of each, and the first line of what went wrong."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "tests.compat.redirect", "-p", "no:cacheprovider", "-q"]
     command += ["-c", os.devnull, f"--rootdir={folder}", f"--timeout={_TIMEOUT_S}", "--continue-on-collection-errors"]
-    command += [f"--junitxml={report}", *options, "--pyargs", *(f"keras.src.{module}" for module in modules)]
+    command += [f"--junitxml={report}", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": "tensorflow"}
-    subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True).stdout
+    if not report.exists():
+        raise SystemExit(output)
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         state, text = "passed", ""
@@ -58,28 +81,54 @@ def run(modules: Sequence[str], folder: Path, options: Sequence[str]) -> dict[st
     return outcomes
 
 
+def compare(package: str, tests: Sequence[str], scale: Scale, options: Sequence[str]) -> list[str]:
+    """Print how many pass, and the reasons of the others; return what is wrong."""
+    title = f"{package}, {scale.name}"
+    known: dict[str, str] = json.loads(REASONS.read_text()).get(title, {})
+    options = [*options, *scale.options]
+    with tempfile.TemporaryDirectory() as folder:
+        plain = run(tests, Path(folder), options)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = run(tests, Path(folder), [*options, "--through-raykeras"])
+    passing = [name for name, (state, _) in plain.items() if state == "passed"]
+    failing = {name: ours.get(name, ("", "lost"))[1] for name in passing if ours.get(name, ("",))[0] != "passed"}
+    share = 1 - len(failing) / max(1, len(passing))
+    print(f"{title}: {len(passing) - len(failing)} of {len(passing)} pass, {share:.1%}", flush=True)
+    for name, text in failing.items():
+        print(f"- {name}: {known.get(name) or f'NO REASON: {text}'}", flush=True)
+    wrong = [f"{title}: {name} fails without a reason" for name in failing if name not in known]
+    wrong += [f"{title}: {name} passes, but has a reason" for name in known if name in passing and name not in failing]
+    return wrong + ([f"{title}: fewer than {scale.least:.0%} pass"] if share < scale.least else [])
+
+
+def tf_keras_tests(checkout: Path, folder: Path) -> list[str]:
+    """Copy tests of tf_keras, which import what the wheel calls `tf_keras.src`, to a folder; return their paths."""
+    version = importlib.metadata.version("tf_keras")
+    command = ["git", "-C", str(checkout), "show"]
+    paths = []
+    for name in TF_KERAS_FILES:
+        text = subprocess.run([*command, f"v{version}:{name}"], check=True, capture_output=True, text=True).stdout
+        path = folder / Path(name).name
+        path.write_text(re.sub(r"^from tf_keras\b", "from tf_keras.src", text, flags=re.MULTILINE))
+        paths.append(str(path))
+    return paths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, action="append", help="by default 1 and 2")
+    parser.add_argument("--scale", action="append", choices=[scale.name for scale in SCALES], help="by default all")
+    parser.add_argument("--tf-keras", type=Path, metavar="CHECKOUT", help="of the installed version's tag")
     parser.add_argument("modules", nargs="*", default=MODULES, metavar="MODULE", help="of keras.src")
     arguments = parser.parse_args()
-    reasons: dict[str, dict[str, str]] = json.loads(REASONS.read_text()) if REASONS.exists() else {}
-    print("| replicas | pass plain | pass through raykeras | |\n| --- | --- | --- | --- |")
     wrong: list[str] = []
-    for replicas in arguments.replicas or (1, 2):
-        options, known = [f"--replicas={replicas}"], reasons.get(f"replicas-{replicas}", {})
-        with tempfile.TemporaryDirectory() as folder:
-            plain = run(arguments.modules, Path(folder), options)
-        with tempfile.TemporaryDirectory() as folder:
-            ours = run(arguments.modules, Path(folder), [*options, "--through-raykeras"])
-        passing = [name for name, (state, _) in plain.items() if state == "passed"]
-        failing = {name: ours.get(name, ("lost", ""))[1] for name in passing if ours.get(name, ("",))[0] != "passed"}
-        share = 1 - len(failing) / max(1, len(passing))
-        print(f"| {replicas} | {len(passing)} | {len(passing) - len(failing)} | {share:.1%} |", flush=True)
-        for name, text in failing.items():
-            print(f"- {name}: {known.get(name) or f'**no reason**: {text}'}")
-        wrong += [f"{name} fails without a reason" for name in failing if name not in known]
-        wrong += [f"{name} passes and has a reason" for name in known if name in passing and name not in failing]
+    for scale in SCALES:
+        if arguments.scale and scale.name not in arguments.scale:
+            continue
+        modules = [f"keras.src.{module}" for module in arguments.modules]
+        wrong += compare("Keras", ["--pyargs", *modules], scale, [])
+        if arguments.tf_keras is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                wrong += compare("tf_keras", tf_keras_tests(arguments.tf_keras, Path(folder)), scale, ["--legacy"])
     raise SystemExit("\n".join(wrong))
 
 

@@ -109,7 +109,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--replicas", type=int, default=1, help="replicas of each worker; also without redirection")
     group.addoption("--workers", type=int, default=1)
     group.addoption("--legacy", action="store_true", help="tf_keras instead of Keras 3")
-    group.addoption("--every", type=int, default=1, metavar="N", help="only every Nth test")
+    group.addoption("--sample", type=int, metavar="N", help="only N tests, evenly spread")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -136,7 +136,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the tests that call `fit`, `evaluate` or `predict`."""
-    kept = [item for item in items if _calls(item)][:: config.getoption("--every")]
+    kept = [item for item in items if _calls(item)]
+    if (num := config.getoption("--sample")) and num < len(kept):
+        kept = [kept[i * len(kept) // num] for i in range(num)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
     for item in items:

@@ -382,7 +382,11 @@ def test_invalid_batches_are_refused_before_start() -> None:
     fails("`validation_split` is for arrays", Slices((X, Y)), validation_split=0.2)
     fails("got 4 parts", ((X, Y, Y, Y) for _ in range(3)))
     fails("must hold dense tensors", data.ragged_batch(4).map(lambda x, y: (tf.RaggedTensor.from_tensor(x), y)))
-    fails("must be an array, or a list or dict of arrays", (({"a": {"b": X}}, Y) for _ in range(3)))
+    fails(
+        r"must be nested as the model's inputs; .* Give an array, or",
+        (({"a": {"b": X}}, Y) for _ in range(3)),
+        rk.ModelError,
+    )
     fails("batch 0: x 75, y 74", ((X, Y[1:]) for _ in range(3)))
     fails("must name the model's outputs|Outputs: None", Slices((X, Y)), class_weight={"a": {1: 2}})
     with pytest.raises(rk.OptionError, match=r"infinite tf\.data\.Dataset\. Give `steps`"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = ("s3", "gcs", "legacy", "test")
+EXTRAS = ("s3", "gcs", "legacy", "test", "keras-suite")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 

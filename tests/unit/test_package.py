@@ -72,11 +72,6 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def test_no_module_is_too_long() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, path.name
-
-
 def test_tests_named_in_documentation_exist() -> None:
     root = PACKAGE.parent
     defined = {

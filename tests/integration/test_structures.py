@@ -1,0 +1,138 @@
+"""Nested inputs and outputs, None for optional inputs, and outputs in dicts, as plain Keras takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import tf_keras
+
+import raykeras as rk
+from tests.support.compare import assert_same_training
+from tests.support.kept_workers import TWO
+from tests.support.models import BATCH, CLASS, ROWS, SCALES, SCORE, X
+
+ONE = SCALES["1x1"]
+ALL = pytest.mark.parametrize("scale", [*SCALES.values(), TWO], ids=[*SCALES, "2x1"])
+NESTED_Y = {"score": (SCORE, None), "both": {"class": CLASS, "score": SCORE}}
+
+
+class OptionalSum(keras.layers.Layer):
+    def call(self, x: Any, other: Any = None) -> Any:
+        return x if other is None else x + other
+
+
+def optional_input(*, is_sequence: bool = False) -> Any:
+    x, other = keras.Input((8,), name="x"), keras.Input((8,), name="other", optional=True)
+    outputs = keras.layers.Dense(1)(OptionalSum()(x, other))
+    model = keras.Model([x, other] if is_sequence else {"x": x, "other": other}, outputs)
+    model.compile("sgd", "mse")
+    return model
+
+
+def nested_outputs() -> Any:
+    inputs = keras.Input((8,))
+    score, unused, other = (keras.layers.Dense(1, name=name)(inputs) for name in "abc")
+    label = keras.layers.Dense(5, activation="softmax")(inputs)
+    model = keras.Model(inputs, {"score": (score, unused), "both": {"class": label, "score": other}})
+    losses = {"score": ("mse", None), "both": {"class": "categorical_crossentropy", "score": "mae"}}
+    model.compile("sgd", losses)
+    return model
+
+
+def dict_outputs(package: Any) -> Any:
+    """Return a model whose outputs have other names than the layers that make them."""
+    inputs = package.Input((8,))
+    outputs = {"score": package.layers.Dense(1, name="a")(inputs), "class": package.layers.Dense(5, name="b")(inputs)}
+    model = package.Model(inputs, outputs)
+    model.compile("sgd", {"score": "mse", "class": package.losses.CategoricalCrossentropy(from_logits=True)})
+    return model
+
+
+def batches(*arrays: Any) -> Iterator[Any]:
+    """Yield the batches of nested arrays, again and again."""
+    while True:
+        for start in range(0, ROWS, BATCH):
+            yield keras.tree.map_structure(lambda a, at=start: None if a is None else a[at : at + BATCH], arrays)
+
+
+def assert_trains_as_keras(build: Callable[[], Any], x: Any, y: Any, scale: rk.Scale, folder: Path, **data: Any) -> Any:
+    """Train on arrays, compare with plain Keras, and return the model and the plain one."""
+    models = []
+    for _ in range(2):
+        keras.utils.set_random_seed(0)
+        models.append(build())
+    model, plain = models
+    options = {"epochs": 2, "batch_size": BATCH, "shuffle": False, "verbose": 0, **data}
+    expected = plain.fit(x, y, **options)
+    result = rk.fit(model, x, y, scale=scale, run=rk.Run(storage=str(folder)), **options)
+    assert_same_training(result, expected.history, plain)
+    return model, plain
+
+
+@pytest.mark.usefixtures("two_workers")
+@ALL
+def test_nested_outputs_match_keras(scale: rk.Scale, tmp_path: Path) -> None:
+    model, plain = assert_trains_as_keras(nested_outputs, X, NESTED_Y, scale, tmp_path, validation_data=(X, NESTED_Y))
+    expected = plain.evaluate(X, NESTED_Y, batch_size=BATCH, verbose=0, return_dict=True)
+    assert rk.evaluate(model, X, NESTED_Y, batch_size=BATCH, scale=scale) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.usefixtures("two_workers")
+@pytest.mark.parametrize("is_sequence", [False, True], ids=["dict", "list"])
+@ALL
+def test_optional_input_without_data_matches_keras(scale: rk.Scale, is_sequence: bool, tmp_path: Path) -> None:
+    x: Any = [X, None] if is_sequence else {"x": X, "other": None}
+    model, plain = assert_trains_as_keras(lambda: optional_input(is_sequence=is_sequence), x, SCORE, scale, tmp_path)
+    expected = plain.predict(x, verbose=0)
+    np.testing.assert_allclose(rk.predict(model, x, scale=scale), expected, rtol=1e-4, atol=1e-6)
+
+
+@ALL
+def test_optional_input_of_generator_matches_keras(scale: rk.Scale, tmp_path: Path, two_workers: None) -> None:
+    x = {"x": X, "other": None}
+    keras.utils.set_random_seed(0)
+    plain = optional_input()
+    expected = plain.fit(batches(x, SCORE), steps_per_epoch=5, epochs=2, verbose=0).history
+    keras.utils.set_random_seed(0)
+    run = rk.Run(storage=str(tmp_path))
+    data = batches(x, SCORE)
+    result = rk.fit(optional_input(), data, steps_per_epoch=5, epochs=2, verbose=0, scale=scale, run=run)
+    assert_same_training(result, expected, plain)
+
+
+def test_required_input_without_data_is_refused(tmp_path: Path) -> None:
+    inputs = {name: keras.Input((8,), name=name) for name in ("a", "b")}
+    model = keras.Model(inputs, keras.layers.Add()(list(inputs.values())))
+    model.compile("sgd", "mse")
+    with pytest.raises(rk.ModelError, match="'b' is not optional"):
+        rk.fit(model, {"a": X, "b": None}, X, verbose=0, run=rk.Run(storage=str(tmp_path)))
+    with pytest.raises(rk.OptionError, match="x must hold an array"):
+        rk.fit(model, {"a": None, "b": None}, X, verbose=0, run=rk.Run(storage=str(tmp_path)))
+
+
+@pytest.mark.parametrize("package", [keras, tf_keras], ids=["keras", "tf_keras"])
+def test_targets_are_named_as_dict_of_outputs(package: Any, tmp_path: Path) -> None:
+    y = {"class": CLASS, "score": SCORE}
+    model, _ = assert_trains_as_keras(lambda: dict_outputs(package), X, y, ONE, tmp_path)
+    with pytest.raises(rk.ModelError, match="got 'b'"):
+        rk.fit(model, X, {"b": CLASS, "score": SCORE}, verbose=0, run=rk.Run(storage=str(tmp_path)))
+
+
+@pytest.mark.parametrize("form", ["arrays", "dataset"])
+def test_epoch_ends_with_data_before_steps_per_epoch(form: str, tmp_path: Path) -> None:
+    def build() -> Any:
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+    x, y, size = X, SCORE, {"batch_size": BATCH}
+    if form == "dataset":
+        x, y, size = tf.data.Dataset.from_tensor_slices((X, SCORE)).batch(BATCH), None, {"batch_size": None}
+    with pytest.warns(UserWarning, match="got 9, and the .* make 5"):
+        assert_trains_as_keras(build, x, y, ONE, tmp_path, steps_per_epoch=9, **size)
