@@ -71,20 +71,28 @@ def open_validation(data: Any, floatx: str) -> Given:
 
 
 def steps_within(given: Given, steps_per_epoch: int | None, batch_size: int | None) -> int | None:
-    """Return None, with a warning, where arrays or batches hold less than an epoch: it ends with them, as in Keras."""
-    num_batches, what = None, "arrays"
+    """Return `steps_per_epoch`, or None where a pass over the user's batches is shorter; warn of epochs that are.
+
+    Keras 3 ends an epoch where arrays or batches end. `Orders.ends_with_pass` does it for arrays.
+    """
     if isinstance(given, Batches):
-        num_batches, what = given.num_batches, given.described
+        num_batches, is_short = (
+            given.num_batches,
+            bool(given.num_batches and given.num_batches < (steps_per_epoch or 0)),
+        )
     elif isinstance(given.source, ArraySource):
         num_batches = -(-given.opened.num_rows // (batch_size or 32))
-    if steps_per_epoch is None or num_batches is None or steps_per_epoch <= num_batches:
+        is_short = bool(steps_per_epoch and num_batches % steps_per_epoch)
+    else:
         return steps_per_epoch
-    warnings.warn(
-        f"`steps_per_epoch` must be at most the number of batches, or an epoch ends early; got {steps_per_epoch}, and "
-        f"the {what} make {num_batches}. Leave it out, or repeat the data.",
-        stacklevel=2,
-    )
-    return None
+    if is_short:
+        warnings.warn(
+            f"An epoch ends where the data ends, as in Keras 3; got `steps_per_epoch={steps_per_epoch}` and data of "
+            f"{num_batches} batches, so that some epochs have fewer steps. Repeat the data, or change "
+            "`steps_per_epoch`.",
+            stacklevel=2,
+        )
+    return None if is_short and isinstance(given, Batches) else steps_per_epoch
 
 
 def train_orders(
@@ -112,7 +120,8 @@ def train_orders(
         window_rows = check_positive("shuffle", shuffle)
     order, num_shards = "shuffled" if shuffle else "source", default_num_shards(scale.workers)
     held = _held(given.source, given.opened, layout)
-    return DataOrders(given.opened, layout, order, batch_size, num_shards, window_rows, seed, held)  # type: ignore[arg-type]
+    is_arrays = isinstance(given.source, ArraySource)
+    return DataOrders(given.opened, layout, order, batch_size, num_shards, window_rows, seed, held, is_arrays)  # type: ignore[arg-type]
 
 
 def validation_orders(

@@ -101,8 +101,8 @@ def fit(
         class_weight: Class to weight, or that by output name; multiplies with the sample weights.
         sample_weight: Array, or dict of arrays by output name; with a source, part of the source.
         initial_epoch: Epoch to start at.
-        steps_per_epoch: Batches of an epoch; the data goes on where it stopped and starts over. Where arrays or
-            batches of your own hold fewer, an epoch ends with them, as in Keras.
+        steps_per_epoch: Batches of an epoch; the data goes on where it stopped and starts over. With arrays, and with
+            batches of your own that are fewer, an epoch ends where they end, as in Keras 3.
         validation_steps: Batches of a validation, always the first ones.
         validation_batch_size: Rows of a validation batch; `batch_size` by default.
         validation_freq: Validate every so many epochs, or in these epochs.

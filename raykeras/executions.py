@@ -32,34 +32,57 @@ def is_countable(model: Any) -> bool:
     return all(getattr(type(model), maker, None) is getattr(TensorFlowTrainer, maker) for maker in makers)
 
 
+Left = Callable[[int], int]
+"""How many of at most so many steps to make in the next execution."""
+
+
+def steps_left(steps_of: Callable[[int], int | None], begins_at: tuple[int, int] = (0, 0)) -> Left:
+    """Return a function that counts the steps of epoch after epoch, and ends an execution where an epoch ends.
+
+    Args:
+        steps_of: Epoch to its steps.
+        begins_at: Epoch, and steps of it that were made before.
+    """
+    epoch, done = begins_at
+
+    def following(most: int) -> int:
+        nonlocal epoch, done
+        steps = steps_of(epoch) or 0
+        if done >= steps:
+            epoch, done = epoch + 1, 0
+            steps = steps_of(epoch) or 0
+        made = min(most, steps - done)
+        done += made
+        return made
+
+    return following
+
+
 @contextlib.contextmanager
-def counted_executions(
-    model: Any, *, train_steps: int | None = None, done: int = 0, test_steps: int | None = None
-) -> Iterator[None]:
+def counted_executions(model: Any, *, train_left: Left | None = None, test_left: Left | None = None) -> Iterator[None]:
     """Makes executions of `model`, of Keras 3, end where an epoch or a validation does.
 
     Args:
         model: Compiled, and countable.
-        train_steps: Steps of each epoch, for which the data must suffice; None to leave `fit` as it is.
-        done: Steps of the first epoch that were made before.
-        test_steps: Steps of each evaluation; None to leave `evaluate` as it is.
+        train_left: Counts the steps of the epochs, for which the data must suffice; None to leave `fit` as it is.
+        test_left: Likewise those of evaluations; None to leave `evaluate` as it is.
     """
     with contextlib.ExitStack() as stack:
         if model.steps_per_execution > 1:
-            for kind, steps, before in (("train", train_steps, done), ("test", test_steps, 0)):
-                if steps is not None:
-                    stack.enter_context(_replaced_function(model, kind, steps, before))
+            for kind, left in (("train", train_left), ("test", test_left)):
+                if left is not None:
+                    stack.enter_context(_replaced_function(model, kind, left))
         yield
 
 
 @contextlib.contextmanager
-def _replaced_function(model: Any, kind: str, num_steps: int, done: int) -> Iterator[None]:
+def _replaced_function(model: Any, kind: str, left: Left) -> Iterator[None]:
     """Within it, `model.make_train_function()` or `make_test_function()` makes a function of ours."""
     attribute, maker = f"{kind}_function", f"make_{kind}_function"
 
     def make(force: bool = False) -> Any:
         if force or getattr(model, attribute) is None:
-            setattr(model, attribute, _function(model, getattr(model, f"{kind}_step"), num_steps, done))
+            setattr(model, attribute, _function(model, getattr(model, f"{kind}_step"), left))
         return getattr(model, attribute)
 
     setattr(model, attribute, None)
@@ -71,7 +94,7 @@ def _replaced_function(model: Any, kind: str, num_steps: int, done: int) -> Iter
         setattr(model, attribute, None)
 
 
-def _function(model: Any, step: Callable[[Any], Any], num_steps: int, done: int) -> Callable[[Any], Any]:
+def _function(model: Any, step: Callable[[Any], Any], left: Left) -> Callable[[Any], Any]:
     """A function that makes the next steps of those that an epoch has, and returns the last one's logs."""
     from keras.src.backend.tensorflow import trainer
 
@@ -100,15 +123,12 @@ def _function(model: Any, step: Callable[[Any], Any], num_steps: int, done: int)
     known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # asking takes 0.2 ms
 
     def function(iterator: Any) -> Any:
-        nonlocal done
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return one_step(next(iterator))  # of `train_on_batch`
-        steps = min(model.steps_per_execution, num_steps - done % num_steps)
+        steps = left(model.steps_per_execution)
         if iterator not in known:
             known[iterator] = has_threads_of_its_own(iterator)
-        logs = execution(iterator, tf.constant(steps), known[iterator])
-        done += steps
-        return logs
+        return execution(iterator, tf.constant(steps), known[iterator])
 
     return function
 

@@ -30,6 +30,7 @@ class DataOrders:
         batch_size: Rows of a global batch.
         num_shards, window_rows, seed: See `raykeras.plan.PassPlan`.
         held: The rows, where they are read once and held.
+        ends_epochs: Whether `fit(steps_per_epoch=…)` ends an epoch at the end of a pass, as Keras 3 does with arrays.
     """
 
     opened: OpenSource
@@ -40,6 +41,7 @@ class DataOrders:
     window_rows: int
     seed: int
     held: Held | None = None
+    ends_epochs: bool = False
 
     def laid_out(self, layout: Layout) -> DataOrders:
         """The same rows as other tensors."""
@@ -212,8 +214,27 @@ class Orders:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of an epoch; None where it is not known before one was made."""
+        """Steps of an epoch, though one that ends with the data may have fewer; None where nobody knows them yet."""
         return self.steps_per_epoch or self.train.num_steps
+
+    @property
+    def ends_with_pass(self) -> bool:
+        """Whether some epochs have fewer steps than others."""
+        train, steps = self.train, self.steps_per_epoch
+        return bool(steps and isinstance(train, DataOrders) and train.ends_epochs and train.num_steps % steps)
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the steps of all epochs before one; 0 where nobody knows them yet."""
+        steps = self.num_steps or 0
+        if not self.ends_with_pass:
+            return epoch * steps
+        pass_steps = self.train.num_steps or 0
+        num_passes, epoch_of_pass = divmod(epoch, -(-pass_steps // steps))
+        return num_passes * pass_steps + epoch_of_pass * steps
+
+    def steps_of(self, epoch: int) -> int | None:
+        """Return the steps of an epoch; None where nobody knows them yet."""
+        return self.num_steps and self.steps_before(epoch + 1) - self.steps_before(epoch)
 
 
 @dataclass(frozen=True)

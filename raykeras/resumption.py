@@ -85,6 +85,8 @@ def resuming_list(
     model: Any,
     *,
     params: Mapping[str, Any],
+    steps_of: Callable[[int], int | None],
+    epoch: int,
     step: int,
     is_over: bool,
     counts: bool,
@@ -99,6 +101,8 @@ def resuming_list(
         callbacks: All that are called, in order.
         model: What is trained.
         params: As Keras gives them to callbacks.
+        steps_of: Epoch to its steps; to None where nobody knows them.
+        epoch: The first.
         step: Steps of the first epoch that were done before; 0 for an epoch that begins.
         is_over: Whether the first epoch has no more steps, though it had fewer than others.
         counts: Whether Keras does not know how many steps an epoch has, but we do.
@@ -114,6 +118,7 @@ def resuming_list(
         def __init__(self) -> None:
             base.__init__(self, callbacks, add_history=False, add_progbar=False, model=model, **params)
             list.append(self, _forwarding(api, self))
+            self._steps = steps_of(epoch)
             self._done = step  # steps that this epoch had before this process came to it
             self._begins = step == 0
             self._train: Any = None  # the model's own function, while another stands in for it
@@ -141,10 +146,11 @@ def resuming_list(
         def on_train_begin(self, logs: Any = None) -> None:
             super().on_train_begin(logs)
             put_back()
-            if is_over or (step and step == params["steps"]):  # nothing but what follows the last step is left
+            if is_over or (step and step == self._steps):  # nothing but what follows the last step is left
                 self._train, self.model.train_function = self.model.train_function, lambda iterator: dict(last_logs)
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self._steps = steps_of(epoch)
             if self._begins:
                 super().on_epoch_begin(epoch, logs)
             else:
@@ -163,16 +169,16 @@ def resuming_list(
                 self._wanted = is_over
                 return
             batch += self._done
-            if api.is_legacy and params["steps"] is not None:
-                batch = min(batch, params["steps"] - 1)
+            if api.is_legacy and self._steps is not None:
+                batch = min(batch, self._steps - 1)
             self._call("on_train_batch_end", batch, logs)
-            if (self._done or counts) and batch + 1 >= params["steps"]:
+            if (self._done or counts) and self._steps is not None and batch + 1 >= self._steps:
                 self._end_epoch()
 
         def _execute(self, batch: int) -> None:
             """Lets tf_keras execute no more steps at once than are left; for Keras 3 see `raykeras.executions`."""
-            if api.is_legacy and executed > 1 and (self._done or counts):
-                left = params["steps"] - batch - self._done
+            if api.is_legacy and executed > 1 and (self._done or counts) and self._steps is not None:
+                left = self._steps - batch - self._done
                 self.model._steps_per_execution.assign(min(executed, left))
 
         def _end_epoch(self) -> None:

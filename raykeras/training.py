@@ -165,6 +165,8 @@ class Training:
             [*self._callbacks.values(), *ours],
             self._model,
             params=self._params,
+            steps_of=orders.steps_of,
+            epoch=epoch,
             step=step,
             counts=self._counts,
             is_over=bool(step) and bool(state["stopped"]),

@@ -7,6 +7,7 @@ Leaves: an `Outcome`. In between: strategy, model, streams, and Keras' own `fit`
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from raykeras.cluster import Room, reading
 from raykeras.columns import Layout
 from raykeras.errors import ModelError, RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
-from raykeras.executions import counted_executions, is_countable
+from raykeras.executions import counted_executions, is_countable, steps_left
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.logs import Logs, plain_logs
 from raykeras.options import Scale
@@ -120,6 +121,8 @@ def _run(
         validation_data = orders.validation
         if validation_data is not None:
             validation_data = validation_data.laid_out(_validation_layout(model, api, validation_data.layout))
+    if api.is_legacy and isinstance(orders.train, DataOrders):
+        orders = dataclasses.replace(orders, train=dataclasses.replace(orders.train, ends_epochs=False))
     known_steps = [_known_steps(orders, model, api)]
     if validation_data is not None:
         known_steps.append(validation_data.num_steps)
@@ -133,8 +136,8 @@ def _run(
         num_streams=1 if orders.validation is None else 2,
     )
     epoch, step = orders.begins_at
-    first_step = epoch * (orders.num_steps or 0) + step  # an epoch's order is its own, wherever a run begins
-    last_step = None if orders.num_steps is None else max(orders.epochs, epoch + 1) * orders.num_steps
+    first_step = orders.steps_before(epoch) + step  # an epoch's order is its own, wherever a run begins
+    last_step = None if orders.num_steps is None else orders.steps_before(max(orders.epochs, epoch + 1))
     train = open_stream(train_data, num_steps=last_step, first_step=first_step)
     streams.append(train)
     train.begin()  # while the model is compiled
@@ -151,7 +154,7 @@ def _run(
     if orders.resumption is not None or orders.trains_nothing:
         make_variables(model, api, train_data.layout, strategy)  # or there is nothing to put them into
     rows = [] if strategy is None else train.sample()
-    executions = _executions(model, api, strategy, *known_steps, done=step)
+    executions = _executions(model, api, strategy, *known_steps, begins_at=(epoch, step), steps_of=orders.steps_of)
     with exact(model, api, train_data.layout, strategy, rows), executions:
         training = Training(orders, links, api, model, callbacks, train, train_data, first_step, counts)
         try:
@@ -184,6 +187,8 @@ def _train_dataset(
     num_steps = orders.num_steps
     if num_steps is None:
         return train.pass_dataset(None), None, False
+    if orders.ends_with_pass:
+        return train.endless_dataset(), num_steps, True
     in_middle = orders.begins_at[1] > 0
     # then Keras 3 has to see the end of the data, and whole executions would run on into the next epoch
     if _known_steps(orders, model, api) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
@@ -233,11 +238,20 @@ def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any, every_n
 
 
 def _executions(
-    model: Any, api: KerasAPI, strategy: Any, train_steps: int | None, test_steps: int | None = None, *, done: int = 0
+    model: Any,
+    api: KerasAPI,
+    strategy: Any,
+    train_steps: int | None,
+    test_steps: int | None = None,
+    *,
+    begins_at: tuple[int, int] = (0, 0),
+    steps_of: Callable[[int], int | None] = lambda epoch: None,
 ) -> contextlib.AbstractContextManager[None]:
     """What `steps_per_execution` needs to make no other steps than these."""
     if api.is_legacy:
         return contextlib.nullcontext()
     if strategy is None or not is_countable(model):
         test_steps = None  # without a strategy a callback may evaluate on what it likes
-    return counted_executions(model, train_steps=train_steps, done=done, test_steps=test_steps)
+    train_left = None if train_steps is None else steps_left(steps_of, begins_at)
+    test_left = None if test_steps is None else steps_left(lambda _: test_steps)
+    return counted_executions(model, train_left=train_left, test_left=test_left)
