@@ -43,6 +43,7 @@ class BatchStream:
         self, orders: BatchOrders, rank: int, num_ranks: int, num_replicas: int, num_steps: int | None = None
     ) -> None:
         self.failure: Exception | None = None
+        self.is_epoch_over = False  # of the first epoch, which has no more batches
         self._orders, self._batches = orders, orders.batches
         self._num_ranks, self._num_replicas = num_ranks, num_replicas
         self._num_handed, self._num_batches = orders.passed[1], -1  # how many batches there are, once it is known
@@ -119,6 +120,26 @@ class BatchStream:
         if num_steps is not None and not self._orders.passed[1]:
             dataset = dataset.repeat().take(num_steps * self._num_replicas)  # which makes the number known
         return self._prefetched(dataset)
+
+    def ending_dataset(self, num_steps: int) -> tf.data.Dataset:
+        """The batches of one pass over a dataset of the user's; where training goes on, first the rest of a pass.
+
+        For `fit` in Keras 3, where an epoch of `num_steps` goes on in the pass of the one before, and ends with it.
+        """
+        flat = self._flat(self._batches.data)
+        epochs, steps = self._orders.passed
+        if epochs or steps:
+            pass_steps = int(self._batches.data.reduce(np.int64(0), lambda number, *batch: number + 1))
+            passed = epochs % -(-pass_steps // num_steps) * num_steps + steps
+            self.is_epoch_over = passed == pass_steps
+            skipped = [passed % pass_steps]
+
+            @as_it_is
+            def rest(_: tf.Tensor) -> tf.data.Dataset:
+                return flat.skip(tf.numpy_function(lambda: np.int64(skipped.pop() if skipped else 0), [], tf.int64))
+
+            return self._prefetched(self._from_flat(tf.data.Dataset.range(1).flat_map(rest)))
+        return self._prefetched(self._from_flat(flat))
 
     def sample(self, num_rows: int = _SAMPLE_ROWS) -> list[tf.Tensor]:
         """Some rows of the batches' shapes and dtypes: their own, where those could be had without iterating."""

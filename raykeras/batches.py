@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -240,14 +241,22 @@ def as_tuple(batch: Any) -> tuple[Any, ...]:
 
 
 def as_array(value: Any) -> np.ndarray:
-    """An array, or a tensor of TensorFlow or torch, as an array."""
+    """An array, or a tensor of TensorFlow or torch, as an array; a sparse one as a dense one."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
-    if type(value).__name__ in ("RaggedTensor", "SparseTensor"):
+    if type(value).__name__ == "RaggedTensor":
         raise OptionError(
-            f"The parts of a batch must be dense arrays; got a {type(value).__name__}. Make it dense, as by "
-            "`tensor.to_tensor()`."
+            "The parts of a batch must be dense arrays; got a RaggedTensor. Make it dense, as by `tensor.to_tensor()`."
         )
+    is_sparse = _is(value, "tensorflow.python.", "SparseTensor")
+    if is_sparse or hasattr(value, "todense"):  # as SciPy's and JAX's have it
+        warnings.warn(f"Sparse batches are made dense; got a {type(value).__name__}.", stacklevel=2)
+        if is_sparse:
+            import tensorflow as tf
+
+            value = tf.sparse.to_dense(value)
+        else:
+            value = value.todense()
     array = np.asarray(value)
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array  # which NumPy does not know
 

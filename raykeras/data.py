@@ -87,10 +87,10 @@ def steps_within(given: Given, steps_per_epoch: int | None, batch_size: int | No
         return steps_per_epoch
     if is_short:
         warnings.warn(
-            f"An epoch ends where the data ends, as in Keras 3; got `steps_per_epoch={steps_per_epoch}` and data of "
+            f"In Keras 3 an epoch ends where the data ends; got `steps_per_epoch={steps_per_epoch}` and data of "
             f"{num_batches} batches, so that some epochs have fewer steps. Repeat the data, or change "
             "`steps_per_epoch`.",
-            stacklevel=2,
+            stacklevel=4,  # the caller of `fit`
         )
     return None if is_short and isinstance(given, Batches) else steps_per_epoch
 

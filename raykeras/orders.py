@@ -223,6 +223,15 @@ class Orders:
         train, steps = self.train, self.steps_per_epoch
         return bool(steps and isinstance(train, DataOrders) and train.ends_epochs and train.num_steps % steps)
 
+    @property
+    def may_end_with_pass(self) -> bool:
+        """Whether an epoch may turn out to have fewer steps than others, since nobody knows the dataset's length."""
+        if not isinstance(self.train, BatchOrders) or self.scale.num_replicas > 1:
+            return False
+        batches = self.train.batches
+        is_unknown = batches.num_batches is None and not batches.is_infinite
+        return bool(self.steps_per_epoch) and batches.kind == "dataset" and is_unknown
+
     def steps_before(self, epoch: int) -> int:
         """Return the steps of all epochs before one; 0 where nobody knows them yet."""
         steps = self.num_steps or 0

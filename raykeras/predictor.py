@@ -94,9 +94,12 @@ class Predictor:
         if self._callbacks is not None:
             self._callbacks.list.on_predict_end()
 
-    def _predicted(self, data: Any) -> Any:
-        options = {} if self._callbacks is None else {"callbacks": [self._callbacks]}
-        return self._model.predict(data, verbose=0, **options)
+    def _predicted(self, data: Any, num_batches: int) -> Any:
+        if self._callbacks is None:
+            return self._model.predict(data, verbose=0)
+        predicted = self._model.predict(data, verbose=0, callbacks=[self._callbacks])
+        self._callbacks.num_before += num_batches
+        return predicted
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Predictions of a table's rows and what it carries, as columns named `kind:name`."""
@@ -106,7 +109,7 @@ class Predictor:
 
         x = self._layout.structure(as_tensors(self._layout, self._layout.unpack(table)))[0]
         data = tf.data.Dataset.from_tensor_slices((x,)).batch(self._batch_size)
-        columns = _named(self._model, self._predicted(data))
+        columns = _named(self._model, self._predicted(data, -(-len(table) // self._batch_size)))
         columns |= {name: table.column(name) for name in table.column_names if name.startswith(_CARRIED)}
         return pa.table(columns)
 
@@ -124,7 +127,7 @@ class Predictor:
             return (self._layout.structure([tensor[ends[i] : ends[i + 1]] for tensor in tensors])[0],)
 
         data = tf.data.Dataset.range(len(chunk.rows)).map(batch)
-        return pa.table(_named(self._model, self._predicted(data)))
+        return pa.table(_named(self._model, self._predicted(data, len(chunk.rows))))
 
 
 def _one_prediction(api: KerasAPI, callbacks: Sequence[Any], model: Any) -> Any:
@@ -134,15 +137,14 @@ def _one_prediction(api: KerasAPI, callbacks: Sequence[Any], model: Any) -> Any:
     class OnePrediction(api.module.callbacks.Callback):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.list, self._batch = every, -1
+            self.list, self.num_before = every, 0
             every.on_predict_begin()
 
         def on_predict_batch_begin(self, batch: int, logs: Any = None) -> None:
-            self._batch += 1
-            every.on_predict_batch_begin(self._batch, logs)
+            every.on_predict_batch_begin(self.num_before + batch, logs)
 
         def on_predict_batch_end(self, batch: int, logs: Any = None) -> None:
-            every.on_predict_batch_end(self._batch, logs)
+            every.on_predict_batch_end(self.num_before + batch, logs)
 
     return OnePrediction()
 
@@ -331,7 +333,11 @@ def column_array(column: pa.ChunkedArray) -> np.ndarray:
         array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
     if isinstance(array.type, pa.FixedShapeTensorType):
         return array.to_numpy_ndarray()
-    return array.to_numpy(zero_copy_only=False)
+    shape = [len(array)]
+    while isinstance(array.type, pa.FixedSizeListType):
+        shape.append(array.type.list_size)
+        array = array.flatten()
+    return array.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def _as_arrow(values: Any) -> Any:
@@ -339,4 +345,9 @@ def _as_arrow(values: Any) -> Any:
         return values
     if values.ndim == 1:
         return pa.array(values)
+    if values.dtype == bool:  # which Arrow's tensors cannot hold
+        column = pa.array(values.ravel())
+        for size in reversed(values.shape[1:]):
+            column = pa.FixedSizeListArray.from_arrays(column, size)
+        return column
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))

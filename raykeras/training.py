@@ -165,7 +165,7 @@ class Training:
             [*self._callbacks.values(), *ours],
             self._model,
             params=self._params,
-            steps_of=orders.steps_of,
+            steps_of=self._steps_of,
             epoch=epoch,
             step=step,
             counts=self._counts,
@@ -174,6 +174,12 @@ class Training:
             put_metrics_back=self._put_metrics_back,
             logs={name: np.asarray(value) for name, value in state.get("step_logs", {}).items()},
         )
+
+    def _steps_of(self, epoch: int) -> int | None:
+        first, step = self._orders.begins_at
+        if epoch == first and isinstance(self._train, BatchStream) and self._train.is_epoch_over:
+            return step
+        return self._orders.steps_of(epoch)
 
     def left(self) -> Outcome:
         """What a training gives that is to go on later."""

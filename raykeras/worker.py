@@ -189,6 +189,8 @@ def _train_dataset(
         return train.pass_dataset(None), None, False
     if orders.ends_with_pass:
         return train.endless_dataset(), num_steps, True
+    if orders.may_end_with_pass and isinstance(train, BatchStream) and not api.is_legacy:
+        return train.ending_dataset(num_steps), num_steps, False
     in_middle = orders.begins_at[1] > 0
     # then Keras 3 has to see the end of the data, and whole executions would run on into the next epoch
     if _known_steps(orders, model, api) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
@@ -225,7 +227,8 @@ def _open_stream(
 
 def _known_steps(orders: Orders, model: Any, api: KerasAPI) -> int | None:
     """Steps of every epoch, if the data is sure to have as many, and a function of Keras' makes them."""
-    may_end = isinstance(orders.train, BatchOrders) and orders.train.batches.kind == "generator"
+    is_generator = isinstance(orders.train, BatchOrders) and orders.train.batches.kind == "generator"
+    may_end = is_generator or (orders.may_end_with_pass and not api.is_legacy)
     return None if may_end or not (api.is_legacy or is_countable(model)) else orders.num_steps
 
 

@@ -275,6 +275,11 @@ def _name_arrays(role: str, value: Any, arrays: Columns) -> Spec:
         return None
     spec: dict[str, str] = {}
     for path, part in leaves(value):
+        if type(part).__name__ in ("RaggedTensor", "SparseTensor") or hasattr(part, "todense"):
+            raise OptionError(
+                f"{role} must be dense; got a {type(part).__name__}. Make it dense, give batches of it that a "
+                "generator makes, or read lists of differing lengths by `rk.parquet(..., ragged=[...])`."
+            )
         array = np.asarray(part)
         if array.dtype.name == "bfloat16":  # which NumPy does not know
             array = array.astype(np.float32)
@@ -283,7 +288,9 @@ def _name_arrays(role: str, value: Any, arrays: Columns) -> Spec:
         arrays[label] = array[:, None] if one_column else array  # a pandas Series is one column, as in Keras
         spec[name_of(path) or ""] = label
     if not spec:
-        raise OptionError(f"{role} must hold an array at least; got {value!r:.200}.")
+        raise OptionError(
+            f"{role} must hold an array at least; got {value!r:.200}. Give one for each input that is not optional."
+        )
     return spec if is_nested(value) else role
 
 

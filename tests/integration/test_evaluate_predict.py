@@ -109,10 +109,13 @@ def test_predict_calls_callbacks_as_in_one_prediction(source: rk.Source) -> None
         def on_predict_end(self, logs: Any = None) -> None:
             self.calls.append("end")
 
-    mine, expected, streamed = Recorder(), Recorder(), Recorder()
-    build().predict(X, batch_size=BATCH, callbacks=[expected], verbose=0)
-    rk.predict(build, X, batch_size=BATCH, callbacks=[mine])
-    assert mine.calls == expected.calls
+    for steps_per_execution in (1, 3):
+        mine, expected, streamed = Recorder(), Recorder(), Recorder()
+        model = build()
+        model.compile(steps_per_execution=steps_per_execution)
+        model.predict(X, batch_size=BATCH, callbacks=[expected], verbose=0)
+        rk.predict(model, X, batch_size=BATCH, callbacks=[mine])
+        assert mine.calls == expected.calls
     rk.predict(build, source, batch_size=BATCH, callbacks=streamed)
     assert [call[0] for call in streamed.calls[1:-1]] == list(range(len(streamed.calls) - 2))
     with pytest.raises(rk.OptionError, match="`callbacks` of `predict` need one replica in this process"):
@@ -135,7 +138,7 @@ class Nested(keras.Model):
     """Returns its outputs in dicts, lists and tuples."""
 
     def call(self, inputs: Any) -> Any:
-        return {"a": [inputs, (inputs * 2, inputs * 3)], "b": {"c": inputs * 4}}
+        return {"a": [inputs, (inputs * 2, inputs * 3)], "b": {"c": inputs[:, None] > 0}}
 
 
 @pytest.mark.usefixtures("two_workers")

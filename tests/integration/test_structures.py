@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def nested_outputs() -> Any:
 
 def dict_outputs(package: Any) -> Any:
     """Return a model whose outputs have other names than the layers that make them."""
+    package.utils.set_random_seed(0)
     inputs = package.Input((8,))
     outputs = {"score": package.layers.Dense(1, name="a")(inputs), "class": package.layers.Dense(5, name="b")(inputs)}
     model = package.Model(inputs, outputs)
@@ -134,5 +136,28 @@ def test_epoch_ends_with_data_before_steps_per_epoch(form: str, tmp_path: Path) 
     x, y, size = X, SCORE, {"batch_size": BATCH}
     if form == "dataset":
         x, y, size = tf.data.Dataset.from_tensor_slices((X, SCORE)).batch(BATCH), None, {"batch_size": None}
-    with pytest.warns(UserWarning, match="got 9, and the .* make 5"):
+    with pytest.warns(UserWarning, match="`steps_per_epoch=9` and data of 5"):
         assert_trains_as_keras(build, x, y, ONE, tmp_path, steps_per_epoch=9, **size)
+
+
+def sparse_batches() -> Iterator[Any]:
+    for x, y in itertools.islice(batches(X * (X > 0), SCORE), 10):
+        yield tf.sparse.from_dense(x), y
+
+
+@pytest.mark.filterwarnings("default:Sparse batches:UserWarning")  # which is an error otherwise
+def test_sparse_batches_are_made_dense(tmp_path: Path) -> None:
+    def build() -> Any:
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+        model.compile("adam", "mse")
+        return model
+
+    plain = build()
+    expected = plain.fit(X * (X > 0), SCORE, batch_size=BATCH, shuffle=False, epochs=2, verbose=0).history
+    run, options = rk.Run(storage=str(tmp_path)), {"steps_per_epoch": 5, "epochs": 2, "verbose": 0}
+    with pytest.warns(UserWarning, match="are made dense; got a SparseTensor"):
+        result = rk.fit(build, sparse_batches(), run=run, **options)
+    assert_same_training(result, expected, plain)
+    with pytest.raises(rk.OptionError, match="x must be dense"):
+        rk.fit(build, next(sparse_batches())[0], SCORE[:BATCH], run=run, verbose=0)
