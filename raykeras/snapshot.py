@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import numpy as np
 from raykeras import checkpoint
 from raykeras.archive import crc_of_archive, stored_member
 from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, WEIGHTS_FILE, Checkpoint
-from raykeras.errors import CheckpointError
+from raykeras.errors import CheckpointError, RaykerasError
 from raykeras.keras_api import KerasAPI
 from raykeras.patching import replaced
 from raykeras.plain import from_plain, to_plain
@@ -216,11 +214,13 @@ class Restored:
     """What a checkpoint holds beside the model.
 
     Attributes:
+        taken: The checkpoint.
         state: As `take` was given it.
         extra: As `take` was given it.
         metrics: Values of the metrics' variables, in their order.
     """
 
+    taken: Checkpoint
     state: Mapping[str, Any]
     extra: Mapping[str, Any]
     metrics: list[np.ndarray]
@@ -249,15 +249,17 @@ def restore(model: Any, api: KerasAPI, taken: Checkpoint) -> Restored:
         random.setstate(extra["rng"]["python"])
         np.random.set_state(extra["rng"]["numpy"])
         metrics = [arrays[f"metrics/{i}"] for i in range(sum(name.startswith("metrics/") for name in arrays))]
-    return Restored(state, extra, metrics)
+    return Restored(taken, state, extra, metrics)
 
 
 @contextlib.contextmanager
 def _reading(taken: Checkpoint) -> Iterator[None]:
-    """Raise what a value of another form causes as an error that names the checkpoint."""
+    """Raise whatever a value of another form causes as an error that names the checkpoint."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+    except RaykerasError:
+        raise
+    except Exception as error:
         raise CheckpointError(f"{taken.path} is damaged: {type(error).__name__}: {error}.") from error
 
 
@@ -276,15 +278,30 @@ def restore_weights(model: Any, api: KerasAPI, taken: Checkpoint) -> None:
             raise CheckpointError(f"The weights of {taken.path} are of another model: {error}") from error
 
 
-def restore_metrics(model: Any, api: KerasAPI, metrics: Sequence[np.ndarray], rank: int) -> None:
-    """Puts the metrics' values back; what replicas add up is put into the first one."""
+def restore_metrics(model: Any, api: KerasAPI, restored: Restored, rank: int) -> None:
+    """Puts a checkpoint's values of metrics back; what replicas add up is put into the first one.
+
+    Raises:
+        CheckpointError: If they are values of other metrics.
+    """
+    variables = list(api.metric_variables(model))
+    if len(variables) != len(restored.metrics):
+        raise CheckpointError(
+            f"A run goes on with the metrics that it began with; {restored.taken.path} has {len(restored.metrics)} "
+            f"variables of metrics, this model {len(variables)}. Compile with the same ones, or take another `name`."
+        )
+    with _reading(restored.taken):
+        for variable, value in zip(variables, restored.metrics, strict=True):
+            _assign(variable, value, rank)
+
+
+def _assign(variable: Any, value: np.ndarray, rank: int) -> None:
     import tensorflow as tf
 
-    for variable, value in zip(api.metric_variables(model), metrics, strict=True):
-        inner = getattr(variable, "_value", variable)  # of Keras 3's
-        if type(inner).__name__ != "SyncOnReadVariable":
-            variable.assign(value)
-            continue
-        for i, part in enumerate(inner.values):
-            mine = inner.aggregation != tf.VariableAggregation.SUM or (rank == 0 and i == 0)
-            part.assign(value if mine else np.zeros_like(value))
+    inner = getattr(variable, "_value", variable)  # of Keras 3's
+    if type(inner).__name__ != "SyncOnReadVariable":
+        variable.assign(value)
+        return
+    for i, part in enumerate(inner.values):
+        mine = inner.aggregation != tf.VariableAggregation.SUM or (rank == 0 and i == 0)
+        part.assign(value if mine else np.zeros_like(value))

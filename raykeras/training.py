@@ -118,7 +118,7 @@ class Training:
 
     def _put_metrics_back(self) -> None:
         assert self._restored is not None
-        restore_metrics(self._model, self._api, self._restored.metrics, self._links.rank)
+        restore_metrics(self._model, self._api, self._restored, self._links.rank)
 
     def callback_list(self) -> Any:
         """All callbacks: the user's, and ours, which follow them."""

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import io
+import random
+import shutil
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +16,11 @@ import pytest
 
 import raykeras as rk
 from raykeras import checkpoint, saving
-from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, RunFolder
-from tests.support.resuming import assert_same, fit
+from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, STATE_FILE, RunFolder
+from raykeras.keras_api import KerasAPI
+from raykeras.snapshot import restore
+from raykeras.train_state import dump_state
+from tests.support.resuming import assert_same, build, fit, steering
 
 
 def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
@@ -28,6 +37,48 @@ def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
     (started,) = (event for event in seen if isinstance(event, rk.events.RunStarted))
     assert (started.initial_epoch, started.initial_step) == position
     assert_same(result, undisturbed, rtol=0)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Return an archive with a few bytes of it, or of a file inside, changed, cut off or put in."""
+    if data[:2] == b"PK" and rng.random() < 0.7:
+        buffer, archive = io.BytesIO(), zipfile.ZipFile(io.BytesIO(data))
+        chosen = rng.choice(archive.namelist())
+        with zipfile.ZipFile(buffer, "w") as changed:
+            for name in archive.namelist():
+                content = archive.read(name)
+                if name != chosen or rng.random() < 0.9:
+                    changed.writestr(name, mutated(content, rng) if name == chosen else content)
+        return buffer.getvalue()
+    at, kind = rng.randrange(len(data)), rng.randrange(4)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + rng.randbytes(8) + data[at:]
+    return data[:at] + rng.randbytes(8 if kind == 2 else 1) + data[at + (8 if kind == 2 else 1) :]
+
+
+def test_hostile_files_are_damaged_or_restored(tmp_path: Path) -> None:
+    """Whoever can write to the storage can write checksums, too; see `test_hostile_state_is_damaged_or_valid`."""
+    result = fit(str(tmp_path), "run", steering(), epochs=1, sample_weight=None)
+    taken, model, rng, outcomes = result.checkpoints[-1], build(), random.Random(0), collections.Counter[str]()
+    state, folder = dict(taken.state), tmp_path / "hostile"
+    files = state.pop("files")
+    for number in range(500):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(taken.path, folder)
+        path = folder / (MODEL_FILE, ARRAYS_FILE)[number % 2]
+        data = mutated(path.read_bytes(), rng)
+        path.write_bytes(data)
+        digest = {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
+        (folder / STATE_FILE).write_bytes(dump_state(state, {**files, path.name: digest}))
+        try:
+            restore(model, KerasAPI("keras"), rk.Checkpoint(str(folder)))
+            outcomes["restored"] += 1
+        except rk.CheckpointError as error:
+            assert str(folder) in str(error)
+            outcomes["damaged"] += 1
+    assert min(outcomes["restored"], outcomes["damaged"]) > 50
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
