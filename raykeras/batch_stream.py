@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from raykeras.batches import parts_of
+from raykeras.batches import fits, other_shape, parts_of
 from raykeras.columns import Tensor
 from raykeras.elements import packed
 from raykeras.epochs import too_few
@@ -206,11 +206,16 @@ class BatchStream:
         return flat.flat_map(cut)
 
     def _from_chunks(self, chunks: Callable[[], Iterator[Chunk]]) -> tf.data.Dataset:
-        tensors = self._batches.layout.tensors
+        # of which dimensions that the model's inputs leave open may vary
+        known = {(tensor.role, tensor.name): tensor for tensor in self._orders.layout.tensors}
+        tensors = [known.get((tensor.role, tensor.name), tensor) for tensor in self._batches.layout.tensors]
 
         def elements() -> Iterator[Any]:
             try:
                 for chunk in chunks():
+                    for tensor, array in zip(tensors, chunk.arrays, strict=True):
+                        if not fits(array.shape[1:], tensor.shape):
+                            raise other_shape(tensor, array.shape[1:], self._num_handed - 1)
                     yield *chunk.arrays, _cuts(chunk.rows, self._num_replicas), chunk.global_rows
             except Exception as error:
                 self.failure = error  # of which tf.data passes on the text only

@@ -71,7 +71,7 @@ class Batches:
         return replace(self, layout=layout, sample=self.sample[:num_tensors])
 
     def flat(self, batch: Any, number: int, *, copy: bool = False) -> Flat:
-        """A batch as arrays of the layout's dtypes.
+        """A batch as arrays of the layout's dtypes and numbers of dimensions.
 
         Raises:
             OptionError: If it is not such a batch.
@@ -82,12 +82,8 @@ class Batches:
             if value is None:
                 raise OptionError(f"All batches must be alike; batch {number} has no {tensor.label}.")
             array = as_array(value)
-            if not _fits(array.shape[1:], tensor.shape) or not array.ndim:
-                raise OptionError(
-                    f"The rows of all batches must have one shape; those of {tensor.label} are "
-                    f"{_described(tensor.shape)}, and {_described(array.shape[1:])} in batch {number}. A dimension "
-                    "that varies must do so between the first batch and the second or last, from which it is told."
-                )
+            if array.ndim != 1 + len(tensor.shape):
+                raise other_shape(tensor, array.shape[1:], number)
             arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))
         rows = [len(array) for array in arrays]
         if min(rows) != max(rows) or not rows[0]:
@@ -287,7 +283,16 @@ def _numpy_dtype(tensor: Tensor) -> np.dtype:
     return np.dtype(object if tensor.dtype == "string" else tensor.dtype)
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+def other_shape(tensor: Tensor, shape: tuple[int, ...], number: int) -> OptionError:
+    """Return the error about a batch whose rows have another shape."""
+    return OptionError(
+        f"The rows of all batches must have one shape; those of {tensor.label} are {_described(tensor.shape)}, and "
+        f"{_described(shape)} in batch {number}. Where a dimension varies, leave it open in the model's input, "
+        "`keras.Input((None, ...))`."
+    )
+
+
+def fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape, strict=True))
 
 

@@ -33,7 +33,7 @@ def check_model(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     layout = _without_other_inputs(model, api, layout)
     _check_inputs(model, api, layout)
     _check_outputs(model, api, layout)
-    return _with_num_classes(model, api, _conformed(model, api, layout))
+    return _with_num_classes(model, api, _conformed(model, api, _with_open_dimensions(model, api, layout)))
 
 
 def variables_of(model: Any) -> list[str]:
@@ -114,6 +114,25 @@ def _without_other_inputs(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     )
     tensors = tuple(tensor for tensor in layout.tensors if tensor.role != "x" or tensor.name in shapes)
     return dataclasses.replace(layout, tensors=tensors).with_structure("x", {name: name for name in shapes})
+
+
+def _with_open_dimensions(model: Any, api: KerasAPI, layout: Layout) -> Layout:
+    """The layout of batches that the user makes, of which dimensions that the inputs leave open may vary."""
+    shapes = api.input_shapes(model)
+    if shapes is None or any(tensor.columns for tensor in layout.tensors):
+        return layout
+    names, sizes, tensors = list(shapes), set[tuple[int, int | None]](), []
+    for tensor in layout.tensors:
+        shape = tensor.shape
+        if tensor.role == "x":
+            index = 0 if tensor.name is None else int(tensor.name) if layout.is_sequence("x") else None
+            wanted = shapes[str(tensor.name) if index is None else names[index]] or ()
+            if len(wanted) == len(shape):
+                sizes |= {(axis, shape[axis]) for axis, size in enumerate(wanted) if size is None}
+        # what goes with x row by row, as labels of a sequence do, varies with it
+        open_shape = tuple(None if (axis, size) in sizes else size for axis, size in enumerate(shape))
+        tensors.append(dataclasses.replace(tensor, shape=open_shape))
+    return dataclasses.replace(layout, tensors=tuple(tensors))
 
 
 def _check_inputs(model: Any, api: KerasAPI, layout: Layout) -> None:

@@ -357,6 +357,13 @@ def test_text_and_varying_sequence_length(tmp_path: Path) -> None:
     expected = plain_fit(two_inputs("keras"), "keras", lengths(), steps_per_epoch=3)
     assert_fits_match(two_inputs("keras"), [lengths], expected, tmp_path, steps_per_epoch=3)
 
+    def later_lengths() -> Iterator[Any]:  # where plain Keras 3 fails
+        for number in itertools.count():
+            yield (IMAGES[:16], SERIES[:16, : 4 + number // 2 % 3]), (SCORE[:16], CLASS[:16])
+
+    expected = plain_fit(two_inputs("tf_keras"), "tf_keras", later_lengths(), steps_per_epoch=4)
+    assert_fits_match(two_inputs("tf_keras"), [later_lengths], expected, tmp_path, steps_per_epoch=4)
+
 
 def fails(match: str, x: Any, error: type[Exception] = rk.OptionError, **options: Any) -> rk.RaykerasError:
     with pytest.raises(error, match=match) as caught:
