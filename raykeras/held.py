@@ -132,7 +132,7 @@ def _tensors(opened: OpenSource, layout: Layout) -> Columns:
     _read_units(opened, layout, take)
     held = zip(layout.tensors, whole, parts, strict=True)
     return {
-        tensor.label: pa.concat_arrays(gathered) if target is None else target
+        _name(tensor): pa.concat_arrays(gathered) if target is None else target
         for tensor, target, gathered in held
         if _is_stored(tensor)
     }
@@ -163,6 +163,11 @@ def _read_units(opened: OpenSource, layout: Layout, take: Callable[[int, Columns
         list(pool.map(read, range(num_threads)))
 
 
+def _name(tensor: Tensor) -> str:
+    """Return the name that a tensor is held by, which errors tell: its label, and its column where it has one."""
+    return f"{tensor.label}: {tensor.columns[0]}" if len(tensor.columns) == 1 else tensor.label
+
+
 def _is_stored(tensor: Tensor) -> bool:
     """Whether it is more than weights of one."""
     return bool(tensor.columns) or bool(tensor.class_weight)
@@ -174,8 +179,8 @@ def _of_tensors(layout: Layout) -> Layout:
     for tensor in layout.tensors:
         if _is_stored(tensor):
             kind: Any = {"dense": "dense", "string": "string", "ragged": "list"}[tensor.kind]
-            fields.append(Field(tensor.label, kind, tensor.dtype, tensor.shape))
-            tensor = dataclasses.replace(tensor, columns=(tensor.label,), class_weight=(), class_column=None)
+            fields.append(Field(_name(tensor), kind, tensor.dtype, tensor.shape))
+            tensor = dataclasses.replace(tensor, columns=(_name(tensor),), class_weight=(), class_column=None)
         tensors.append(tensor)
     ragged = tuple(field.name for field in fields if field.kind == "list")
     return dataclasses.replace(layout, tensors=tuple(tensors), stored=tuple(fields), pad={}, ragged=ragged, fill={})

@@ -38,7 +38,7 @@ from raykeras.sources import (
     fingerprint,
 )
 from raykeras.sources.fields import stored_field
-from raykeras.sources.units import Unit, common_schema, make_unit, read_part
+from raykeras.sources.units import Unit, common_schema, conflict_of, make_unit, read_part
 
 _UNIT_NBYTES = 4 << 20
 _SHEET_UNITS = 256  # references that are sent together: a task needs few, and each costs some microseconds
@@ -114,6 +114,11 @@ class DatasetSource(Source):
         unusable: dict[str, ValidationError] = {}
         for name in [n for n in (fields if needed is None else needed) if n in fields]:
             try:
+                if conflict := conflict_of(reader.schema.field(name)):
+                    raise ColumnError(
+                        f"A column must have one type in all rows; {name!r} is {conflict}. Give it one in the "
+                        "dataset's own functions."
+                    )
                 fields[name] = _checked(self, fields[name], units)
             except ColumnError as error:
                 if needed is not None:

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from raykeras.errors import ColumnError
 
 _DIGEST_ROWS = 64  # of each unit
+_CONFLICT = b"raykeras:types"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ def as_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The columns of a schema, which `common_schema` made of the table's among others."""
     columns = []
     for field in schema:
+        if conflict_of(field):
+            columns.append(pa.nulls(len(table)))
+            continue
         column = table.column(field.name)
         if isinstance(column.type, pa.BaseExtensionType) and not column.type.equals(field.type):
             column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
@@ -113,25 +117,33 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def common_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The one schema of all rows. Raises ColumnError where a column has two types."""
+    """The one schema of all rows. A column of two types has none, and the reason; see `conflict_of`."""
     first = schemas[0]
-    if all(schema.equals(first) for schema in schemas[1:]):
+    if all(schema.equals(first, check_metadata=True) for schema in schemas[1:]):
         return first.remove_metadata()
-    fields = []
-    for name in dict.fromkeys(name for schema in schemas for name in schema.names):
-        kinds = list(dict.fromkeys(schema.field(name).type if name in schema.names else None for schema in schemas))
-        common = kinds[0]
-        for kind in kinds[1:]:
-            both = _common_type(common, kind)
-            if both is None:
-                a, b = ("missing" if kind is None else str(kind) for kind in (common, kind))
-                raise ColumnError(
-                    f"A column must have one type in all rows; {name!r} is {a} in some and {b} in others. "
-                    "Give it one in the dataset's own functions."
-                )
-            common = both
-        fields.append(pa.field(name, common))
-    return pa.schema(fields)
+    return pa.schema([_common_field(name, schemas) for name in dict.fromkeys(n for s in schemas for n in s.names)])
+
+
+def _common_field(name: str, schemas: Sequence[pa.Schema]) -> pa.Field:
+    fields = [schema.field(name) if name in schema.names else None for schema in schemas]
+    for field in fields:
+        if field is not None and conflict_of(field):
+            return field
+    kinds = list(dict.fromkeys(None if field is None else field.type for field in fields))
+    common = kinds[0]
+    for kind in kinds[1:]:
+        both = _common_type(common, kind)
+        if both is None:
+            a, b = ("missing" if kind is None else str(kind) for kind in (common, kind))
+            return pa.field(name, pa.null(), metadata={_CONFLICT: f"{a} in some and {b} in others"})
+        common = both
+    return pa.field(name, common)
+
+
+def conflict_of(field: pa.Field) -> str | None:
+    """Return which types a column of no one type has; None for any other."""
+    found = (field.metadata or {}).get(_CONFLICT)
+    return None if found is None else found.decode()
 
 
 def _common_type(a: pa.DataType | None, b: pa.DataType | None) -> pa.DataType | None:

@@ -282,6 +282,21 @@ def test_unusable_columns_are_refused_before_start(make: Any, message: str) -> N
         opened_with(make)
 
 
+def test_unused_column_of_two_types_fails_nothing() -> None:
+    def make() -> Any:
+        return made(lambda b: {"v": b["id"], "other": b["id"].astype(np.float32 if b["id"][0] else np.int64)})
+
+    def fields(**options: Any) -> set[str]:
+        source = rk.dataset(make(), x="v", **options)
+        return set(resolve(source, source.open()).columns)
+
+    assert fields() == {"v"}
+    assert fields(transform=lambda columns: {"v": columns["v"] * 2}) == {"v"}
+    for options in ({"y": "other"}, {"transform": lambda columns: {"v": columns["other"]}}):
+        with pytest.raises(rk.ColumnError, match="'other' is int64 in some and float in others"):
+            fields(**options)
+
+
 def failing(row: dict[str, Any]) -> dict[str, Any]:
     return {"v": 1 / (row["id"] - 7)}
 
