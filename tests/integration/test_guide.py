@@ -32,7 +32,7 @@ ONE_HOT = np.eye(3, dtype=np.float32)[Y]
 VALIDATION = (X[:29] + 0.1, Y[:29])
 ONE, REPLICAS = rk.Scale(), rk.Scale(replicas_per_worker=2)
 
-pytestmark = pytest.mark.usefixtures("two_workers")
+pytestmark = [pytest.mark.usefixtures("two_workers"), pytest.mark.own_workers]  # a fifth of all tests
 KERAS_3 = pytest.mark.parametrize("package", ["keras"])
 TF_KERAS = pytest.mark.parametrize("package", ["tf_keras"])
 FEWER_SCALES = pytest.mark.fewer_scales  # see above

@@ -1,4 +1,4 @@
-"""MLflow and Weights & Biases, offline, with what raykeras trains."""
+"""MLflow and Weights & Biases, offline, with what raykeras trains. Imported where they are used: that takes 3 s."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import mlflow
 import pytest
-import wandb
-from mlflow.tensorflow import MlflowCallback
-from wandb.integration.keras import WandbMetricsLogger
 
 import raykeras as rk
 from tests.support.kept_workers import TWO
@@ -34,13 +30,17 @@ def fit(folder: Path, *callbacks: Any, model: Any = build, **options: Any) -> li
 
 @pytest.fixture
 def mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import mlflow.tensorflow
+
     monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     with mlflow.start_run() as run:
         yield run
 
 
 def logged(run: Any) -> list[float]:
+    import mlflow
+
     mlflow.flush_async_logging()
     assert len(mlflow.search_runs(output_format="list")) == 1  # none was begun beside it
     client = mlflow.MlflowClient()
@@ -51,14 +51,19 @@ def logged(run: Any) -> list[float]:
 
 @pytest.fixture
 def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import wandb
+
     monkeypatch.chdir(tmp_path)
     run = wandb.init(project="test", mode="offline", settings=wandb.Settings(silent=True))
     yield run
     run.finish()
 
 
-@pytest.mark.parametrize("model", [build, build()], ids=["function", "instance"])
-def test_mlflow_autolog(model: Any, mlflow_run: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_instance", [False, True], ids=["function", "instance"])
+def test_mlflow_autolog(is_instance: bool, mlflow_run: Any, tmp_path: Path) -> None:
+    import mlflow
+
+    model = build() if is_instance else build
     mlflow.tensorflow.autolog(log_models=False)
     try:
         expected = fit(tmp_path, model=model)
@@ -68,18 +73,25 @@ def test_mlflow_autolog(model: Any, mlflow_run: Any, tmp_path: Path) -> None:
 
 
 def test_mlflow_callback(mlflow_run: Any, tmp_path: Path) -> None:
-    expected = fit(tmp_path, MlflowCallback())
+    import mlflow
+
+    expected = fit(tmp_path, mlflow.tensorflow.MlflowCallback())
     assert logged(mlflow_run) == pytest.approx(expected)
-    assert mlflow.get_run(mlflow_run.info.run_id).data.params["opt_name"] == "SGD"
+    assert "opt_learning_rate" in mlflow.get_run(mlflow_run.info.run_id).data.params
 
 
 def test_wandb_callback(wandb_run: Any, tmp_path: Path) -> None:
+    from wandb.integration.keras import WandbMetricsLogger
+
     expected = fit(tmp_path, WandbMetricsLogger())
     assert wandb_run.summary["epoch/epoch"] == EPOCHS - 1
     assert wandb_run.summary["epoch/mae"] == pytest.approx(expected[-1])
 
 
 def test_trackers_callbacks_are_refused_on_two_workers(wandb_run: Any, tmp_path: Path) -> None:
+    from mlflow.tensorflow import MlflowCallback
+    from wandb.integration.keras import WandbMetricsLogger
+
     for callback, remedy in ((MlflowCallback(), r"mlflow\.log_metrics"), (WandbMetricsLogger(), r"wandb\.log")):
         with pytest.raises(rk.OptionError, match=rf"DriverCallback`: `{remedy}"):
             fit(tmp_path, callback, scale=TWO)
@@ -87,6 +99,9 @@ def test_trackers_callbacks_are_refused_on_two_workers(wandb_run: Any, tmp_path:
 
 @pytest.mark.usefixtures("two_workers")
 def test_trackers_log_from_driver_callback_on_two_workers(mlflow_run: Any, wandb_run: Any, tmp_path: Path) -> None:
+    import mlflow
+    import wandb
+
     class Log(rk.DriverCallback):
         def on_epoch_end(self, epoch: int, logs: Any) -> None:
             mlflow.log_metrics(logs, step=epoch, run_id=mlflow_run.info.run_id)
