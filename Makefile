@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
 
 test: lint test-unit
-	$(BIN)/python -m pytest tests/integration tests/system --numprocesses 3 --dist loadgroup
+	$(BIN)/python -m pytest tests/integration tests/system --numprocesses 2 --dist loadgroup
 
 keras-suite: $(VENV)/installed-test
 	$(PIP_INSTALL) --editable ".[test,keras-suite]"

@@ -96,9 +96,10 @@ class Interrupt:
         number = self._received.get()
         if number is None:
             return
-        if self._has_stepped:
-            text = f"\nraykeras: {signal.Signals(number).name}; finishing the step and saving. Again to leave at once."
-            print(text, file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):  # the workers have just ended
             if self._call is not None:
                 self._call("leave")
+        if self._has_stepped:
+            text = f"\nraykeras: {signal.Signals(number).name}; finishing the step and saving. Again to leave at once."
+            with contextlib.suppress(Exception):  # as a notebook's stderr raises now and then in a thread
+                print(text, file=sys.stderr, flush=True)

@@ -35,7 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "exhaustive: runs only with --exhaustive")
     config.addinivalue_line("markers", "fewer_scales: trains on fewer scales unless --exhaustive is given")
-    config.addinivalue_line("markers", "own_workers: may keep workers beside those of other modules")
     if hasattr(config, "workerinput"):  # xdist's workers inherit the folder
         return
     folder = tempfile.mkdtemp(prefix="rk", dir="/tmp")  # short, because Ray's socket paths lie under it
@@ -55,8 +54,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _on_fewer_scales(item):
             shared.discard("two_workers")
         group = "kept_workers" if shared == {"two_workers"} else min(shared, default=item.path.stem)
-        if group == "kept_workers" and item.get_closest_marker("own_workers"):
-            group += f" of {item.path.stem}"
         item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -2,8 +2,8 @@
 
 Each example trains once in plain Keras, and through raykeras on one worker and on two over the same batches; the
 numbers agree. Classes and functions are defined as in the guide, without registration. The guide's callbacks are in
-`test_callbacks.py`. Examples in which only data or weights differ train tf_keras on two replicas of one worker instead
-of two workers, unless pytest is called with `--exhaustive`.
+`test_callbacks.py`. Examples in which only data or weights differ train at one scale, unless pytest is called with
+`--exhaustive`: Keras 3 on two workers, tf_keras on two replicas of one worker.
 https://keras.io/guides/training_with_built_in_methods
 """
 
@@ -32,7 +32,7 @@ ONE_HOT = np.eye(3, dtype=np.float32)[Y]
 VALIDATION = (X[:29] + 0.1, Y[:29])
 ONE, REPLICAS = rk.Scale(), rk.Scale(replicas_per_worker=2)
 
-pytestmark = [pytest.mark.usefixtures("two_workers"), pytest.mark.own_workers]  # a fifth of all tests
+pytestmark = pytest.mark.usefixtures("two_workers")
 KERAS_3 = pytest.mark.parametrize("package", ["keras"])
 TF_KERAS = pytest.mark.parametrize("package", ["tf_keras"])
 FEWER_SCALES = pytest.mark.fewer_scales  # see above
@@ -129,8 +129,10 @@ class Example:
 
 
 @pytest.fixture
-def example(package: str, tmp_path: Path, on_fewer_scales: bool) -> Example:
-    return Example(package, tmp_path, (ONE, REPLICAS if on_fewer_scales else TWO))
+def example(package: str, tmp_path: Path, request: pytest.FixtureRequest, on_fewer_scales: bool) -> Example:
+    is_fewer = request.node.get_closest_marker("fewer_scales") and not request.config.getoption("--exhaustive")
+    last = REPLICAS if on_fewer_scales else TWO
+    return Example(package, tmp_path, (last,) if is_fewer else (ONE, last))
 
 
 # API overview: a first end-to-end example

@@ -12,7 +12,7 @@ import pytest
 from jupyter_client.manager import KernelManager, start_new_kernel
 
 _TIMEOUT_S = 120
-_INTERRUPTS = 6
+_INTERRUPTS = 3
 _EPOCHS = 100  # more than are trained before the last interrupt
 _BUILD = """
 import keras, numpy as np, raykeras as rk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import raykeras
+from tests.compat.keras_suite import REASONS
 
 PACKAGE = Path(raykeras.__file__).parent
 README = PACKAGE.parent / "README.md"
@@ -85,3 +87,11 @@ def test_tests_named_in_documentation_exist() -> None:
         files = re.findall(r"`((?:tests|benchmarks|pipelines)/[\w/]+\.py)", text)
         missing = [name for name in files if not (root / name).exists()]
         assert not missing, f"{page.name} names {missing}"
+
+
+def test_reasons_of_keras_suite_are_documented() -> None:
+    page = (PACKAGE.parent / "docs/design/keras_suite.md").read_text()
+    for tests in json.loads(REASONS.read_text()).values():
+        for start, reason in tests.items():
+            assert f"| {start}" in page
+            assert reason in page
