@@ -83,8 +83,8 @@ def check_execution(model: Any, scale: Scale) -> None:
     Raises:
         ModelError: If XLA is asked for where it has no collectives, or the model is made for other replicas.
     """
-    strategy = getattr(model, "distribute_strategy", None)
-    if strategy is not None and strategy.num_replicas_in_sync not in (1, scale.num_replicas):
+    strategy = model.distribute_strategy
+    if strategy.num_replicas_in_sync not in (1, scale.num_replicas):
         raise ModelError(
             "A model must not be made in a strategy's scope, since `scale` says how many replicas there are; got a "
             f"{type(strategy).__name__} of {strategy.num_replicas_in_sync} replicas. Make the model outside of "

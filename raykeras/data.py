@@ -195,10 +195,10 @@ def _require_end(given: Batches, steps: int | None, name: str, scale: Scale) -> 
             f"Data without end must say how many batches are used; got an infinite {given.described} without "
             f"`{name}`. Give `{name}`."
         )
-    if given.num_batches is None and steps is None and scale.num_replicas > 1:
+    if given.num_batches is None and steps is None and scale.workers > 1:
         raise OptionError(
-            f"Several replicas must know beforehand how many batches there are; a {given.described} of unknown "
-            f"length came without `{name}`. Give `{name}`, or use one replica."
+            f"Several workers must know beforehand how many batches there are; a {given.described} of unknown "
+            f"length came without `{name}`. Give `{name}`, or use one worker."
         )
     if given.kind == "sequence" and scale.workers > 1:
         check_picklable(given.data)

@@ -31,7 +31,7 @@ from raykeras.columns import Layout
 from raykeras.data import check_picklable, for_workers, in_memory, open_data, read_ahead, validation_orders
 from raykeras.errors import OptionError, RaykerasError, loading, root_cause
 from raykeras.group import run_here, run_on_workers, runs_here
-from raykeras.keras_api import current_floatx
+from raykeras.keras_api import api_of, current_floatx
 from raykeras.logs import Logs
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.options import Scale
@@ -54,7 +54,7 @@ from raykeras.sources import OpenSource
 from raykeras.sources.arrays import ArrayReader
 from raykeras.specs import resolve
 from raykeras.tracebacks import without_frames
-from raykeras.transfer import as_model, pack_model, unpack_model
+from raykeras.transfer import as_model, is_model, pack_model, unpack_model
 
 
 @without_frames
@@ -133,7 +133,8 @@ def _evaluate_here(orders: EvaluationOrders, model: Any, callbacks: list[Any]) -
 
     from raykeras import worker
 
-    api, build = pack_model(model, lazily=orders.scale.replicas == 1)
+    is_kept = is_model(model) and not api_of(model).is_legacy  # see `raykeras.mirroring`
+    api, build = pack_model(model, lazily=is_kept or orders.scale.replicas == 1)
 
     def built() -> Any:
         return cloudpickle.loads(build)() if build else model
@@ -207,10 +208,9 @@ def predict(
     if steps is not None:
         check_positive("steps", steps)
     _, every = split_callbacks(callbacks)
-    if every and not (scale.num_replicas == 1 and runs_here(scale)):
+    if every and not _predicts_here(scale):
         raise OptionError(
-            f"`callbacks` of `predict` need one replica in this process, where the model is; got {scale}. Leave "
-            "`scale` or `callbacks` out."
+            f"`callbacks` of `predict` need the model in this process; got {scale}. Leave `scale` or `callbacks` out."
         )
     model = as_model(model, safe_mode=safe_mode)
     if columns and output is None:
@@ -246,7 +246,7 @@ def _check_batches(batches: Batches, columns: Sequence[str], scale: Scale, steps
             f"`predict` goes through the data once, so that it must have an end; got an infinite {batches.described}. "
             "Give `steps`."
         )
-    if batches.kind == "sequence" and not (scale.num_replicas == 1 and runs_here(scale)):
+    if batches.kind == "sequence" and not _predicts_here(scale):
         check_picklable(batches.data)
 
 
@@ -259,13 +259,18 @@ def _handed_out(tables: Generator[pa.Table], target: Output | None) -> Any:
         return target.path
 
 
+def _predicts_here(scale: Scale) -> bool:
+    """Whether one model in this process predicts all rows; several replicas on its CPUs would not be faster."""
+    return runs_here(scale) and (scale.num_replicas == 1 or not scale.gpus_per_worker)
+
+
 def _batch_predictions(
     model: Any, batches: Batches, scale: Scale, steps: int | None, callbacks: list[Any]
 ) -> Generator[pa.Table]:
     """Tables of predictions of the user's own batches, in their order."""
     from ray import cloudpickle
 
-    if scale.num_replicas == 1 and runs_here(scale):
+    if _predicts_here(scale):
         import_tensorflow()
         _, build = pack_model(model, lazily=True)
         yield from predicted_here(batches, cloudpickle.loads(build) if build else lambda: model, steps, callbacks)
@@ -295,7 +300,7 @@ def _predictions(
     """Tables of predictions in source order; see `raykeras.predictor`."""
     from ray import cloudpickle
 
-    in_process = scale.num_replicas == 1 and runs_here(scale)
+    in_process = _predicts_here(scale)
     _, build = pack_model(model, lazily=in_process)
     pieces = list(pieces_of(opened, layout))
     predict_table = None

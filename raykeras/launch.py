@@ -44,7 +44,8 @@ def fit_here(
     from raykeras.training import Links
 
     api, _ = pack_model(model, lazily=True)
-    rebuild = is_model(model) and orders.scale.replicas > 1  # its variables must be made under the strategy
+    # variables must be made under the strategy; for those of Keras 3 see `raykeras.mirroring`
+    rebuild = is_model(model) and api.is_legacy and orders.scale.replicas > 1
     saved = save_model(model, api) if rebuild else None
     kept: list[Any] = []
 

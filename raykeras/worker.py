@@ -23,6 +23,7 @@ from raykeras.exactness import building, exact
 from raykeras.executions import counted_executions, is_countable, steps_left
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.logs import Logs, plain_logs
+from raykeras.mirroring import is_made_elsewhere, mirrored
 from raykeras.options import Scale
 from raykeras.orders import BatchOrders, DataOrders, EvaluationOrders, Orders, Outcome
 from raykeras.points import LeftError
@@ -43,8 +44,8 @@ def run(orders: Orders, links: Links, *, api: KerasAPI, build: Callable[[], Any]
     Raises:
         RaykerasError: What the user can mend, or `UserCodeError` around an exception of their code.
     """
-    with _translated(links.rank) as streams, links.callbacks as callbacks:
-        return _run(orders, links, api, build, callbacks, streams)
+    with contextlib.ExitStack() as stack, _translated(links.rank) as streams, links.callbacks as callbacks:
+        return _run(orders, links, api, build, callbacks, streams, stack)
 
 
 def evaluate(
@@ -60,12 +61,11 @@ def evaluate(
         RaykerasError: As `run`.
     """
     data, scale = orders.data, orders.scale
-    with _translated(rank) as streams:
+    with contextlib.ExitStack() as stack, _translated(rank) as streams:
         strategy = make_strategy(scale)
         api.seed(orders.seed)
-        with scope(strategy), building(api, strategy):
-            model = build()
-            api = api_of(model)
+        model, api = _built(build, api, strategy, stack)
+        with scope(strategy):
             check_execution(model, scale)
             _lower_steps_per_execution(model, api, strategy, [data.num_steps])
             data = data.laid_out(check_model(model, api, data.layout))
@@ -109,13 +109,13 @@ def _run(
     build: Callable[[], Any],
     callbacks: Mapping[str, Any],
     streams: list[Stream | BatchStream],
+    stack: contextlib.ExitStack,
 ) -> Outcome:
     scale = orders.scale
     strategy = make_strategy(scale)
     api.seed(orders.run.seed)
-    with scope(strategy), building(api, strategy):
-        model = build()
-        api = api_of(model)
+    model, api = _built(build, api, strategy, stack)
+    with scope(strategy):
         check_execution(model, scale)
         train_data = orders.train.laid_out(check_model(model, api, orders.train.layout))
         validation_data = orders.validation
@@ -171,6 +171,16 @@ def _run(
         except LeftError:
             return training.left()
     return training.ended()
+
+
+def _built(build: Callable[[], Any], api: KerasAPI, strategy: Any, stack: contextlib.ExitStack) -> tuple[Any, KerasAPI]:
+    """The model and its Keras; one that was made elsewhere is the strategy's until the stack is left."""
+    with scope(strategy), building(api, strategy):
+        model = build()
+    api = api_of(model)
+    if is_made_elsewhere(model, api, strategy):
+        stack.enter_context(mirrored(model, api, strategy))
+    return model, api
 
 
 def _validation_layout(model: Any, api: KerasAPI, layout: Layout) -> Layout:

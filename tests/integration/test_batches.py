@@ -279,7 +279,7 @@ def test_unknown_length_is_one_epoch_per_pass(tmp_path: Path) -> None:
     expected = plain_fit(dense("keras"), "keras", Slices((X, Y)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras 3 warns at each end of such a dataset
-        assert_fits_match(dense("keras"), [data], expected, tmp_path, [rk.Scale()])
+        assert_fits_match(dense("keras"), [data], expected, tmp_path)
         run = rk.Run(storage=str(tmp_path), name="once")
         result = rk.fit(dense("keras"), made("generator", "", (X, Y), STEPS), epochs=2, verbose=0, run=run)
     assert result.epoch == [0]
@@ -373,15 +373,14 @@ def fails(match: str, x: Any, error: type[Exception] = rk.OptionError, **options
 
 def test_invalid_batches_are_refused_before_start() -> None:
     data = tf.data.Dataset.from_tensor_slices((X, Y))
-    two = rk.Scale(replicas_per_worker=2)
     unknown = data.batch(BATCH).filter(lambda x, y: True)
     fails(r"must be batches, rows first; .* Call `dataset\.batch", data)
     fails("infinite tf.data.Dataset without `steps_per_epoch`", data.batch(BATCH).repeat())
     fails("infinite sequence without `steps_per_epoch`", Endless())
     fails("infinite tf.data.Dataset without `validation_steps`", Slices((X, Y)), validation_data=data.batch(9).repeat())
-    fails("of unknown length came without `steps_per_epoch`", unknown, scale=two)
-    fails("of unknown length came without `steps_per_epoch`", made("generator", "", (X, Y)), scale=two)
-    fails("of unknown length came without `validation_steps`", Slices((X, Y)), validation_data=unknown, scale=two)
+    fails("of unknown length came without `steps_per_epoch`", unknown, scale=TWO)
+    fails("of unknown length came without `steps_per_epoch`", made("generator", "", (X, Y)), scale=TWO)
+    fails("of unknown length came without `validation_steps`", Slices((X, Y)), validation_data=unknown, scale=TWO)
     fails("without `validation_steps`", Slices((X, Y)), validation_data=generated((X, Y), 3))
     fails("this one is empty", data.batch(BATCH).take(0))
     fails("must have at least one batch", iter(()))
