@@ -207,7 +207,8 @@ class BatchStream:
 
     def _from_chunks(self, chunks: Callable[[], Iterator[Chunk]]) -> tf.data.Dataset:
         # of which dimensions that the model's inputs leave open may vary
-        known = {(tensor.role, tensor.name): tensor for tensor in self._orders.layout.tensors}
+        made = [tensor for tensor in self._orders.layout.tensors if tensor.role != "sample_weight"]
+        known = {(tensor.role, tensor.name): tensor for tensor in made}
         tensors = [known.get((tensor.role, tensor.name), tensor) for tensor in self._batches.layout.tensors]
 
         def elements() -> Iterator[Any]:
@@ -274,8 +275,8 @@ def _class_weighed(y: tf.Tensor, weights: Any, tensor: Tensor) -> tf.Tensor:
         factor = tf.where(tf.cast(y, tf.int64) == label, tf.constant(weight, dtype), factor)
     if weights is None:
         return factor
-    missing = weights.shape.rank - factor.shape.rank
-    return tf.cast(weights, dtype) * tf.reshape(factor, tf.concat([tf.shape(factor), [1] * max(0, missing)], 0))
+    both, rank = (tf.cast(weights, dtype), factor), max(weights.shape.rank, factor.shape.rank)
+    return tf.multiply(*(tf.reshape(t, tf.concat([tf.shape(t), [1] * (rank - t.shape.rank)], 0)) for t in both))
 
 
 def _cuts(rows: np.ndarray, num_replicas: int) -> np.ndarray:

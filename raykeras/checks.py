@@ -6,6 +6,7 @@ Enters: a built model and the layout of its data. Leaves: the layout as the mode
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -44,7 +45,9 @@ def variables_of(model: Any) -> list[str]:
 def signature_of(model: Any, api: KerasAPI) -> dict[str, Any]:
     """The optimizer that a model must have, too, before it is trained."""
     optimizer = getattr(model, "optimizer", None)
-    options = {} if optimizer is None else optimizer.get_config()
+    options: dict[str, Any] = {}
+    with contextlib.suppress(NotImplementedError):  # one of TensorFlow's own has no config
+        options = {} if optimizer is None else optimizer.get_config()
     options.pop("name", None)  # counted up in a process
     if optimizer is not None and int(optimizer.iterations.numpy()):
         options.pop("learning_rate", None)  # callbacks may have changed it

@@ -301,6 +301,15 @@ def transform_error(transform: Transform, error: Exception, where: str) -> UserC
     )
 
 
+def _shape_before_class_weights(tensor: Tensor, rank: int) -> tuple[Any, ...]:
+    return tensor.shape if tensor.class_column is None else tensor.shape[:rank]
+
+
+def class_weighted_shape(weights: tuple[Any, ...], y: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the shape of a row of weights times class weights, which have all axes of y but that of the classes."""
+    return max(weights, y[:-1], key=len)
+
+
 def class_weights(y: np.ndarray, class_weight: Sequence[tuple[int, float]]) -> np.ndarray:
     """Weight of each row's class, 1 for classes that are not named: float64 (rows,).
 
@@ -329,7 +338,7 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
         return arrays[0]
     if not arrays:
         result = np.ones(num_rows, tensor.dtype)
-    elif len(arrays) == 1 and tensor.shape == arrays[0].shape[1:]:
+    elif len(arrays) == 1 and arrays[0].shape[1:] == _shape_before_class_weights(tensor, arrays[0].ndim - 1):
         result = arrays[0].astype(tensor.dtype, copy=False)
     elif tensor.shape == (len(arrays),):
         result = _stacked(arrays, num_rows, tensor.dtype)
@@ -340,7 +349,9 @@ def _assemble(tensor: Tensor, columns: Columns, num_rows: int, where: str) -> An
         )
     if tensor.class_column is not None:
         factor = class_weights(columns[tensor.class_column], tensor.class_weight)
-        result = (result * factor.reshape(factor.shape + (1,) * (result.ndim - factor.ndim))).astype(tensor.dtype)
+        rank = max(result.ndim, factor.ndim)
+        factors = (array.reshape(array.shape + (1,) * (rank - array.ndim)) for array in (result, factor))
+        result = np.multiply(*factors).astype(tensor.dtype)
     if tensor.num_classes is not None and num_rows:
         _check_labels(tensor, result, num_rows, where)
     if tensor.role == "sample_weight" and not np.isfinite(result).all():

@@ -14,7 +14,7 @@ from typing import Any
 
 from raykeras.arguments import as_source, as_validation, check_batch_size, check_positive, split_rows
 from raykeras.batches import Batches, as_batches
-from raykeras.columns import Layout, Role, Tensor
+from raykeras.columns import Layout, Role, Tensor, class_weighted_shape
 from raykeras.errors import OptionError
 from raykeras.held import Held, is_held
 from raykeras.options import Scale
@@ -246,7 +246,8 @@ def _with_class_weight(layout: Layout, class_weight: Mapping[Any, Any] | None, f
             raise OptionError(f"`class_weight` needs y to hold classes; {output.label} holds text.")
         shape, dtype = (weight.shape, weight.dtype) if weight else ((), floatx)
         weighting = by_output.get(output.name, ())
-        dtype = floatx if weighting else dtype
+        if weighting:
+            dtype, shape = floatx, class_weighted_shape(shape, output.shape)
         made.append(Tensor("sample_weight", output.name, (), "dense", dtype, shape, weighting))
     kept = tuple(tensor for tensor in layout.tensors if tensor.role != "sample_weight")
     return replace(layout, tensors=(*kept, *made)).weighted_as_y()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from raykeras.columns import Layout, Role, Tensor
+from raykeras.columns import Layout, Role, Tensor, class_weighted_shape
 from raykeras.errors import ColumnError, OptionError, ValidationError
 from raykeras.sources import Field, OpenSource, Source, Spec, flat_names, listed, nearest
 from raykeras.structures import Structure
@@ -79,9 +79,7 @@ def check_weights(opened: OpenSource, layout: Layout) -> None:
     Raises:
         ColumnError: Names the file, the row group and the column.
     """
-    tensors = tuple(
-        dataclasses.replace(t, class_weight=(), class_column=None) for t in layout.role("sample_weight") if t.columns
-    )
+    tensors = tuple(_as_stored(t, opened) for t in layout.role("sample_weight") if t.columns)
     names = {name for tensor in tensors for name in tensor.columns}
     stored = tuple(field for field in layout.stored if field.name in names)
     if not tensors or layout.transform or opened.num_rows * sum(f.row_nbytes for f in stored) > _CHECKED_NBYTES:
@@ -97,6 +95,14 @@ def check_weights(opened: OpenSource, layout: Layout) -> None:
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         list(pool.map(check, np.unique(opened.unit_file)))
+
+
+def _as_stored(weights: Tensor, opened: OpenSource) -> Tensor:
+    """Return weights without the class weights that multiply them."""
+    if weights.class_column is None:
+        return weights
+    rank = len(opened.field(weights.columns[0]).shape)
+    return dataclasses.replace(weights, class_weight=(), class_column=None, shape=weights.shape[:rank])
 
 
 def _entries(role: Role, spec: Spec) -> list[tuple[str | None, tuple[str, ...] | str]]:
@@ -178,7 +184,7 @@ def _with_weights(tensors: list[Tensor], class_weight: ClassWeight | None, float
                 weight.columns,
                 "dense",
                 floatx,
-                weight.shape,
+                class_weighted_shape(weight.shape, output.shape),
                 weighting,
                 output.columns[0],
             )

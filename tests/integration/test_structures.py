@@ -161,3 +161,47 @@ def test_sparse_batches_are_made_dense(tmp_path: Path) -> None:
     assert_same_training(result, expected, plain)
     with pytest.raises(rk.OptionError, match="x must be dense"):
         rk.fit(build, next(sparse_batches())[0], SCORE[:BATCH], run=run, verbose=0)
+
+
+@pytest.mark.parametrize("form", ["arrays", "generator"])
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_class_weight_of_every_pixel(form: str, is_weighted: bool, tmp_path: Path) -> None:
+    """Plain Keras 3 refuses it; tf_keras does not."""
+    rng, num_rows = np.random.default_rng(0), 4 * BATCH  # tf_keras cannot multiply weights of a shorter last batch
+    x = rng.normal(size=(num_rows, 3, 4, 2)).astype(np.float32)
+    y = np.eye(5, dtype=np.float32)[rng.integers(0, 5, (num_rows, 3, 4))]
+    weights = (rng.uniform(0.5, 2, num_rows).astype(np.float32),) if is_weighted else ()
+
+    def build() -> Any:
+        tf_keras.utils.set_random_seed(0)
+        model = tf_keras.Sequential([tf_keras.Input((3, 4, 2)), tf_keras.layers.Conv2D(5, 1)])
+        model.compile("sgd", tf_keras.losses.CategoricalCrossentropy(from_logits=True))
+        return model
+
+    options = {"class_weight": {label: 1.0 + label for label in range(5)}, "epochs": 2, "verbose": 0}
+    plain = build()
+    arrays = {"sample_weight": weights[0]} if weights else {}
+    expected = plain.fit(x, y, batch_size=BATCH, shuffle=False, **arrays, **options).history
+    run = rk.Run(storage=str(tmp_path))
+    for scale in SCALES.values():
+        if form == "arrays":
+            result = rk.fit(build, x, y, batch_size=BATCH, shuffle=False, **arrays, run=run, scale=scale, **options)
+        else:
+            rows = (slice(at, at + BATCH) for at in itertools.cycle(range(0, num_rows, BATCH)))
+            data = (tuple(array[some] for array in (x, y, *weights)) for some in rows)
+            result = rk.fit(build, data, steps_per_epoch=4, run=run, scale=scale, **options)
+        assert_same_training(result, expected, plain)
+
+
+@pytest.mark.filterwarnings("ignore:Keras cannot serialise:UserWarning")
+def test_optimizer_without_config(tmp_path: Path) -> None:
+    def build() -> Any:
+        tf_keras.utils.set_random_seed(0)
+        model = tf_keras.Sequential([tf_keras.Input((8,)), tf_keras.layers.Dense(1)])
+        model.compile(tf.compat.v1.train.RMSPropOptimizer(0.01), "mse")
+        return model
+
+    plain, run = build(), rk.Run(storage=str(tmp_path))
+    expected = plain.fit(X, SCORE, batch_size=BATCH, shuffle=False, verbose=0).history
+    result = rk.fit(build(), X, SCORE, batch_size=BATCH, shuffle=False, verbose=0, run=run)
+    assert_same_training(result, expected, plain)
