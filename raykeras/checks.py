@@ -84,7 +84,7 @@ def check_execution(model: Any, scale: Scale) -> None:
     """That the model can be executed on so many replicas.
 
     Raises:
-        ModelError: If XLA is asked for where it has no collectives, or the model is made for other replicas.
+        ModelError: If it was made for other replicas.
     """
     strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync not in (1, scale.num_replicas):
@@ -92,11 +92,6 @@ def check_execution(model: Any, scale: Scale) -> None:
             "A model must not be made in a strategy's scope, since `scale` says how many replicas there are; got a "
             f"{type(strategy).__name__} of {strategy.num_replicas_in_sync} replicas. Make the model outside of "
             f"`strategy.scope()`, and pass `scale=rk.Scale(replicas_per_worker={strategy.num_replicas_in_sync})`."
-        )
-    if getattr(model, "jit_compile", None) is True and scale.num_replicas > 1 and not scale.gpus_per_worker:
-        raise ModelError(
-            "XLA compiles the collectives of several replicas on GPUs only; got `jit_compile=True` and "
-            f"{scale.num_replicas} replicas on CPUs. Compile without `jit_compile`, or train on one replica."
         )
 
 

@@ -16,12 +16,33 @@ that waits is then one of those that run TensorFlow's functions, so that a datas
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.data.util import structure
+
+from raykeras.options import Scale
+
+
+@contextlib.contextmanager
+def without_xla(model: Any, scale: Scale) -> Iterator[None]:
+    """Within it several replicas on CPUs, for which XLA has no collectives, run without it; warns."""
+    if scale.num_replicas == 1 or scale.gpus_per_worker or getattr(model, "jit_compile", None) is not True:
+        yield
+        return
+    warnings.warn(
+        "XLA compiles the collectives of several replicas on GPUs only; got `jit_compile=True` and "
+        f"{scale.num_replicas} replicas on CPUs, which run without it.",
+        stacklevel=2,
+    )
+    model.jit_compile = False
+    try:
+        yield
+    finally:
+        model.jit_compile = True
 
 
 def is_countable(model: Any) -> bool:

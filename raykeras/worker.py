@@ -20,7 +20,7 @@ from raykeras.cluster import Room, reading
 from raykeras.columns import Layout
 from raykeras.errors import ModelError, RaykerasError, root_cause, user_code_error
 from raykeras.exactness import building, exact
-from raykeras.executions import counted_executions, is_countable, steps_left
+from raykeras.executions import counted_executions, is_countable, steps_left, without_xla
 from raykeras.keras_api import KerasAPI, api_of
 from raykeras.logs import Logs, plain_logs
 from raykeras.mirroring import is_made_elsewhere, mirrored
@@ -65,6 +65,7 @@ def evaluate(
         strategy = make_strategy(scale)
         api.seed(orders.seed)
         model, api = _built(build, api, strategy, stack)
+        stack.enter_context(without_xla(model, scale))
         with scope(strategy):
             check_execution(model, scale)
             _lower_steps_per_execution(model, api, strategy, [data.num_steps])
@@ -115,6 +116,7 @@ def _run(
     strategy = make_strategy(scale)
     api.seed(orders.run.seed)
     model, api = _built(build, api, strategy, stack)
+    stack.enter_context(without_xla(model, scale))
     with scope(strategy):
         check_execution(model, scale)
         train_data = orders.train.laid_out(check_model(model, api, orders.train.layout))

@@ -678,9 +678,11 @@ def test_execution_modes(example: Example, options: dict[str, Any]) -> None:
 @PACKAGES
 def test_jit_compile(example: Example) -> None:
     models, oracle = example.models(compiled(example.keras, jit_compile=True))
-    example.fit({ONE: models[ONE]}, oracle, X, Y)
-    with pytest.raises(rk.ModelError, match="XLA compiles the collectives of several replicas on GPUs only"):
-        rk.fit(models[TWO], X, Y, scale=TWO, run=rk.Run(storage=str(example.folder)))
+    example.fit(models, oracle, X, Y)
+    replicated = seeded(example.keras, compiled(example.keras, jit_compile=True))
+    with pytest.warns(UserWarning, match="XLA compiles the collectives of several replicas on GPUs only"):
+        example.fit({REPLICAS: replicated}, seeded(example.keras, compiled(example.keras)), X, Y)
+    assert replicated.jit_compile is True
 
 
 # Refused before anything starts
