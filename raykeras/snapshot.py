@@ -287,8 +287,9 @@ def restore_metrics(model: Any, api: KerasAPI, restored: Restored, rank: int) ->
     variables = list(api.metric_variables(model))
     if len(variables) != len(restored.metrics):
         raise CheckpointError(
-            f"A run goes on with the metrics that it began with; {restored.taken.path} has {len(restored.metrics)} "
-            f"variables of metrics, this model {len(variables)}. Compile with the same ones, or take another `name`."
+            f"A run that is resumed within an epoch needs the metrics that it began with; {restored.taken.path} holds "
+            f"{len(restored.metrics)} variables of metrics, and the model has {len(variables)}. Compile the model with "
+            "the same metrics, or give the run another `name`."
         )
     with _reading(restored.taken):
         for variable, value in zip(variables, restored.metrics, strict=True):

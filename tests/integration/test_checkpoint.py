@@ -59,7 +59,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def test_hostile_files_are_damaged_or_restored(tmp_path: Path) -> None:
-    """Whoever can write to the storage can write checksums, too; see `test_hostile_state_is_damaged_or_valid`."""
+    """The checksums are right, as those of somebody who can write to the storage would be."""
     result = fit(str(tmp_path), "run", steering(), epochs=1, sample_weight=None)
     taken, model, rng, outcomes = result.checkpoints[-1], build(), random.Random(0), collections.Counter[str]()
     state, folder = dict(taken.state), tmp_path / "hostile"

@@ -295,6 +295,23 @@ def test_changed_arguments_are_refused(
     assert any(not np.array_equal(a, b) for a, b in zip(again.model().get_weights(), weights, strict=True))
 
 
+def test_changed_metrics_are_refused_within_an_epoch(tmp_path: Path) -> None:
+    def fit_with(metrics: list[str], *callbacks: Any) -> rk.Result:
+        def make() -> Any:
+            model = build()
+            model.compile("sgd", model.loss, metrics=metrics)
+            return model
+
+        run = rk.Run(storage=str(tmp_path), name="run", checkpoint_every=1)
+        return rk.fit(make, X, Y, epochs=2, batch_size=BATCH, verbose=0, callbacks=list(callbacks), run=run)
+
+    with pytest.raises(rk.UserCodeError, match="Crash"):
+        fit_with(["accuracy"], crash("keras", (0, 2)))
+    with pytest.raises(rk.CheckpointError, match=r"needs the metrics that it began with; .* Compile the model"):
+        fit_with(["accuracy", "mae"])
+    assert fit_with(["accuracy"]).epoch == [0, 1]
+
+
 def test_changed_file_is_named(tmp_path: Path) -> None:
     def write(number: int, x: np.ndarray) -> None:
         pq.write_table(pa.table({"x": list(x), "y": Y[:20]}), tmp_path / "data" / f"{number}.parquet")
