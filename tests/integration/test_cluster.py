@@ -31,9 +31,8 @@ def build() -> Any:
     return model
 
 
-@pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["1 worker", "2 workers"])
-@pytest.mark.parametrize("made", ["rows", "batches"])
-def test_streams_share_remaining_cpu_fraction(tmp_path: Path, scale: rk.Scale, made: str, two_workers: None) -> None:
+@pytest.mark.parametrize(("made", "scale"), [("rows", TWO), ("batches", rk.Scale())], ids=["rows", "batches"])
+def test_streams_share_remaining_cpu_fraction(tmp_path: Path, made: str, scale: rk.Scale, two_workers: None) -> None:
     """Otherwise a second stream would request a whole CPU and never be scheduled."""
 
     class Sequence(keras.utils.PyDataset):  # type: ignore[misc]

@@ -382,6 +382,7 @@ def example_sequence(keras: Any) -> Any:
 
 
 @PACKAGES
+@FEWER_SCALES
 def test_sequence_with_validation_sequence(example: Example) -> None:
     sequence = example_sequence(example.keras)
     data, validation = sequence(X, Y, BATCH), sequence(*VALIDATION, BATCH)
@@ -477,6 +478,7 @@ def test_losses_and_metrics_as_lists(example: Example) -> None:
 
 
 @PACKAGES
+@FEWER_SCALES
 def test_losses_and_metrics_as_dicts(example: Example) -> None:
     make = two_inputs(
         example.package,
@@ -490,7 +492,8 @@ def test_losses_and_metrics_as_dicts(example: Example) -> None:
     x = {"img_input": IMAGES, "ts_input": SERIES}
     y = {"score_output": SCORE, "class_output": CLASS}
     models, oracle = example.trains(make, x, y)
-    for predictions, expected in zip(rk.predict(models[ONE], x), oracle.predict(x, verbose=0), strict=True):
+    trained = next(iter(models.values()))
+    for predictions, expected in zip(rk.predict(trained, x), oracle.predict(x, verbose=0), strict=True):
         np.testing.assert_allclose(predictions, expected, atol=1e-5)
 
 

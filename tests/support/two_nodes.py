@@ -1,6 +1,6 @@
-"""Elastic runs on a cluster of two nodes, of which the second goes in mid-epoch.
+"""An elastic run on a cluster of two nodes, of which the second is lost, comes back, and is drained.
 
-Prints the runs' events as JSON lines, each run's followed by its history.
+Prints the run's events as JSON lines, and its history as the last.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import raykeras as rk
 from tests.support.resuming import fit, slow
 
-EPOCHS = {"lost": 10, "drained": 3}
-"""For each way in which the node goes; if it is lost, it comes back, for which training has to last."""
+EPOCHS = 12
+"""So many that training lasts until the node has come back."""
 
 _STEP_S = 0.3
 _NODE_CPUS = 2
@@ -71,34 +72,39 @@ class Nodes:
 
 
 class NodeLeaves(rk.DriverCallback):
-    """Lets the second node go after a step of the second epoch."""
+    """Loses the second node after a step of the second epoch; once it trains again, has it drained."""
 
-    def __init__(self, nodes: Nodes, how: str) -> None:
-        self._nodes, self._how, self._has_left = nodes, how, False
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes, self._times_left, self._is_back = nodes, 0, False
 
     def on_event(self, event: rk.events.Event) -> None:
         if isinstance(event, rk.events.BatchEnded):
-            if event.epoch == 1 and event.step == 2 and not self._has_left:
-                self._has_left = True
-                leave = self._nodes.lose if self._how == "lost" else self._nodes.drain
-                threading.Thread(target=leave).start()
+            if event.epoch == 1 and event.step == 2 and not self._times_left:
+                self._leave(self._nodes.lose)
+            elif self._is_back and self._times_left == 1:
+                self._leave(self._nodes.drain)
             return
-        if isinstance(event, rk.events.RunRestarted) and event.workers == 1 and self._how == "lost":
-            self._nodes.come_back()
+        if isinstance(event, rk.events.RunRestarted):
+            self._is_back = event.workers == 2
+            if self._times_left == 1 and not self._is_back:
+                self._nodes.come_back()
         print(json.dumps(event.as_dict()), flush=True)
 
+    def _leave(self, how: Callable[[], None]) -> None:
+        self._times_left += 1
+        threading.Thread(target=how).start()
 
-def main(storage: str, names: list[str]) -> None:
-    """Train a run for each name, "lost" or "drained", which says how the node goes."""
+
+def main(storage: str) -> None:
+    """Train the run "elastic"."""
     import ray
 
     with Nodes() as nodes:
         ray.init(address=nodes.address, log_to_driver=False)
         try:
-            for name in names:
-                callbacks: list[Any] = [slow(_STEP_S), NodeLeaves(nodes, name)]
-                scale = rk.Scale(workers=(1, 2), cpus_per_worker=2)
-                result = fit(storage, name, callbacks, scale=scale, dropout=0, epochs=EPOCHS[name])
-                print(json.dumps({"history": result.history}), flush=True)
+            callbacks: list[Any] = [slow(_STEP_S), NodeLeaves(nodes)]
+            scale = rk.Scale(workers=(1, 2), cpus_per_worker=2)
+            result = fit(storage, "elastic", callbacks, scale=scale, dropout=0, epochs=EPOCHS)
+            print(json.dumps({"history": result.history}), flush=True)
         finally:
             ray.shutdown()
