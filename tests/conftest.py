@@ -11,14 +11,16 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import hypothesis
 import pytest
 
+from raykeras.options import Scale
 from tests.support import leftovers
-from tests.support.kept_workers import KeptWorkers
+from tests.support.kept_workers import TWO, KeptWorkers
 from tests.support.s3 import S3
 
 NUM_CPUS = 4  # three new workers leave one for data tasks and the fractions that kept workers hold
@@ -34,7 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "exhaustive: runs only with --exhaustive")
-    config.addinivalue_line("markers", "fewer_scales: trains on fewer scales unless --exhaustive is given")
+    config.addinivalue_line("markers", "fewer_scales: trains at one scale unless --exhaustive is given")
+    config.addinivalue_line("markers", "tf_keras_on_replicas: tf_keras not on two workers unless --exhaustive is given")
+    config.option.loadscopereorder = False  # xdist's order has the longest tests last, where one process waits
     if hasattr(config, "workerinput"):  # xdist's workers inherit the folder
         return
     folder = tempfile.mkdtemp(prefix="rk", dir="/tmp")  # short, because Ray's socket paths lie under it
@@ -44,22 +48,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps tests that share processes in one of xdist's workers, and otherwise those of a module."""
+    """Keeps tests that share processes in one of xdist's workers, and otherwise those of a module; long ones first."""
     if not config.getoption("--exhaustive"):
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    groups = {}
     for item in items:
         shared = {"forked", "kept_workers", "two_workers"} & set(getattr(item, "fixturenames", ()))
-        if _on_fewer_scales(item):
+        if _on_replicas(item):
             shared.discard("two_workers")
-        group = "kept_workers" if shared == {"two_workers"} else min(shared, default=item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item] = "kept_workers" if shared == {"two_workers"} else min(shared, default=item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    sizes = Counter(groups.values())
+    shared = ("kept_workers", "forked")
+    items.sort(key=lambda item: (groups[item] not in shared, item.path.parent.name != "system", -sizes[groups[item]]))
 
 
-def _on_fewer_scales(item: pytest.Item) -> bool:
-    marked = item.get_closest_marker("fewer_scales") and item.callspec.params["package"] == "tf_keras"
-    return bool(marked) and not item.config.getoption("--exhaustive")
+def _on_replicas(item: pytest.Item) -> bool:
+    is_tf_keras = hasattr(item, "callspec") and item.callspec.params.get("package") == "tf_keras"
+    marked = item.get_closest_marker("tf_keras_on_replicas") and not item.config.getoption("--exhaustive")
+    return bool(is_tf_keras and marked)
 
 
 @pytest.hookimpl(trylast=True)
@@ -121,6 +130,7 @@ def ray_cluster(tensorflow: None, s3_server: S3) -> Iterator[None]:
         pytest.MonkeyPatch.context() as environment,
     ):
         environment.setenv("RAY_TMPDIR", folder)
+        environment.setenv("RAY_num_workers_soft_limit", "16")  # idle ones are ended beyond, and started again
         import ray
 
         ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -137,14 +147,14 @@ def kept_workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def on_fewer_scales(request: pytest.FixtureRequest) -> bool:
-    """Whether this test trains on two replicas of one worker instead of on two workers."""
-    return _on_fewer_scales(request.node)
+def several(request: pytest.FixtureRequest) -> Scale:
+    """Two workers; two replicas of one worker for tf_keras in tests that say so."""
+    return Scale(replicas_per_worker=2) if _on_replicas(request.node) else TWO
 
 
 @pytest.fixture
-def two_workers(request: pytest.FixtureRequest, on_fewer_scales: bool) -> Iterator[None]:
-    """Runs what this test starts on two workers on the kept ones, which fewer scales do not need."""
-    workers = nullcontext() if on_fewer_scales else request.getfixturevalue("kept_workers").used()
+def two_workers(request: pytest.FixtureRequest, several: Scale) -> Iterator[None]:
+    """Runs what this test starts on two workers on the kept ones."""
+    workers = request.getfixturevalue("kept_workers").used() if several == TWO else nullcontext()
     with workers:
         yield

@@ -33,6 +33,7 @@ VALIDATION = (X[:21] + 0.1, Y[:21])
 
 pytestmark = pytest.mark.usefixtures("two_workers")
 PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
+TF_KERAS_ON_REPLICAS = pytest.mark.tf_keras_on_replicas
 
 
 def model_of(package: str, **optimizer: Any) -> Any:
@@ -50,7 +51,13 @@ def model_of(package: str, **optimizer: Any) -> Any:
 
 
 def assert_matches_keras(
-    package: str, callbacks: Any, plain_callbacks: Any, folder: Path, data: Any = (X, Y), **options: Any
+    package: str,
+    callbacks: Any,
+    plain_callbacks: Any,
+    folder: Path,
+    data: Any = (X, Y),
+    scale: rk.Scale = TWO,
+    **options: Any,
 ) -> rk.Result:
     """Train on two workers and in plain Keras, each with its callbacks; histories and weights agree."""
     optimizer = options.pop("optimizer", {})
@@ -58,7 +65,7 @@ def assert_matches_keras(
     model, oracle = model_of(package, **optimizer), model_of(package, **optimizer)
     expected = oracle.fit(*data, callbacks=plain_callbacks, **options).history
     run = rk.Run(storage=str(folder), name="run")
-    result = rk.fit(model, *data, callbacks=callbacks, scale=TWO, run=run, **options)
+    result = rk.fit(model, *data, callbacks=callbacks, scale=scale, run=run, **options)
     assert_same_training(result, expected, oracle)
     return result
 
@@ -90,25 +97,28 @@ def test_early_stopping_restores_best_weights(package: str, tmp_path: Path) -> N
 
 
 @PACKAGES
-def test_reduce_lr_on_plateau(package: str, tmp_path: Path) -> None:
+@TF_KERAS_ON_REPLICAS
+def test_reduce_lr_on_plateau(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     options = {"monitor": "loss", "min_delta": 10, "factor": 0.5, "patience": 1}
     callback, plain = (callbacks.ReduceLROnPlateau(**options) for _ in range(2))
-    result = assert_matches_keras(package, callback, [plain], tmp_path)
+    result = assert_matches_keras(package, callback, [plain], tmp_path, scale=several)
     rates = result.history["lr" if package == "tf_keras" else "learning_rate"]
     assert rates[0] > rates[-1]
 
 
 @PACKAGES
-def test_learning_rate_scheduler(package: str, tmp_path: Path) -> None:
+@TF_KERAS_ON_REPLICAS
+def test_learning_rate_scheduler(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     schedule = lambda epoch, rate: rate * 0.5 if epoch else rate  # noqa: E731
     callback, plain = (callbacks.LearningRateScheduler(schedule) for _ in range(2))
-    assert_matches_keras(package, callback, [plain], tmp_path)
+    assert_matches_keras(package, callback, [plain], tmp_path, scale=several)
 
 
 @PACKAGES
-def test_terminate_on_nan(package: str, tmp_path: Path) -> None:
+@TF_KERAS_ON_REPLICAS
+def test_terminate_on_nan(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     with_nan = X.copy()
     with_nan[2 * BATCH + 3] = np.nan  # the third of five steps
@@ -121,7 +131,7 @@ def test_terminate_on_nan(package: str, tmp_path: Path) -> None:
 
     counts, plain_counts = Counts(), Counts()
     both = ([callbacks.TerminateOnNaN(), counts] for counts in (counts, plain_counts))
-    assert_matches_keras(package, *both, tmp_path, data=(with_nan, Y))
+    assert_matches_keras(package, *both, tmp_path, data=(with_nan, Y), scale=several)
     assert counts.batches == plain_counts.batches == 3
 
 

@@ -2,8 +2,8 @@
 
 Each example trains once in plain Keras, and through raykeras on one worker and on two over the same batches; the
 numbers agree. Classes and functions are defined as in the guide, without registration. The guide's callbacks are in
-`test_callbacks.py`. Examples in which only data or weights differ train at one scale, unless pytest is called with
-`--exhaustive`: Keras 3 on two workers, tf_keras on two replicas of one worker.
+`test_callbacks.py`. Unless pytest is called with `--exhaustive`, examples in which only data or weights differ train
+on two workers alone, and tf_keras on two replicas of one worker.
 https://keras.io/guides/training_with_built_in_methods
 """
 
@@ -30,9 +30,9 @@ from tests.support.models import BATCH, CLASS, IMAGES, PACKAGES, ROWS, SCORE, SE
 
 ONE_HOT = np.eye(3, dtype=np.float32)[Y]
 VALIDATION = (X[:29] + 0.1, Y[:29])
-ONE, REPLICAS = rk.Scale(), rk.Scale(replicas_per_worker=2)
+ONE = rk.Scale()
 
-pytestmark = pytest.mark.usefixtures("two_workers")
+pytestmark = [pytest.mark.usefixtures("two_workers"), pytest.mark.tf_keras_on_replicas]
 KERAS_3 = pytest.mark.parametrize("package", ["keras"])
 TF_KERAS = pytest.mark.parametrize("package", ["tf_keras"])
 FEWER_SCALES = pytest.mark.fewer_scales  # see above
@@ -129,10 +129,9 @@ class Example:
 
 
 @pytest.fixture
-def example(package: str, tmp_path: Path, request: pytest.FixtureRequest, on_fewer_scales: bool) -> Example:
+def example(package: str, tmp_path: Path, request: pytest.FixtureRequest, several: rk.Scale) -> Example:
     is_fewer = request.node.get_closest_marker("fewer_scales") and not request.config.getoption("--exhaustive")
-    last = REPLICAS if on_fewer_scales else TWO
-    return Example(package, tmp_path, (last,) if is_fewer else (ONE, last))
+    return Example(package, tmp_path, (several,) if is_fewer or several != TWO else (ONE, several))
 
 
 # API overview: a first end-to-end example
@@ -350,7 +349,7 @@ def test_dataset_with_validation_dataset(example: Example) -> None:
     for scale, model in models.items():
         logs = rk.evaluate(model, batched(X, Y), scale=scale)
         assert logs == pytest.approx(oracle.evaluate(batched(X, Y), verbose=0, return_dict=True), rel=1e-5)
-    predictions = rk.predict(models[ONE], batched(X, Y))
+    predictions = rk.predict(next(iter(models.values())), batched(X, Y))
     np.testing.assert_allclose(predictions, oracle.predict(batched(X, Y), verbose=0), atol=1e-5)
 
 
@@ -684,7 +683,7 @@ def test_jit_compile(example: Example) -> None:
     example.fit(models, oracle, X, Y)
     replicated = seeded(example.keras, compiled(example.keras, jit_compile=True))
     with pytest.warns(UserWarning, match="XLA compiles the collectives of several replicas on GPUs only"):
-        example.fit({REPLICAS: replicated}, seeded(example.keras, compiled(example.keras)), X, Y)
+        example.fit({rk.Scale(replicas_per_worker=2): replicated}, seeded(example.keras, compiled(example.keras)), X, Y)
     assert replicated.jit_compile is True
 
 

@@ -169,9 +169,9 @@ def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: KeptWo
 
 
 @PACKAGES
-@pytest.mark.fewer_scales
+@pytest.mark.tf_keras_on_replicas
 @pytest.mark.usefixtures("two_workers")
-def test_metric_with_a_value_per_class(package: str, on_fewer_scales: bool, tmp_path: Path) -> None:
+def test_metric_with_a_value_per_class(package: str, several: rk.Scale, tmp_path: Path) -> None:
     def build() -> Any:
         keras = importlib.import_module(package)
         model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(3, activation="softmax")])
@@ -183,7 +183,7 @@ def test_metric_with_a_value_per_class(package: str, on_fewer_scales: bool, tmp_
     validation = (X[:29] + 0.1, ONE_HOT[:29])
     history, model = plain_fit(package, build, X, ONE_HOT, epochs=4, validation_data=validation)
     expected = model.evaluate(*validation, verbose=0, return_dict=True)
-    for number, scale in enumerate([rk.Scale()] if on_fewer_scales else [rk.Scale(), TWO]):
+    for number, scale in enumerate([rk.Scale(), TWO] if several == TWO else [several]):
         run = rk.Run(storage=str(tmp_path), name=f"{package}-{number}", checkpoint_every=3, monitor="f1_score")
         options: Any = {"validation_data": validation, "scale": scale, "run": run, "verbose": 2}
         rk.fit(build, X, ONE_HOT, **{**OPTIONS, **options})
