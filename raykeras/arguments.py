@@ -6,6 +6,7 @@ Enters: arrays, sources, tuples, counts. Leaves: sources, or an `OptionError`. N
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -100,9 +101,10 @@ def check_scale_and_run(scale: Any, run: Any = None) -> None:
 def check_batch_size(name: str, value: Any, scale: Scale) -> int:
     size = check_positive(name, value)
     if size < scale.num_replicas:
-        raise OptionError(
-            f"`{name}` must be at least the number of replicas, since it is the global batch; got {size} and "
-            f"{scale.num_replicas}. Try `{name}={scale.num_replicas}`, or fewer workers."
+        warnings.warn(
+            f"`{name}` is the rows of a step on all replicas; of {size} and {scale.num_replicas} replicas some have "
+            f"nothing to do. Try `{name}={scale.num_replicas}`, or fewer workers.",
+            stacklevel=5,  # the caller of `fit`
         )
     return size
 

@@ -246,8 +246,8 @@ class BatchStream:
         return dataset.prefetch(_PREFETCHED_BATCHES * self._num_replicas).with_options(options)
 
     def _structured(self, tensors: Sequence[Any]) -> Any:
-        """Tensors of a batch as Keras' (x,), (x, y) or (x, y, sample_weight)."""
-        return self._orders.layout.structure(self._weighed(tensors))
+        """Tensors of a batch as Keras gets them."""
+        return self._orders.layout.element(self._weighed(tensors))
 
     def _weighed(self, tensors: Sequence[Any]) -> list[Any]:
         """Tensors of a batch as those that the model takes: class weights multiplied in, missing weights one."""

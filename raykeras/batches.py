@@ -111,8 +111,17 @@ def as_batches(data: Any, floatx: str) -> Batches | None:
     if _is(data, "torch.utils.data", "DataLoader"):
         return _guarded(lambda: _of_loader(data, floatx))
     if isinstance(data, Iterator):
-        taken = _guarded(lambda: tuple(_copied(as_tuple(batch)) for batch in itertools.islice(data, 2)))
-        return _known(Batches(data, "generator", None, _layout_of(taken, "generator", floatx), taken=taken), taken)
+        wraps_x = False
+
+        def first() -> Iterator[Any]:
+            nonlocal wraps_x
+            for batch in itertools.islice(data, 2):
+                wraps_x = isinstance(batch, tuple)
+                yield _copied(as_tuple(batch))  # before the next one, which may be made in the same arrays
+
+        taken = _guarded(lambda: tuple(first()))
+        layout = _layout_of(taken, "generator", floatx, wraps_x)
+        return _known(Batches(data, "generator", None, layout, taken=taken), taken)
     return None
 
 
@@ -136,7 +145,7 @@ def _of_dataset(data: Any) -> Batches:
         sizes.add(part.shape[0] if part.shape.rank else "a single number")
         return part.dtype.name, tuple(part.shape)[1:]
 
-    layout = _layout(as_tuple(data.element_spec), spec, "tf.data.Dataset")
+    layout = _layout(as_tuple(data.element_spec), spec, "tf.data.Dataset", wraps_x=isinstance(data.element_spec, tuple))
     if "a single number" in sizes or len(sizes - {None}) > 1:
         raise OptionError(
             f"The elements of a tf.data.Dataset must be batches, rows first; got {data.element_spec}. Call "
@@ -157,7 +166,7 @@ def _of_sequence(data: Any, floatx: str) -> Batches:
         since = time.perf_counter()
         known.append(data[index])
         batch_s.append(time.perf_counter() - since)
-    layout = _layout_of(known, "Sequence", floatx)
+    layout = _layout_of(known, "Sequence", floatx, wraps_x=not _is(data, "tf_keras.", "Sequence"))
     batches = Batches(data, "sequence", length and int(length), layout, length is None, batch_s=min(batch_s))
     return _known(batches, known)
 
@@ -168,7 +177,7 @@ def _of_loader(data: Any, floatx: str) -> Batches:
     except TypeError:  # of an IterableDataset
         length = None
     known = list(itertools.islice(data, 2))
-    return _known(Batches(data, "loader", length, _layout_of(known, "DataLoader", floatx)), known)
+    return _known(Batches(data, "loader", length, _layout_of(known, "DataLoader", floatx, wraps_x=True)), known)
 
 
 def _known(batches: Batches, known: Sequence[Any]) -> Batches:
@@ -178,7 +187,7 @@ def _known(batches: Batches, known: Sequence[Any]) -> Batches:
     return replace(batches, sample=sample, batch_nbytes=sum(array.nbytes for array in first))
 
 
-def _layout_of(batches: Sequence[Any], what: str, floatx: str) -> Layout:
+def _layout_of(batches: Sequence[Any], what: str, floatx: str, wraps_x: bool) -> Layout:
     """The layout of batches of arrays; where their rows' shapes differ, a dimension is unknown."""
     if not batches:
         raise OptionError(f"A {what} must have at least one batch; this one has none.")
@@ -195,7 +204,7 @@ def _layout_of(batches: Sequence[Any], what: str, floatx: str) -> Layout:
         text = array.dtype.kind in "OSU"
         return "string" if text else floatx if array.dtype.kind == "f" else array.dtype.name, array.shape[1:]
 
-    first, *others = (_layout(as_tuple(batch), spec, what) for batch in batches)
+    first, *others = (_layout(as_tuple(batch), spec, what, wraps_x) for batch in batches)
     tensors = list(first.tensors)
     for other in others:
         for i, (a, b) in enumerate(itertools.zip_longest(tensors, other.tensors)):
@@ -207,7 +216,9 @@ def _layout_of(batches: Sequence[Any], what: str, floatx: str) -> Layout:
     return replace(first, tensors=tuple(tensors))
 
 
-def _layout(batch: tuple[Any, ...], spec: Callable[[Any], tuple[str, tuple[int | None, ...]]], what: str) -> Layout:
+def _layout(
+    batch: tuple[Any, ...], spec: Callable[[Any], tuple[str, tuple[int | None, ...]]], what: str, wraps_x: bool
+) -> Layout:
     tensors: list[Tensor] = []
     for (role, name), value in parts_of(batch).items():
         dtype, shape = spec(value)
@@ -215,7 +226,7 @@ def _layout(batch: tuple[Any, ...], spec: Callable[[Any], tuple[str, tuple[int |
     if not tensors or tensors[0].role != "x":
         raise OptionError(f"A batch must be (x,), (x, y) or (x, y, sample_weight); a {what} gave {batch!r}.")
     structures = {role: structure_of(part) for role, part in zip(ROLES, batch, strict=False)}
-    return Layout(tuple(tensors), (), {}, (), {}, structures=structures)
+    return Layout(tuple(tensors), (), {}, (), {}, structures=structures, wraps_x=wraps_x)
 
 
 def parts_of(batch: Any) -> dict[tuple[Role, str | None], Any]:

@@ -197,13 +197,13 @@ def _input_tensors(model: Any) -> list[Any]:
 
 
 def _check_outputs(model: Any, api: KerasAPI, layout: Layout) -> None:
-    if not _is_plain(model, api, "train_step"):
+    if not api.is_plain(model, "train_step"):
         return  # the user's own step may want anything
     tensors = layout.role("y")
     if not tensors:
         if getattr(model, "loss", None):
             raise ModelError(
-                f"A model compiled with a loss needs y; it has {_named(model.loss)}, and the source has no y. "
+                f"Target data is missing. A model compiled with a loss needs y; got {_named(model.loss)} and no y. "
                 'Give `y="column"`, or compile without a loss and use `add_loss`.'
             )
         return
@@ -224,7 +224,7 @@ def _with_num_classes(model: Any, api: KerasAPI, layout: Layout) -> Layout:
     outputs, tensors, loss = getattr(model, "outputs", None), layout.role("y"), getattr(model, "loss", None)
     if not isinstance(outputs, list | tuple) or len(outputs) < len(tensors) or is_deep(layout.structures.get("y")):
         return layout
-    if not all(_is_plain(model, api, method) for method in ("train_step", "test_step", "compute_loss")):
+    if api.has_own_steps(model):
         return layout  # the user's own may make other labels of y
     names: list[Any] = api.output_names(model) or [""] * len(outputs)
     if isinstance(loss, Mapping):
@@ -256,12 +256,6 @@ def _takes_labels(loss: Any) -> bool:
     options = getattr(loss, "_fn_kwargs", {})
     is_default = options.get("ignore_class") is None and options.get("axis", -1) == -1
     return is_default and named.__name__ in ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
-
-
-def _is_plain(model: Any, api: KerasAPI, method: str) -> bool:
-    """Whether a method of a model is Keras' own."""
-    owner = next((cls for cls in type(model).__mro__ if method in vars(cls)), None)
-    return owner is not None and owner.__module__.split(".")[0] == api.name
 
 
 def _check_shape(name: str, wanted: tuple[Any, ...] | None, tensor: Tensor) -> None:

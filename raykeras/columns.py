@@ -78,6 +78,7 @@ class Layout:
         stored: The columns to read.
         unavailable: Where a transform gets all columns that can be used, the error for each of the others; None
             where every column that is read has to be one that can be used.
+        wraps_x: Whether x alone comes as (x,), as in the user's own batches.
     """
 
     tensors: tuple[Tensor, ...]
@@ -88,6 +89,7 @@ class Layout:
     transform: Transform | None = None
     structures: Mapping[Role, Structure] = dataclasses.field(default_factory=dict)
     unavailable: Mapping[str, ValidationError] | None = None
+    wraps_x: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -118,7 +120,7 @@ class Layout:
         return self.with_structure("sample_weight", self.structures["y"]) if "y" in self.structures else self
 
     def structure(self, flat: Sequence[Any]) -> tuple[Any, ...]:
-        """Values in the order of `tensors` as Keras takes them: (x,), (x, y) or (x, y, sample_weight)."""
+        """Values in the order of `tensors` as (x,), (x, y) or (x, y, sample_weight)."""
         batch: list[Any] = []
         for role in ROLES:
             named = {t.name: value for t, value in zip(self.tensors, flat, strict=True) if t.role == role}
@@ -133,6 +135,11 @@ class Layout:
         while batch[-1] is None:
             batch.pop()
         return tuple(batch)
+
+    def element(self, flat: Sequence[Any]) -> Any:
+        """Return the values as `train_step` gets them: as `structure`, but x alone as it is, unless it is a list."""
+        parts = self.structure(flat)
+        return parts if len(parts) > 1 or self.wraps_x or isinstance(parts[0], list | tuple) else parts[0]
 
     def decode(self, columns: Columns, where: str) -> Columns:
         """Turn stored columns into arrays; see `raykeras.decode`.

@@ -15,7 +15,17 @@ from raykeras.keras_api import KerasAPI
 from raykeras.patching import Altered, replaced
 from raykeras.replica_logs import ReplicaLogs
 from raykeras.scalars import current_record
-from raykeras.shares import ScalarLosses, current, scaled, sum_over_replicas, unscaled, weight_factor
+from raykeras.shares import (
+    ScalarLosses,
+    as_whole,
+    current,
+    patch_means,
+    patch_own_calls,
+    scaled,
+    sum_over_replicas,
+    unscaled,
+    weight_factor,
+)
 
 
 def patch_keras(
@@ -33,10 +43,12 @@ def patch_keras(
         stack.callback(target.__dict__.pop, name, None)
         target.__dict__[name] = value
 
+    api = KerasAPI("keras")
     with strategy.scope():
-        KerasAPI("keras").build_symbolically(model, zeros(layout))
+        api.build_symbolically(model, zeros(layout))
     patch_instance(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None)
     unscale_output = _unscale_output(losses)
+    patch_own_calls(stack, model, losses.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v)
     for functions in (_scales(losses), _reductions(losses, scalar_losses)):
         for name, value in functions.items():
             stack.enter_context(replaced(losses, name, value))
@@ -52,7 +64,15 @@ def patch_keras(
     stack.enter_context(replaced(trainer, "reduce_per_replica", reduce_per_replica))
     patch_instance(model, "_aggregate_additional_loss", _weigh_added(model, scalar_losses))
     _patch_optimizer(patch_instance, model)
-    _patch_means_of_the_loss(patch_instance, model)
+    if api.has_own_steps(model):
+        base = trainer.base_trainer.Trainer
+        compute_loss = base.compute_loss
+
+        def whole_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return as_whole(compute_loss(self, *args, **kwargs))
+
+        stack.enter_context(replaced(base, "compute_loss", whole_loss))
+        patch_means(stack, model, api.module.metrics.Mean)
 
 
 def _scales(losses: Any) -> dict[str, Callable[..., Any]]:
@@ -63,7 +83,9 @@ def _scales(losses: Any) -> dict[str, Callable[..., Any]]:
         return original_scale(value) if current.share is None else scaled(value)
 
     def unscale(value: Any) -> Any:
-        return original_unscale(value) if current.share is None else unscaled(value)
+        if current.share is None:
+            return original_unscale(value)
+        return value if current.whole else unscaled(value)
 
     return {"scale_loss_for_distribution": scale, "unscale_loss_for_distribution": unscale}
 
@@ -101,7 +123,7 @@ def _reductions(losses: Any, scalar_losses: ScalarLosses) -> dict[str, Callable[
         reduction: Any = "sum_over_batch_size",
         dtype: Any = None,
     ) -> Any:
-        kind = None
+        kind, current.reduced = None, True
         if len(values.shape) == 0:
             values = tf.cast(values, dtype or values.dtype)
             kind = scalar_losses.loss(values)
@@ -168,28 +190,3 @@ def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None
         return [None if g is None else g / replicas for g in original(whole)]  # they are added once more
 
     patch(optimizer, "_clip_gradients", clip)
-
-
-def _patch_means_of_the_loss(patch: Callable[[Any, str, Any], None], model: Any) -> None:
-    """Lets a `Mean` to which a step of the user's own gives its loss count the replicas' parts as one batch."""
-    import keras
-
-    compute_loss = model.compute_loss
-
-    def remembered(*args: Any, **kwargs: Any) -> Any:
-        current.loss = compute_loss(*args, **kwargs)
-        return current.loss
-
-    def counting(update_state: Any) -> Any:
-        def update(values: Any, sample_weight: Any = None) -> Any:
-            if current.share is None or values is not current.loss or sample_weight is not None:
-                return update_state(values, sample_weight=sample_weight)
-            replicas = tf.distribute.get_strategy().num_replicas_in_sync
-            return update_state(values * replicas, sample_weight=1 / replicas)
-
-        return update
-
-    patch(model, "compute_loss", remembered)
-    for metric in model.metrics:
-        if type(metric) is keras.metrics.Mean:
-            patch(metric, "update_state", counting(metric.update_state))

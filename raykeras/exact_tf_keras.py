@@ -7,10 +7,20 @@ from typing import Any
 
 import tensorflow as tf
 
+from raykeras.keras_api import KerasAPI
 from raykeras.patching import Altered, replaced
 from raykeras.replica_logs import ReplicaLogs
-from raykeras.scalars import current_record
-from raykeras.shares import ScalarLosses, current, scaled, unscaled, weight_factor
+from raykeras.scalars import Kind, current_record
+from raykeras.shares import (
+    ScalarLosses,
+    as_whole,
+    current,
+    patch_means,
+    patch_own_calls,
+    scaled,
+    unscaled,
+    weight_factor,
+)
 
 
 def losses_in_layers() -> contextlib.AbstractContextManager[None]:
@@ -26,12 +36,18 @@ def losses_in_layers() -> contextlib.AbstractContextManager[None]:
 
 def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses) -> None:
     from tf_keras.src.engine import compile_utils, training
+    from tf_keras.src.losses import Loss
     from tf_keras.src.utils import losses_utils
 
     stack.enter_context(losses_in_layers())
+    patch_own_calls(stack, model, Loss, losses, lambda value, kind, loss: part_of(value, kind, loss.reduction))
     original_scale = losses_utils.scale_loss_for_distribution
     original_weighted = losses_utils.compute_weighted_loss
     original_call = compile_utils.LossesContainer.__call__
+    api = KerasAPI("tf_keras")
+    is_own = api.has_own_steps(model)
+    if is_own:
+        patch_means(stack, model, api.module.metrics.Mean)
 
     def scale(value: Any) -> Any:
         return original_scale(value) if current.share is None else scaled(value)
@@ -39,17 +55,19 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
     def weighted(
         values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size", name: Any = None
     ) -> Any:
-        values = tf.convert_to_tensor(values)
+        values, current.reduced = tf.convert_to_tensor(values), True
         kind = losses.loss(values) if values.shape.rank == 0 else None
         if kind is None:
             return original_weighted(values, sample_weight, reduction, name)
-        value = values * weight_factor(sample_weight, None, reduction, values.dtype)
-        if reduction == "sum":  # Keras does not scale it
+        return part_of(values * weight_factor(sample_weight, None, reduction, values.dtype), kind, reduction)
+
+    def part_of(value: Any, kind: Kind, reduction: str) -> Any:
+        if reduction not in ("auto", "sum_over_batch_size"):  # Keras does not scale it
             current.weighed = True
             return scaled(value) if kind == "mean" else value
         return value if kind == "mean" else unscaled(value)
 
-    def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None, regularization_losses: Any = None) -> Any:
+    def part(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None, regularization_losses: Any = None) -> Any:
         record, values = current_record(), list(regularization_losses or ())
         if record is not None:
             record.added.extend(values)
@@ -67,6 +85,10 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
 
         with replaced(mean, "update_state", update_state):
             return original_call(self, y_true, y_pred, sample_weight, added)
+
+    def call(*args: Any, **options: Any) -> Any:
+        loss = part(*args, **options)
+        return as_whole(loss) if is_own and loss is not None else loss
 
     def get_strategy() -> Any:
         strategy = tf.distribute.get_strategy()

@@ -106,11 +106,11 @@ def _sharing(step: Any, name: str) -> Any:
 
     def share_step(data: Any) -> Any:
         batch, global_rows = unpacked(data)
-        rows = tf.shape(next(x for x in tf.nest.flatten(batch[0]) if x is not None))[0]
+        rows = tf.shape(next(x for x in tf.nest.flatten(batch) if x is not None))[0]
         current.share = tf.cast(rows, tf.float32) / tf.cast(global_rows, tf.float32)
-        current.num_losses, current.num_added, current.weighed, current.loss = 0, 0, False, None
+        current.num_losses, current.num_added, current.weighed, current.whole = 0, 0, False, False
         try:
-            result = step(batch if len(batch) > 1 else batch[0])
+            result = step(batch)
         finally:
             current.share = None
         if name == "train_step" and not current.weighed:

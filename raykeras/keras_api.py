@@ -111,7 +111,8 @@ class KerasAPI:
     def in_order(self, model: Any, logs: dict[str, Any]) -> list[Any]:
         """The values of `evaluate(return_dict=True)` in the order of `return_dict=False`."""
         if self.is_legacy:
-            return [plain_number(logs[name]) for name in model.metrics_names]
+            names = [name for name in model.metrics_names if name in logs]
+            return [plain_number(logs[name]) for name in (*names, *sorted(set(logs) - set(names)))]
         values = model._flatten_metrics_in_order(logs)
         return [plain_number(value) for value in (values if isinstance(values, list) else [values])]
 
@@ -174,6 +175,15 @@ class KerasAPI:
         if stateful_random_ops.global_generator is not None:
             found.append(stateful_random_ops.global_generator.state)
         return found
+
+    def is_plain(self, model: Any, method: str) -> bool:
+        """Return whether a method of a model is Keras' own."""
+        owner = next((cls for cls in type(model).__mro__ if method in vars(cls)), None)
+        return owner is not None and owner.__module__.split(".")[0] == self.name
+
+    def has_own_steps(self, model: Any) -> bool:
+        """Return whether code of the user's gets the loss of a step."""
+        return not all(self.is_plain(model, method) for method in ("train_step", "test_step", "compute_loss"))
 
     def has_call(self, model: Any) -> bool:
         """Return whether a model can be called; one that is trained by a step of its own need not be."""

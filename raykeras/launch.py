@@ -24,7 +24,7 @@ from raykeras.events import EventSender
 from raykeras.gathering import Gathering, forwarding
 from raykeras.group import run_here, run_on_workers
 from raykeras.interrupt import Interrupt
-from raykeras.keras_api import KerasAPI
+from raykeras.keras_api import KerasAPI, api_of
 from raykeras.noise import import_tensorflow, quiet
 from raykeras.orders import Orders, Outcome
 from raykeras.placement import hand_back, named, pack, placed, states_of
@@ -81,7 +81,8 @@ def fit_here(
     if outcome.variables is not None:
         put_back(model, api, outcome.variables, orders.train.layout)
         return outcome, model
-    return outcome, kept[-1]
+    is_strategys = orders.scale.replicas > 1 and api_of(kept[-1]).is_legacy  # no other one can use it
+    return outcome, None if is_strategys else kept[-1]
 
 
 @contextlib.contextmanager

@@ -107,8 +107,8 @@ class Predictor:
 
         from raykeras.stream import as_tensors
 
-        x = self._layout.structure(as_tensors(self._layout, self._layout.unpack(table)))[0]
-        data = tf.data.Dataset.from_tensor_slices((x,)).batch(self._batch_size)
+        x = self._layout.element(as_tensors(self._layout, self._layout.unpack(table)))
+        data = tf.data.Dataset.from_tensor_slices(x).batch(self._batch_size)
         columns = _named(self._model, self._predicted(data, -(-len(table) // self._batch_size)))
         columns |= {name: table.column(name) for name in table.column_names if name.startswith(_CARRIED)}
         return pa.table(columns)
@@ -124,7 +124,7 @@ class Predictor:
 
         @as_it_is
         def batch(i: tf.Tensor) -> Any:
-            return (self._layout.structure([tensor[ends[i] : ends[i + 1]] for tensor in tensors])[0],)
+            return self._layout.element([tensor[ends[i] : ends[i + 1]] for tensor in tensors])
 
         data = tf.data.Dataset.range(len(chunk.rows)).map(batch)
         return pa.table(_named(self._model, self._predicted(data, len(chunk.rows))))

@@ -34,9 +34,9 @@ class Result:
     def model(self, **options: Any) -> Any:
         """The trained model, compiled, its optimizer included.
 
-        It is the one that was trained in this process; or what the function that built it builds, with
-        the newest checkpoint's weights, so that classes of one's own need no registration; or the
-        newest checkpoint's.
+        It is the one that was trained in this process, unless it is one of tf_keras on several replicas; or
+        what the function that built it builds, with the newest checkpoint's weights, so that classes of
+        one's own need no registration; or the newest checkpoint's.
 
         Args:
             **options: For `keras.models.load_model`, such as `custom_objects`, if it has to be loaded.

@@ -6,13 +6,15 @@ batch's. `raykeras.exactness` says why.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from raykeras.errors import ModelError
+from raykeras.patching import replaced
 from raykeras.scalars import Kind, Scalars, current_record
 
 
@@ -23,14 +25,16 @@ class Step(threading.local):
         share: This replica's rows over those of the global batch, float32 (); None outside of a step.
         num_losses, num_added: Scalars of user code met so far.
         weighed: Whether any loss was weighed.
-        loss: What `compute_loss` returned: this replica's part of the batch's loss.
+        reduced: Whether Keras reduced the loss that is being computed.
+        whole: Whether code of the user's was given the loss of the global batch.
     """
 
     share: tf.Tensor | None = None
     num_losses = 0
     num_added = 0
     weighed = False
-    loss: tf.Tensor | None = None
+    reduced = False
+    whole = False
 
 
 current = Step()
@@ -50,6 +54,14 @@ def unscaled(value: Any) -> Any:
 
 def sum_over_replicas(value: Any) -> Any:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+def as_whole(part: Any) -> Any:
+    """The loss of the global batch, with the gradient of this replica's part, for code that gives it to metrics."""
+    if current.share is None or current_record() is not None:
+        return part
+    current.whole = True
+    return part + tf.stop_gradient(sum_over_replicas(part) - part)
 
 
 class ScalarLosses:
@@ -83,6 +95,71 @@ class ScalarLosses:
                 "whatever `training` is, or train on one replica."
             )
         return kinds
+
+
+def patch_own_calls(
+    stack: contextlib.ExitStack,
+    model: Any,
+    base: type,
+    losses: ScalarLosses,
+    part_of: Callable[[Any, Kind, Any], Any],
+) -> None:
+    """Weigh what those compiled losses return that override `__call__`, where Keras weighs.
+
+    Args:
+        stack: Until it is closed.
+        model: Its losses.
+        base: The package's `Loss`.
+        losses: Their kinds.
+        part_of: Value, kind and loss to this replica's part of the batch's loss.
+    """
+    own = {type(loss) for loss in tf.nest.flatten(getattr(model, "loss", None)) if isinstance(loss, base)}
+    for cls in own:
+        if cls.__call__ is not base.__call__:
+            stack.enter_context(replaced(cls, "__call__", _weighing(cls.__call__, losses, part_of)))
+
+
+def patch_means(stack: contextlib.ExitStack, model: Any, mean: Any) -> None:
+    """Let metrics count a number of a step once, and not once for each replica.
+
+    Args:
+        stack: Until it is closed.
+        model: Its metrics.
+        mean: The package's `Mean`.
+    """
+
+    def once(update_state: Callable[..., Any]) -> Callable[..., Any]:
+        def update(values: Any, sample_weight: Any = None) -> Any:
+            if current.share is not None and sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
+                sample_weight = 1 / tf.distribute.get_strategy().num_replicas_in_sync
+            return update_state(values, sample_weight=sample_weight)
+
+        return update
+
+    for metric in model.metrics:
+        if type(metric) is mean:
+            attributes: dict[str, Any] = vars(metric)
+            stack.callback(attributes.update, {name: attributes[name] for name in attributes if name == "update_state"})
+            stack.callback(attributes.pop, "update_state")
+            attributes["update_state"] = once(attributes.get("update_state", metric.update_state))
+
+
+def _weighing(original: Callable[..., Any], losses: ScalarLosses, part_of: Callable[..., Any]) -> Callable[..., Any]:
+    def call(loss: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        current.reduced = False
+        value = tf.convert_to_tensor(original(loss, y_true, y_pred, sample_weight))
+        kind = losses.loss(value) if value.shape.rank == 0 else None
+        if kind is None:
+            return value
+        if sample_weight is not None and not current.reduced:
+            raise ModelError(
+                "On several replicas weights and class weights need a loss whose `call` returns a value for each row; "
+                f"got {type(loss).__name__}, which overrides `__call__`. Override `call`, or train on one replica."
+            )
+        current.weighed = True
+        return part_of(value, kind, loss)
+
+    return call
 
 
 def weight_factor(weights: Any, mask: Any, reduction: str, dtype: Any) -> Any:

@@ -231,7 +231,9 @@ def _open(reader: Any, arrays: Columns, origin: Mapping[str, str]) -> OpenSource
         raise ColumnError(f"x, y and sample_weight must have the same number of rows; {found}.")
     num_rows = next(iter(lengths.values()))
     if num_rows == 0:
-        raise ColumnError("A source must have at least one row; these arrays have none.")
+        raise ColumnError(
+            "Expected input data to be non-empty. A source must have at least one row; got arrays of none."
+        )
     rows = max(1, _UNIT_NBYTES // max(1, sum(f.row_nbytes for f in fields.values())))
     starts = np.arange(0, num_rows, rows, dtype=np.int64)
     zeros = np.zeros(len(starts), np.int64)

@@ -398,11 +398,20 @@ def test_inputs_and_outputs_by_name(fit: Fit) -> None:
     assert_same_training(result, history.history, model)
 
 
+def test_batch_of_fewer_rows_than_replicas(fit: Fit) -> None:
+    options: dict[str, Any] = {"batch_size": 1, "epochs": 2, "validation_data": (X[:7], Y[:7]), "shuffle": False}
+    with pytest.warns(UserWarning, match="of 1 and 2 replicas some have nothing to do"):
+        result = fit(build(), X[:11], Y[:11], **options, scale=rk.Scale(replicas_per_worker=2))
+    keras.utils.set_random_seed(0)
+    model = build()()
+    history = model.fit(X[:11], Y[:11], **options, verbose=0)
+    assert_same_training(result, history.history, model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "`batch_size` must be a whole number of at least 1; got 0"),
-        ({"batch_size": 1, "scale": rk.Scale(replicas_per_worker=2)}, "at least the number of replicas.*got 1 and 2"),
         ({"epochs": -1}, "`epochs` must be a whole number of at least 0; got -1"),
         ({"initial_epoch": 0.5}, "`initial_epoch` must be"),
         ({"validation_split": 1.5}, "`validation_split` must be above 0 and below 1"),

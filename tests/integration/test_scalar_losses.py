@@ -134,6 +134,67 @@ def test_gradients_are_clipped_globally(package: str, clip: str, limit: float, t
     assert_matches_keras(builder(package, clip={clip: limit}), package, tmp_path, X, Y)
 
 
+@PACKAGES
+@pytest.mark.parametrize("own", ["compute_loss", "train_step"])
+def test_code_of_a_step_gets_loss_of_whole_batch(own: str, package: str, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+
+    def compute_loss(self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> Any:
+        loss = keras.Model.compute_loss(self, x, y, y_pred, sample_weight)
+        self.root.update_state(tf.sqrt(loss))
+        return loss
+
+    def train_step(self: Any, data: Any) -> Any:
+        x, y, weights = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True), weights)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        self.root.update_state(tf.sqrt(loss))
+        return {"loss": loss, "root": self.root.result(), "last": tf.sqrt(loss)}
+
+    def build() -> Any:
+        methods = {"compute_loss": compute_loss} if own == "compute_loss" else {"train_step": train_step}
+        inputs = keras.Input((4,))
+        model = type("Own", (keras.Model,), methods)(inputs, keras.layers.Dense(1, kernel_regularizer="l2")(inputs))
+        model.root = keras.metrics.Mean(name="root")
+        model.compile("adam", "mse")
+        return model
+
+    build.uses = package  # type: ignore[attr-defined]
+    assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=W)
+
+
+def overriding_call(package: str, kind: str) -> Any:
+    """A loss that overrides `__call__`, as a mean, a sum, or what Keras' returns, doubled."""
+    losses = importlib.import_module(package).losses
+
+    class Overriding(losses.Loss):  # type: ignore[misc, name-defined]
+        def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+            if kind == "keras":
+                return 2 * super().__call__(y_true, y_pred, sample_weight)
+            return scalar_sum(y_true, y_pred) if kind == "sum" else scalar_mean(y_true, y_pred)
+
+        def call(self, y_true: Any, y_pred: Any) -> Any:
+            return tf.reduce_mean(tf.square(y_true - y_pred), -1)
+
+    return Overriding()
+
+
+@PACKAGES
+@pytest.mark.parametrize(("kind", "weights"), [("mean", None), ("sum", None), ("keras", W)])
+def test_loss_that_overrides_call(package: str, kind: str, weights: Any, tmp_path: Path) -> None:
+    build = builder(package, loss=overriding_call(package, kind), optimizer="adam")
+    assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=weights)
+
+
+@PACKAGES
+def test_loss_that_overrides_call_takes_no_weights(package: str, tmp_path: Path) -> None:
+    build = builder(package, loss=overriding_call(package, "mean"))
+    with pytest.raises(rk.ModelError, match=r"weights.*whose `call` returns a value for each row; got Overriding"):
+        assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=W)
+
+
 def test_scalar_loss_that_is_no_mean_or_sum_is_refused(tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match=r"must be a mean or a sum over the rows.*number 0 of those from compiled"):
         assert_matches_keras(builder("keras", loss=spread), "keras", tmp_path, X, Y)

@@ -89,7 +89,7 @@ def test_chunks_hold_planned_rows_across_windows(tmp_path: Path, order: Order, n
     for rank in range(num_ranks):
         assert len(list(plan(0).windows(rank, num_ranks))) > 4
         dataset = Stream(Feed(opened, layout, plan, rank, num_ranks, 1)).pass_dataset()
-        batches = [x for (x,) in dataset] if num_ranks == 1 else [x for (x,), _ in dataset]
+        batches = list(dataset) if num_ranks == 1 else [x for x, _ in dataset]
         rows = plan(0).rank_rows(rank, num_ranks)
         np.testing.assert_array_equal(np.concatenate([x["number"].numpy().ravel() for x in batches]), number[rows])
         assert [name.decode() for x in batches for name in x["name"].numpy().ravel()] == [names[i] for i in rows]
@@ -165,7 +165,7 @@ def test_scheduling_loop_idles_without_consumer(tmp_path: Path, monkeypatch: pyt
         time.sleep(2)
         resting = len(turns)
     assert resting
-    seen = np.concatenate([next(batches)[0].numpy() for _ in range(31)])
+    seen = np.concatenate([next(batches).numpy() for _ in range(31)])
     assert len(np.unique(seen)) == len(seen) == 31 << 18
     for _ in range(96):  # more than is read ahead
         next(batches)
@@ -242,7 +242,7 @@ def test_task_takes_remaining_cpu_fraction(tmp_path: Path) -> None:
         limits = reading(room_beside(0.0, 0), 1, 1)
         assert limits.cpus_per_task == pytest.approx(0.25)
         stream = Stream(Feed(*small, 0, 1, 1, reading=limits))
-        seen = np.concatenate([x.numpy().ravel() for (x,) in stream.pass_dataset()])
+        seen = np.concatenate([x.numpy().ravel() for x in stream.pass_dataset()])
         stream.close()
     assert sorted(seen) == list(range(64))
 
@@ -275,7 +275,7 @@ def test_stream_starts_reading_early(tmp_path: Path) -> None:
     assert begun._handed, "the first rows were not read"
     passes = asked.pass_dataset(), begun.pass_dataset()
     for num_steps in (5, 8):
-        batches = [[x.numpy().ravel().tolist() for (x,) in batches] for batches in passes]
+        batches = [[x.numpy().ravel().tolist() for x in batches] for batches in passes]
         assert batches[0] == batches[1]
         assert len(batches[0]) == num_steps
     asked.close()

@@ -205,3 +205,63 @@ def test_optimizer_without_config(tmp_path: Path) -> None:
     expected = plain.fit(X, SCORE, batch_size=BATCH, shuffle=False, verbose=0).history
     result = rk.fit(build(), X, SCORE, batch_size=BATCH, shuffle=False, verbose=0, run=run)
     assert_same_training(result, expected, plain)
+
+
+def forms_of_x(package: Any) -> dict[str, Callable[[], Any]]:
+    """Ways to give x alone."""
+    sequence = package.utils.PyDataset if package is keras else package.utils.Sequence
+
+    class Batches(sequence):  # type: ignore[misc, valid-type]
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            return (X[index * BATCH : (index + 1) * BATCH],)
+
+    def wrap(x: Any) -> Any:
+        return (x,) if package is keras else x  # Keras 3 wants no other, tf_keras takes it out
+
+    def dataset(x: Any) -> Any:
+        return tf.data.Dataset.from_tensor_slices(x).batch(BATCH)
+
+    return {
+        "array": lambda: X,
+        "dict": lambda: {"x": X},
+        "list": lambda: [X],
+        "dataset": lambda: dataset(X),
+        "dataset of tuples": lambda: dataset((X,)),
+        "dataset of dicts": lambda: dataset({"x": X}),
+        "sequence": Batches,
+        "generator": lambda: (wrap(X[i : i + BATCH]) for i in (0, BATCH)),
+    }
+
+
+@pytest.mark.parametrize("package", [keras, tf_keras], ids=["keras", "tf_keras"])
+@pytest.mark.parametrize("form", forms_of_x(keras))
+def test_x_alone_reaches_steps_as_in_keras(package: Any, form: str, tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Model(package.Model):  # type: ignore[misc, name-defined]
+        def train_step(self, data: Any) -> Any:
+            seen.append(tf.nest.map_structure(lambda _: "x", data))
+            return super().train_step(data)
+
+    def model() -> Any:
+        package.utils.set_random_seed(0)
+        inputs = package.Input((8,), name="x")
+        made = Model(inputs, package.layers.Dense(1, activity_regularizer="l2")(inputs))
+        made.compile("sgd")
+        return made
+
+    make, oracle = forms_of_x(package)[form], model()
+    options: dict[str, Any] = {"steps_per_epoch": 2} if form == "generator" else {"shuffle": False}
+    if form in ("array", "dict", "list"):
+        options["batch_size"] = BATCH
+    history = oracle.fit(make(), **options, verbose=0).history
+    expected = seen[-1]
+    for scale in (ONE, SCALES["1x2"]):
+        seen.clear()
+        run = rk.Run(storage=str(tmp_path))
+        result = rk.fit(model(), make(), **options, scale=scale, run=run, verbose=0)
+        assert seen[-1] == expected
+        assert_same_training(result, history, oracle)
