@@ -10,7 +10,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
 
-test: lint test-unit
+test: $(VENV)/installed-test
+	$(MAKE) --jobs 2 --output-sync=target lint test-unit
 	$(BIN)/python -m pytest tests/integration tests/system --numprocesses 2 --dist loadgroup
 
 keras-suite: $(VENV)/installed-test

@@ -14,6 +14,9 @@ nothing need be asked of other workers:
     sum over rows            as it is
     a scalar from user code  whichever of the two it is; see `raykeras.scalars`
 
+Steps of the user's own, and `compute_loss`, are given the sum of the parts, since they hand it to metrics and logs; its
+gradient is that of the replica's part.
+
 Keras 3 on several workers needs two things more (keras-team/keras#20585): `_maybe_symbolic_build`,
 which reduces a batch across workers to learn its shapes, and `reduce_per_replica`, which cannot
 reduce scalars. The first is done here from the layout's shapes. The second returns the metrics'

@@ -1,4 +1,7 @@
-"""Every built-in callback has the same effect on two workers as in plain Keras."""
+"""Every built-in callback has the same effect on two workers as in plain Keras.
+
+Those of tf_keras that steer training do so on two replicas of one worker, unless pytest is called with `--exhaustive`.
+"""
 
 from __future__ import annotations
 
@@ -84,11 +87,13 @@ def test_every_built_in_callback_is_placed(package: str) -> None:
 
 
 @PACKAGES
-def test_early_stopping_restores_best_weights(package: str, tmp_path: Path) -> None:
+@TF_KERAS_ON_REPLICAS
+def test_early_stopping_restores_best_weights(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     options = {"monitor": "val_loss", "min_delta": 0.05, "patience": 1, "restore_best_weights": True}
     callback, plain = (callbacks.EarlyStopping(**options, start_from_epoch=1) for _ in range(2))
-    result = assert_matches_keras(package, callback, [plain], tmp_path, epochs=12, validation_data=VALIDATION)
+    training: dict[str, Any] = {"epochs": 12, "validation_data": VALIDATION, "scale": several}
+    result = assert_matches_keras(package, callback, [plain], tmp_path, **training)
     assert len(result.epoch) < 12
     assert_same_weights(result.checkpoints[-1].load_model(), plain.model)
     for name in ("stopped_epoch", "best_epoch", "wait"):
@@ -136,7 +141,8 @@ def test_terminate_on_nan(package: str, several: rk.Scale, tmp_path: Path) -> No
 
 
 @PACKAGES
-def test_backup_and_restore(package: str, tmp_path: Path) -> None:
+@TF_KERAS_ON_REPLICAS
+def test_backup_and_restore(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
 
     class Breaks(callbacks.Callback):
@@ -149,12 +155,12 @@ def test_backup_and_restore(package: str, tmp_path: Path) -> None:
     options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 0}
     run = rk.Run(storage=str(tmp_path), name="interrupted")
     with pytest.raises(rk.UserCodeError, match="interrupted"):
-        rk.fit(model, X, Y, callbacks=[callbacks.BackupAndRestore(folder), Breaks()], scale=TWO, run=run, **options)
+        rk.fit(model, X, Y, callbacks=[callbacks.BackupAndRestore(folder), Breaks()], scale=several, run=run, **options)
     with pytest.raises(ArithmeticError):
         oracle.fit(X, Y, callbacks=[callbacks.BackupAndRestore(plain_folder), Breaks()], **options)
     assert folder.exists()
     callback, plain = (callbacks.BackupAndRestore(path) for path in (folder, plain_folder))
-    result = assert_matches_keras(package, callback, [plain], tmp_path)
+    result = assert_matches_keras(package, callback, [plain], tmp_path, scale=several)
     assert result.epoch == [2, 3]
     assert folder.exists() == plain_folder.exists()
 

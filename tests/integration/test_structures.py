@@ -259,7 +259,7 @@ def test_x_alone_reaches_steps_as_in_keras(package: Any, form: str, tmp_path: Pa
         options["batch_size"] = BATCH
     history = oracle.fit(make(), **options, verbose=0).history
     expected = seen[-1]
-    for scale in (ONE, SCALES["1x2"]):
+    for scale in (ONE, SCALES["1x2"]) if form == "array" else (ONE,):
         seen.clear()
         run = rk.Run(storage=str(tmp_path))
         result = rk.fit(model(), make(), **options, scale=scale, run=run, verbose=0)

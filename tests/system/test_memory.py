@@ -11,7 +11,7 @@ from tests.support.fork_server import ForkServer
 
 def measure(*folders: str) -> None:
     for folder in folders:
-        print(json.dumps(peak_mib(Path(folder), epochs=1)), flush=True)
+        print(json.dumps(peak_mib(Path(folder), epochs=2)), flush=True)
 
 
 def test_memory_is_independent_of_file_size(forked: ForkServer, tmp_path: Path) -> None:
