@@ -223,9 +223,12 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
     """Return an exception with the frames of the user's own code only."""
     frames = traceback.extract_tb(error.__traceback__)
     installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), os.path.dirname(__file__)}
-    mine = [f for f in frames if not f.filename.startswith((*installed, sysconfig.get_path("stdlib"), "<frozen"))]
+    others = (*installed, sysconfig.get_path("stdlib"), "<frozen")
+    mine = [f for f in frames if not f.filename.startswith(others) and "/__autograph_generated" not in f.filename]
     text = "".join(traceback.format_list(mine[-_MAX_FRAMES:]))
-    name, lines = type(error).__name__, essential(error)
+    lines = essential(error)
+    name = type(error).__name__.removeprefix("MultilineMessage")  # autograph's of a KeyError
+    lines[0] = lines[0].removeprefix(f"{name}: ")
     shown = f"{name}: " + "\n".join(lines)
     made = UserCodeError(
         f"{name}: {lines[0]}",
@@ -241,9 +244,12 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
 def essential(error: BaseException) -> list[str]:
     """Return the lines of an exception's message that say what is wrong.
 
-    TensorFlow puts the graph's stack around them, which may take 200 lines.
+    TensorFlow puts the graph's stack around them, which may take 200 lines, or the frames of a traced function.
     """
     lines = [line.rstrip()[:_MAX_LINE] for line in str(error).strip().splitlines() if line.strip()] or [""]
+    if lines[0] == "in user code:":  # TensorFlow's autograph: frames, and the message, which is indented less
+        begins = max((i for i, line in enumerate(lines) if line.startswith(("    File ", "      "))), default=0) + 1
+        lines = [line[4:] for line in lines[begins:]] or lines
     if type(error).__module__.startswith("tensorflow."):
         noise = ("File ", "Graph execution error", "Detected at", "Node:", "Stack trace for op", "[[", "Original stack")
         kept = [line for line in lines if not line.strip().startswith(noise) and not line.startswith("  ")]

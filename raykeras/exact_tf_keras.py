@@ -15,6 +15,7 @@ from raykeras.shares import (
     ScalarLosses,
     as_whole,
     current,
+    defined,
     patch_means,
     patch_own_calls,
     scaled,
@@ -65,7 +66,7 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         if reduction not in ("auto", "sum_over_batch_size"):  # Keras does not scale it
             current.weighed = True
             return scaled(value) if kind == "mean" else value
-        return value if kind == "mean" else unscaled(value)
+        return defined(value) if kind == "mean" else unscaled(value)
 
     def part(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None, regularization_losses: Any = None) -> Any:
         record, values = current_record(), list(regularization_losses or ())
@@ -74,7 +75,7 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         if record is not None or current.share is None:
             return original_call(self, y_true, y_pred, sample_weight, values)
         kinds = losses.added(len(values))
-        added = [v if kind == "mean" else unscaled(v) for v, kind in zip(values, kinds, strict=True)]
+        added = [defined(v) if kind == "mean" else unscaled(v) for v, kind in zip(values, kinds, strict=True)]
         if any(part is not None for part in tf.nest.flatten(y_true)):
             return original_call(self, y_true, y_pred, sample_weight, added)
         mean, replicas = self._total_loss_mean, tf.distribute.get_strategy().num_replicas_in_sync

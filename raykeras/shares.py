@@ -45,7 +45,12 @@ def scaled(value: Any) -> Any:
     if current.share is None:
         return value
     current.weighed = True
-    return value * tf.cast(current.share, value.dtype)
+    return tf.math.multiply_no_nan(value, tf.cast(current.share, value.dtype))
+
+
+def defined(mean: Any) -> Any:
+    """A mean over this replica's rows; zero where it has none, as of a batch of fewer rows than replicas."""
+    return mean if current.share is None else tf.where(current.share > 0, mean, tf.zeros_like(mean))
 
 
 def unscaled(value: Any) -> Any:

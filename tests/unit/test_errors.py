@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -112,3 +113,22 @@ def test_messages_are_short() -> None:
 
     lines = str(raised(fail)).splitlines()
     assert len(lines) <= 15 and max(map(len, lines)) < 600
+
+
+IN_USER_CODE = """in user code:
+
+    File "{installed}/tf_keras/src/engine/training.py", line 1398, in train_function  *
+        return step_function(self, iterator)
+    File "/home/me/model.py", line 11, in train_step
+        raise ValueError(
+
+    ValueError: No such label.
+    Give another one.
+"""
+
+
+def test_message_of_traced_function_is_its_last_paragraph() -> None:
+    error = errors.user_code_error(ValueError(IN_USER_CODE.format(installed=sysconfig.get_path("purelib"))), None)
+    assert str(error).splitlines()[0] == "ValueError: No such label."
+    assert "Give another one." in str(error)
+    assert "in user code" not in str(error) and "tf_keras" not in str(error)
