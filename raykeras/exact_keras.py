@@ -73,6 +73,7 @@ def patch_keras(
 
         stack.enter_context(replaced(base, "compute_loss", whole_loss))
         patch_means(stack, model, api.module.metrics.Mean)
+        logs.note_results(stack)
 
 
 def _scales(losses: Any) -> dict[str, Callable[..., Any]]:

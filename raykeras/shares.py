@@ -125,7 +125,7 @@ def patch_own_calls(
 
 
 def patch_means(stack: contextlib.ExitStack, model: Any, mean: Any) -> None:
-    """Let metrics count a number of a step once, and not once for each replica.
+    """Let metrics weigh a number of a step by the replica's share, and count a batch once.
 
     Args:
         stack: Until it is closed.
@@ -136,7 +136,7 @@ def patch_means(stack: contextlib.ExitStack, model: Any, mean: Any) -> None:
     def once(update_state: Callable[..., Any]) -> Callable[..., Any]:
         def update(values: Any, sample_weight: Any = None) -> Any:
             if current.share is not None and sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
-                sample_weight = 1 / tf.distribute.get_strategy().num_replicas_in_sync
+                values, sample_weight = defined(values), current.share
             return update_state(values, sample_weight=sample_weight)
 
         return update
