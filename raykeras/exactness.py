@@ -14,8 +14,8 @@ nothing need be asked of other workers:
     sum over rows            as it is
     a scalar from user code  whichever of the two it is; see `raykeras.scalars`
 
-Steps of the user's own, and `compute_loss`, are given the sum of the parts, since they hand it to metrics and logs; its
-gradient is that of the replica's part.
+A custom `train_step`, `test_step` or `compute_loss` is given the sum of the parts, since it hands it to
+metrics and logs; the gradient is that of the replica's part.
 
 Keras 3 on several workers needs two things more (keras-team/keras#20585): `_maybe_symbolic_build`,
 which reduces a batch across workers to learn its shapes, and `reduce_per_replica`, which cannot
@@ -125,6 +125,6 @@ def _sharing(step: Any, name: str) -> Any:
 
 def _unweighed() -> ModelError:
     return ModelError(
-        "On several replicas a `train_step` of one's own must get its loss from `self.compute_loss(x, y, y_pred, "
+        "On several replicas a custom `train_step` must get its loss from `self.compute_loss(x, y, y_pred, "
         "sample_weight)`, which weighs it by the replica's rows; this one does not. Call it, or train on one replica."
     )
