@@ -106,7 +106,7 @@ CALLS: dict[str, Call] = {
     "storage that cannot be written": lambda path, run: rk.fit(
         build(), X, Y, **{**run, "run": rk.Run(storage="/proc/runs")}
     ),
-    "batch smaller than replicas": lambda path, run: rk.fit(build(), X, Y, batch_size=0, **run),
+    "batch of no rows": lambda path, run: rk.fit(build(), X, Y, batch_size=0, **run),
     "no such model file": lambda path, run: rk.evaluate("/nowhere/model.keras", X, Y, scale=run["scale"]),
     "fewer labels than rows": lambda path, run: rk.fit(build(), X, Y[:70], **run),
     "infinite class": lambda path, run: rk.fit(build(), X, np.full(75, np.inf), class_weight={1: 2.0}, **run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import wandb
 
     monkeypatch.chdir(tmp_path)
+    for name in ("excepthook", "exit"):  # which wandb replaces for good
+        monkeypatch.setattr(sys, name, getattr(sys, name))
     run = wandb.init(project="test", mode="offline", settings=wandb.Settings(silent=True))
     yield run
     run.finish()
