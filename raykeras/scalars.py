@@ -4,7 +4,8 @@ Enters: a compiled model under its strategy, and some rows. Leaves: `Scalars`, t
 that user code hands over as one number, in the order in which a step computes them.
 
 Such a number does not say what it is, but it can be asked: over the same rows twice, a mean stays
-and a sum doubles. On several replicas a mean counts by the replica's share of the rows, a sum by one. A
+and a sum doubles; and both follow from those of two halves of the rows, which a loss over pairs of rows
+does not. On several replicas a mean counts by the replica's share of the rows, a sum by one. A
 loss of Keras' own that a layer calls has been weighed by the share already, which shows where the same
 rows are said to be half of a batch. One that is nothing at first, as the divergence of a variational
 model whose last layers start at zero, is asked again with weights and rows that are not.
@@ -31,8 +32,8 @@ _TOLERANCE = 1e-3  # relative; float32 over a few rows
 _NOTHING = 1e-12
 _NOISE = 0.1
 
-Answer = tuple[float, float, float]
-"""A scalar over some rows, over the same rows twice, and over them as half of a batch."""
+Answer = tuple[float, float, float, float, float]
+"""A scalar over some rows, the same rows twice, them as half of a batch, their first half, and their second half."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def ask(
     strategy: Any,
     set_share: Callable[[float | None], None],
 ) -> Scalars:
-    """Computes the losses of a few rows, of the same rows twice, and of them as half of a batch.
+    """Computes the losses of a few rows, of the same rows twice, of them as half of a batch, and of their halves.
 
     Args:
         model: A built and compiled model.
@@ -85,7 +86,7 @@ def ask(
     """
     answers = functools.partial(_answers, model, structure=structure, strategy=strategy, set_share=set_share)
     losses, added = answers(sample)
-    if any(abs(once) <= _NOTHING for once, _, _ in (*losses, *added)):
+    if any(abs(once) <= _NOTHING for once, *_ in (*losses, *added)):
         rng = np.random.default_rng(0)
         with _shaken(model, strategy, rng):
             shaken = answers([_shake(tensor, rng) for tensor in sample])
@@ -94,8 +95,8 @@ def ask(
             for first, second in zip((losses, added), shaken, strict=True)
         )
     return Scalars(
-        tuple(_kind(*values, "compiled loss", i) for i, values in enumerate(losses)),
-        tuple(_kind(*values, "`add_loss`", i) for i, values in enumerate(added)),
+        tuple(_kind(values, "compiled loss", i) for i, values in enumerate(losses)),
+        tuple(_kind(values, "`add_loss`", i) for i, values in enumerate(added)),
     )
 
 
@@ -103,13 +104,17 @@ def _answers(
     model: Any, sample: Sequence[Any], *, structure: Any, strategy: Any, set_share: Any
 ) -> tuple[list[Answer], list[Answer]]:
     """The answers of the compiled losses, and of the added ones."""
+    middle = int(sample[0].shape[0]) // 2
+    if not middle:  # a single row
+        sample, middle = [tf.concat([t, t], 0) for t in sample], 1
+    sample = [t[: 2 * middle] for t in sample]
     doubled = [tf.concat([t, t], 0) for t in sample]
-    once = _compute(model, structure(sample), strategy, 1.0, set_share)
-    twice = _compute(model, structure(doubled), strategy, 1.0, set_share)
-    half = _compute(model, structure(sample), strategy, 0.5, set_share)
+    first, second = [t[:middle] for t in sample], [t[middle:] for t in sample]
+    asked = ((sample, 1.0), (doubled, 1.0), (sample, 0.5), (first, 1.0), (second, 1.0))
+    records = [_compute(model, structure(rows), strategy, share, set_share) for rows, share in asked]
     return (
-        list(zip(once.losses, twice.losses, half.losses, strict=True)),
-        list(zip(once.added, twice.added, half.added, strict=True)),
+        list(zip(*(record.losses for record in records), strict=True)),
+        list(zip(*(record.added for record in records), strict=True)),
     )
 
 
@@ -164,15 +169,18 @@ def _recording() -> Iterator[Record]:
         _current.record = None
 
 
-def _kind(once: float, twice: float, half: float, what: str, index: int) -> Kind:
+def _kind(answer: Answer, what: str, index: int) -> Kind:
+    once, twice, half, first, second = answer
     if abs(once) > _NOTHING and np.isclose(once, 2 * half, rtol=_TOLERANCE):
         return "part"
-    if np.isclose(once, twice, rtol=_TOLERANCE, atol=_NOTHING):
+    allowed = _TOLERANCE * max(abs(first), abs(second)) + _NOTHING
+    if np.isclose(once, twice, rtol=_TOLERANCE, atol=_NOTHING) and abs(once - (first + second) / 2) <= allowed:
         return "mean"
-    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=_NOTHING):
+    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=_NOTHING) and abs(once - first - second) <= allowed:
         return "sum"
     raise ModelError(
         "On several replicas a loss that is a scalar must be a mean or a sum over the rows of a batch, so that the "
-        f"parts of a batch can be put together; number {index} of those from {what} is {once:g} over some rows and "
-        f"{twice:g} over the same rows twice. Return one value for each row, or train on one replica."
+        f"parts of a batch can be put together; number {index} of those from {what} is {once:g} over some rows, "
+        f"{twice:g} over the same rows twice, and {first:g} and {second:g} over their halves. Return one value for "
+        "each row, or train on one replica."
     )

@@ -34,6 +34,11 @@ def spread(y_true: Any, y_pred: Any) -> Any:
     return tf.reduce_mean(tf.square(y_true - y_pred)) ** 2 + tf.sqrt(tf.reduce_sum(tf.square(y_pred)))
 
 
+def pairs(y_true: Any, y_pred: Any) -> Any:
+    """Every label with every prediction, as by broadcasting or in a contrastive loss."""
+    return tf.reduce_mean(tf.square(y_true - tf.transpose(y_pred)) ** 2)
+
+
 def builder(
     package: str,
     *,
@@ -205,9 +210,10 @@ def test_loss_that_overrides_call_takes_no_weights(package: str, tmp_path: Path)
         assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=W)
 
 
-def test_scalar_loss_that_is_no_mean_or_sum_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", [spread, pairs])
+def test_scalar_loss_that_is_no_mean_or_sum_is_refused(loss: Any, tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match=r"must be a mean or a sum over the rows.*number 0 of those from compiled"):
-        assert_matches_keras(builder("keras", loss=spread), "keras", tmp_path, X, Y)
+        assert_matches_keras(builder("keras", loss=loss), "keras", tmp_path, X, Y)
 
 
 def test_gradient_accumulation_is_refused(tmp_path: Path) -> None:
