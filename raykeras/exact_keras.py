@@ -12,7 +12,7 @@ from raykeras.built import zeros
 from raykeras.columns import Layout
 from raykeras.errors import ModelError
 from raykeras.keras_api import KerasAPI
-from raykeras.patching import Altered, replaced
+from raykeras.patching import Altered, replaced, replaced_method
 from raykeras.replica_logs import ReplicaLogs
 from raykeras.scalars import current_record
 from raykeras.shares import (
@@ -39,14 +39,10 @@ def patch_keras(
     from keras.src.losses import loss as losses
     from keras.src.trainers import compile_utils
 
-    def patch_instance(target: Any, name: str, value: Any) -> None:
-        stack.callback(target.__dict__.pop, name, None)
-        target.__dict__[name] = value
-
     api = KerasAPI("keras")
     with strategy.scope():
         api.build_symbolically(model, zeros(layout))
-    patch_instance(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None)
+    stack.enter_context(replaced_method(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None))
     unscale_output = _unscale_output(losses)
     patch_own_calls(stack, model, losses.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v)
     for functions in (_scales(losses), _reductions(losses, scalar_losses)):
@@ -60,10 +56,10 @@ def patch_keras(
         is_logs = reduction == "auto" and isinstance(values, dict)
         return logs.reduced(values, strategy) if is_logs else original(values, strategy, reduction)
 
-    patch_instance(model, "get_metrics_result", logs.get_metrics_result)
+    stack.enter_context(replaced_method(model, "get_metrics_result", logs.get_metrics_result))
     stack.enter_context(replaced(trainer, "reduce_per_replica", reduce_per_replica))
-    patch_instance(model, "_aggregate_additional_loss", _weigh_added(model, scalar_losses))
-    _patch_optimizer(patch_instance, model)
+    stack.enter_context(replaced_method(model, "_aggregate_additional_loss", _weigh_added(model, scalar_losses)))
+    _patch_optimizer(stack, model)
     if api.has_own_steps(model):
         base = trainer.base_trainer.Trainer
         compute_loss = base.compute_loss
@@ -169,7 +165,7 @@ def _weigh_added(model: Any, scalar_losses: ScalarLosses) -> Callable[[Any], Any
     return add
 
 
-def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None:
+def _patch_optimizer(stack: contextlib.ExitStack, model: Any) -> None:
     """Adds the replicas' gradients before they are clipped; clipping each comes out differently."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
@@ -190,4 +186,4 @@ def _patch_optimizer(patch: Callable[[Any, str, Any], None], model: Any) -> None
         whole = [None if g is None else sum_over_replicas(tf.convert_to_tensor(g)) for g in gradients]
         return [None if g is None else g / replicas for g in original(whole)]  # they are added once more
 
-    patch(optimizer, "_clip_gradients", clip)
+    stack.enter_context(replaced_method(optimizer, "_clip_gradients", clip))

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from raykeras.keras_api import KerasAPI
-from raykeras.patching import Altered, replaced
+from raykeras.patching import Altered, replaced, replaced_method
 from raykeras.replica_logs import ReplicaLogs
 from raykeras.scalars import Kind, current_record
 from raykeras.shares import (
@@ -84,7 +84,7 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         def update_state(value: Any, sample_weight: Any = None) -> Any:
             return update(scaled(value) * replicas, sample_weight=sample_weight)
 
-        with replaced(mean, "update_state", update_state):
+        with replaced_method(mean, "update_state", update_state):
             return original_call(self, y_true, y_pred, sample_weight, added)
 
     def call(*args: Any, **options: Any) -> Any:
@@ -103,7 +103,7 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         return logs.reduced(values, strategy) if is_logs else original_per_replica(values, strategy, reduction)
 
     original_per_replica, logs = training.reduce_per_replica, ReplicaLogs(model)
-    stack.enter_context(replaced(model, "get_metrics_result", logs.get_metrics_result))
+    stack.enter_context(replaced_method(model, "get_metrics_result", logs.get_metrics_result))
     stack.enter_context(replaced(training, "reduce_per_replica", reduce_per_replica))
     stack.enter_context(replaced(losses_utils, "scale_loss_for_distribution", scale))
     stack.enter_context(replaced(losses_utils, "compute_weighted_loss", weighted))

@@ -40,6 +40,7 @@ from raykeras.errors import ModelError
 from raykeras.exact_keras import patch_keras
 from raykeras.exact_tf_keras import losses_in_layers, patch_tf_keras
 from raykeras.keras_api import KerasAPI
+from raykeras.patching import replaced_method
 from raykeras.scalars import ask
 from raykeras.shares import ScalarLosses, current
 from raykeras.strategy import replicas_joined
@@ -89,9 +90,7 @@ def exact(
         with strategy.scope():
             losses.scalars = ask(model, sample, layout.structure, strategy, _set_share)
         for name in ("train_step", "test_step"):
-            step = getattr(model, name)
-            stack.callback(model.__dict__.pop, name, None)
-            model.__dict__[name] = _sharing(step, name)
+            stack.enter_context(replaced_method(model, name, _sharing(getattr(model, name), name)))
         yield
 
 

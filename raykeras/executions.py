@@ -5,7 +5,8 @@ model, with functions for `fit` and `evaluate` that make exactly these.
 
 Keras 3 loops over batches that it gets as optionals. TensorFlow cannot run this loop with several replicas ("You must
 feed a value for placeholder tensor"), and data that does not end makes whole executions, so that an epoch runs on into
-the next. The loop here is tf_keras', which has neither fault: it is told how many steps to make.
+the next. The loop here is tf_keras', which has neither fault: it is told how many steps to make. Where nobody knows how
+many there are, several replicas make one step at a time, and an execution ends with the data.
 
 It takes batches with `IteratorGetNextSync` where it can: `next(iterator)` has each made by another thread, and goes
 on in a third. Where waking a thread is slow, as on a virtual machine, that takes longer than the batch. The thread
@@ -25,6 +26,7 @@ import tensorflow as tf
 from tensorflow.python.data.util import structure
 
 from raykeras.options import Scale
+from raykeras.patching import replaced_method
 
 
 @contextlib.contextmanager
@@ -80,24 +82,27 @@ def steps_left(steps_of: Callable[[int], int | None], begins_at: tuple[int, int]
 
 
 @contextlib.contextmanager
-def counted_executions(model: Any, *, train_left: Left | None = None, test_left: Left | None = None) -> Iterator[None]:
+def counted_executions(
+    model: Any, strategy: Any, *, train_left: Left | None = None, test_left: Left | None = None
+) -> Iterator[None]:
     """Makes executions of `model`, of Keras 3, end where an epoch or a validation does.
 
     Args:
         model: Compiled, and countable.
-        train_left: Counts the steps of the epochs, for which the data must suffice; None to leave `fit` as it is.
-        test_left: Likewise those of evaluations; None to leave `evaluate` as it is.
+        strategy: That the model is trained with, or None.
+        train_left: Counts the steps of the epochs, for which the data must suffice; None if they are unknown.
+        test_left: Likewise those of evaluations.
     """
     with contextlib.ExitStack() as stack:
         if model.steps_per_execution > 1:
             for kind, left in (("train", train_left), ("test", test_left)):
-                if left is not None:
+                if left is not None or strategy is not None:
                     stack.enter_context(_replaced_function(model, kind, left))
         yield
 
 
 @contextlib.contextmanager
-def _replaced_function(model: Any, kind: str, left: Left) -> Iterator[None]:
+def _replaced_function(model: Any, kind: str, left: Left | None) -> Iterator[None]:
     """Within it, `model.make_train_function()` or `make_test_function()` makes a function of ours."""
     attribute, maker = f"{kind}_function", f"make_{kind}_function"
 
@@ -107,15 +112,14 @@ def _replaced_function(model: Any, kind: str, left: Left) -> Iterator[None]:
         return getattr(model, attribute)
 
     setattr(model, attribute, None)
-    model.__dict__[maker] = make
     try:
-        yield
+        with replaced_method(model, maker, make):
+            yield
     finally:
-        model.__dict__.pop(maker)
         setattr(model, attribute, None)
 
 
-def _function(model: Any, step: Callable[[Any], Any], left: Left) -> Callable[[Any], Any]:
+def _function(model: Any, step: Callable[[Any], Any], left: Left | None) -> Callable[[Any], Any]:
     """A function that makes the next steps of those that an epoch has, and returns the last one's logs."""
     from keras.src.backend.tensorflow import trainer
 
@@ -138,14 +142,25 @@ def _function(model: Any, step: Callable[[Any], Any], left: Left) -> Callable[[A
             parallel_iterations=1,
         )[1]
 
+    @tf.autograph.experimental.do_not_convert
+    def next_step(iterator: Any) -> Any:
+        return one_step(next(iterator))
+
     if not model.run_eagerly:
         execution = tf.function(execution, reduce_retracing=True)
+        next_step = tf.function(next_step, reduce_retracing=True)
 
     known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # asking takes 0.2 ms
 
     def function(iterator: Any) -> Any:
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
             return one_step(next(iterator))  # of `train_on_batch`
+        if left is None:
+            logs = next_step(iterator)
+            with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
+                for _ in range(model.steps_per_execution - 1):
+                    logs = next_step(iterator)
+            return logs
         steps = left(model.steps_per_execution)
         if iterator not in known:
             known[iterator] = has_threads_of_its_own(iterator)

@@ -21,6 +21,19 @@ def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
         setattr(target, name, original)
 
 
+@contextlib.contextmanager
+def replaced_method(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it, the instance `target` has `value` for its method `name`; past any `__setattr__` of its class."""
+    attributes = vars(target)
+    own = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(own)
+
+
 class Altered:
     """A module, or an object, with some of its names replaced."""
 

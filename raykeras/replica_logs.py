@@ -12,6 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from raykeras.patching import replaced_method
+
 
 class ReplicaLogs:
     """Reduces the logs of one model's steps.
@@ -38,8 +40,7 @@ class ReplicaLogs:
             stack: Until it is closed.
         """
         for metric in self._model.metrics:
-            stack.callback(metric.__dict__.pop, "result")
-            metric.__dict__["result"] = self._noting(metric.result)
+            stack.enter_context(replaced_method(metric, "result", self._noting(metric.result)))
 
     def _noting(self, result: Callable[[], Any]) -> Callable[[], Any]:
         def noted() -> Any:

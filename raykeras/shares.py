@@ -14,7 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from raykeras.errors import ModelError
-from raykeras.patching import replaced
+from raykeras.patching import replaced, replaced_method
 from raykeras.scalars import Kind, Scalars, current_record
 
 
@@ -143,10 +143,7 @@ def patch_means(stack: contextlib.ExitStack, model: Any, mean: Any) -> None:
 
     for metric in model.metrics:
         if type(metric) is mean:
-            attributes: dict[str, Any] = vars(metric)
-            stack.callback(attributes.update, {name: attributes[name] for name in attributes if name == "update_state"})
-            stack.callback(attributes.pop, "update_state")
-            attributes["update_state"] = once(attributes.get("update_state", metric.update_state))
+            stack.enter_context(replaced_method(metric, "update_state", once(metric.update_state)))
 
 
 def _weighing(original: Callable[..., Any], losses: ScalarLosses, part_of: Callable[..., Any]) -> Callable[..., Any]:

@@ -68,7 +68,7 @@ def evaluate(
         stack.enter_context(without_xla(model, scale))
         with scope(strategy):
             check_execution(model, scale)
-            _lower_steps_per_execution(model, api, strategy, [data.num_steps])
+            _lower_steps_per_execution(model, api, strategy)
             data = data.laid_out(check_model(model, api, data.layout))
         stream = _open_stream(data, scale, orders.room, rank, num_steps=data.num_steps)
         streams.append(stream)
@@ -125,10 +125,8 @@ def _run(
             validation_data = validation_data.laid_out(_validation_layout(model, api, validation_data.layout))
     if api.is_legacy and isinstance(orders.train, DataOrders):
         orders = dataclasses.replace(orders, train=dataclasses.replace(orders.train, ends_epochs=False))
-    known_steps = [_known_steps(orders, model, api)]
-    if validation_data is not None:
-        known_steps.append(validation_data.num_steps)
-    _lower_steps_per_execution(model, api, strategy, known_steps)
+    test_steps = None if validation_data is None else validation_data.num_steps
+    _lower_steps_per_execution(model, api, strategy)
 
     open_stream = functools.partial(
         _open_stream,
@@ -156,7 +154,10 @@ def _run(
     if orders.resumption is not None or orders.trains_nothing:
         make_variables(model, api, train_data.layout, strategy)  # or there is nothing to put them into
     rows = [] if strategy is None else train.sample()
-    executions = _executions(model, api, strategy, *known_steps, begins_at=(epoch, step), steps_of=orders.steps_of)
+    known_steps = _known_steps(orders, model, api)
+    executions = _executions(
+        model, api, strategy, known_steps, test_steps, begins_at=(epoch, step), steps_of=orders.steps_of
+    )
     with exact(model, api, train_data.layout, strategy, rows), executions:
         training = Training(orders, links, api, model, callbacks, train, train_data, first_step, counts)
         try:
@@ -244,11 +245,9 @@ def _known_steps(orders: Orders, model: Any, api: KerasAPI) -> int | None:
     return None if may_end or not (api.is_legacy or is_countable(model)) else orders.num_steps
 
 
-def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any, every_num_steps: Sequence[int | None]) -> None:
-    """To one, if under a strategy Keras 3 cannot know where the data ends; see `raykeras.executions`."""
-    if strategy is None or api.is_legacy:
-        return
-    if None in every_num_steps or not is_countable(model):
+def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any) -> None:
+    """To one for functions of the user's that Keras 3's loop cannot run under a strategy; see `raykeras.executions`."""
+    if strategy is not None and not api.is_legacy and not is_countable(model):
         model.steps_per_execution = 1
 
 
@@ -269,4 +268,4 @@ def _executions(
         test_steps = None  # without a strategy a callback may evaluate on what it likes
     train_left = None if train_steps is None else steps_left(steps_of, begins_at)
     test_left = None if test_steps is None else steps_left(lambda _: test_steps)
-    return counted_executions(model, train_left=train_left, test_left=test_left)
+    return counted_executions(model, strategy, train_left=train_left, test_left=test_left)

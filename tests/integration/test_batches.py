@@ -7,7 +7,6 @@ import importlib
 import inspect
 import itertools
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,19 +268,32 @@ def test_training_ends_when_generator_is_exhausted(
         assert_same_weights(result.model(), model)
 
 
-def test_unknown_length_is_one_epoch_per_pass(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras 3 says so at each end
+@pytest.mark.parametrize("steps_per_execution", [1, 3])  # three do not divide an epoch's steps
+def test_unknown_length_is_one_epoch_per_pass(steps_per_execution: int, tmp_path: Path) -> None:
     def data() -> Any:
         signature = (tf.TensorSpec((None, 8)), tf.TensorSpec((None,), tf.int64))
         return tf.data.Dataset.from_generator(
             lambda: (slices((X, Y), i) for i in range(STEPS)), output_signature=signature
         )
 
-    expected = plain_fit(dense("keras"), "keras", Slices((X, Y)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras 3 warns at each end of such a dataset
-        assert_fits_match(dense("keras"), [data], expected, tmp_path)
-        run = rk.Run(storage=str(tmp_path), name="once")
-        result = rk.fit(dense("keras"), made("generator", "", (X, Y), STEPS), epochs=2, verbose=0, run=run)
+    build = dense("keras", steps_per_execution=steps_per_execution)
+    batches: list[int] = []
+    recorder = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: batches.append(batch))
+    expected = plain_fit(build, "keras", data(), validation_data=data(), callbacks=[recorder])
+    expected_batches = batches.copy()
+    assert_fits_match(build, [data], expected, tmp_path, validation_data=data())
+    for replicas in (1, 2):
+        batches.clear()
+        scale, run = rk.Scale(replicas_per_worker=replicas), rk.Run(storage=str(tmp_path), name=f"{replicas}")
+        rk.fit(build, data(), epochs=2, verbose=0, callbacks=[recorder], scale=scale, run=run)
+        assert batches == expected_batches
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
+def test_generator_is_one_epoch(tmp_path: Path) -> None:
+    data = made("generator", "", (X, Y), STEPS)
+    result = rk.fit(dense("keras"), data, epochs=2, verbose=0, run=rk.Run(storage=str(tmp_path)))
     assert result.epoch == [0]
 
 
