@@ -1,10 +1,10 @@
-"""What raykeras' own callbacks and events cost in a step, and how long an event takes to the driver.
+"""The cost of callbacks and events per step, and the latency of events.
 
     python -m benchmarks.callbacks
 
-Trains a model of a few weights, whose steps are as short as can be. Cost: the time in all hooks of a step, from before
-the first callback to after the last, Keras' own `History` among them. Latency: from when a worker makes an event to
-when the driver's handler has it, while four workers step as fast as they can.
+Trains a model of a few weights, whose steps are as short as possible. The cost is the time in the hooks of all
+callbacks of a step, Keras' `History` included. The latency is the time from the creation of an event on a worker to its
+arrival at the driver's handler, while four workers train.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS = ROWS // BATCH
 
 
 class HookTimes(keras.callbacks.Callback):  # type: ignore[misc]
-    """Keeps the seconds that the hooks of each step took, where the model trains."""
+    """Records the seconds that the hooks of all callbacks take in each step, in the process that trains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,26 +36,26 @@ class HookTimes(keras.callbacks.Callback):  # type: ignore[misc]
         self.watch()
 
     def watch(self) -> None:
-        from raykeras import resumption, training
+        from raykeras.worker import resume, session
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            callbacks = resumption.resuming_list(*args, **kwargs)
+            callbacks = resume.resuming_list(*args, **kwargs)
             begin, end = callbacks.on_train_batch_begin, callbacks.on_train_batch_end
 
             def on_train_batch_begin(batch: int, logs: Any = None) -> None:
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 begin(batch, logs)
-                self._spent = time.perf_counter() - begun
+                self._begin_seconds = time.perf_counter() - start
 
             def on_train_batch_end(batch: int, logs: Any = None) -> None:
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 end(batch, logs)
-                self.seconds.append(self._spent + time.perf_counter() - begun)
+                self.seconds.append(self._begin_seconds + time.perf_counter() - start)
 
             callbacks.on_train_batch_begin, callbacks.on_train_batch_end = on_train_batch_begin, on_train_batch_end
             return callbacks
 
-        training.resuming_list = timed  # type: ignore[assignment]
+        session.resuming_list = timed  # type: ignore[assignment]
 
 
 def build() -> Any:
@@ -87,19 +87,19 @@ def main() -> None:
     measured: dict[str, Any] = {"hooks_us": {}}
     rows = []
     for workers, epochs in ((1, 10), (2, 5)):
-        each: list[float] = []
+        seconds: list[float] = []
         for _ in range(arguments.rounds):
             times = HookTimes()
             train(workers, epochs, [times])
-            each += times.seconds[STEPS:]
-        us = np.array(each) * 1e6
+            seconds += times.seconds[STEPS:]  # without the first epoch
+        us = np.array(seconds) * 1e6
         measured["hooks_us"][workers] = {"mean": us.mean(), "median": np.median(us), "p99": np.percentile(us, 99)}
         rows.append((workers, len(us), f"{us.mean():.0f}", f"{np.median(us):.0f}", f"{np.percentile(us, 99):.0f}"))
-    print(side_by_side.table(("workers", "steps", "hooks of a step, µs (mean)", "(median)", "(p99)"), rows))
+    print(side_by_side.table(("workers", "steps", "hooks per step, µs (mean)", "(median)", "(p99)"), rows))
 
-    late: list[float] = []
-    train(4, 6, [], lambda event: late.append(1e3 * (time.time() - event.time)))
-    ms = np.array(late[1:])
+    latencies: list[float] = []
+    train(4, 6, [], lambda event: latencies.append(1e3 * (time.time() - event.time)))
+    ms = np.array(latencies[1:])
     measured["latency_ms"] = {"median": np.median(ms), "p99": np.percentile(ms, 99), "events": len(ms)}
     print(f"\n{len(ms)} events of four workers: {np.median(ms):.0f} ms (median), {np.percentile(ms, 99):.0f} ms (p99)")
     side_by_side.write(arguments.json, measured)

@@ -1,11 +1,11 @@
-"""Whether training on any number of workers and replicas gives the numbers of plain `model.fit`.
+"""Differences between training on several workers and replicas and plain `Model.fit`.
 
-    python -m benchmarks.exactness            the whole grid, as a table
+    python -m benchmarks.exactness            all cases, as a table
     python -m benchmarks.exactness --workers 2 --keras keras
 
-Each case trains twice over the same batches: through `raykeras.fit`, and through plain `Model.fit` of
-a single replica in this process. The figure is the largest relative difference, of any value in the
-history (three epochs; loss, metrics, weighted metrics, validation), and of any weight.
+Each case trains twice over the same batches: with `raykeras.fit`, and with plain `Model.fit` on a single replica in
+this process. The table shows the largest relative difference of any value in the history (three epochs; loss, metrics,
+weighted metrics, validation) and of any weight.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import raykeras as rk
-from raykeras.plan import PassPlan, default_num_shards, window_rows_for
-from raykeras.specs import resolve
+from raykeras.data.plan import PassPlan, default_num_shards, window_rows_for
+from raykeras.data.resolve import resolve
 
 BATCH_SIZE = 32
 EPOCHS = 3
@@ -35,7 +35,7 @@ HISTORY_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the grid."""
+    """One combination of workers, replicas, Keras package, number of rows and weights."""
 
     workers: int = 1
     replicas: int = 1
@@ -65,7 +65,7 @@ class Difference:
 
 
 def row_counts(workers: int) -> tuple[int, ...]:
-    """A multiple of the batch, one more, fewer than a batch, and three batches and workers - 1."""
+    """Return a multiple of the batch size, one row more, less than one batch, and three batches and workers - 1."""
     return (8 * BATCH_SIZE, 8 * BATCH_SIZE + 1, BATCH_SIZE - 5, 3 * BATCH_SIZE + workers - 1)
 
 
@@ -76,7 +76,7 @@ def cases() -> Iterator[Case]:
 
 
 def table_of(num_rows: int, seed: int) -> pa.Table:
-    """Rows of a problem that a small model can learn."""
+    """Return rows that a small model can learn from."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(num_rows, len(FEATURES))).astype(np.float32)
     columns: dict[str, Any] = {name: x[:, i] for i, name in enumerate(FEATURES)}
@@ -85,14 +85,14 @@ def table_of(num_rows: int, seed: int) -> pa.Table:
     return pa.table(columns)
 
 
-def source_of(table: pa.Table, path: Path, weighted: bool) -> rk.sources.Source:  # type: ignore[name-defined]
-    """The table as a Parquet file of small row groups."""
+def source_of(table: pa.Table, path: Path, weighted: bool) -> rk.Source:
+    """Write a table to a Parquet file with small row groups, and return the source."""
     pq.write_table(table, path, row_group_size=10)
     return rk.parquet(path, x=FEATURES, y="label", sample_weight="weight" if weighted else None)
 
 
 def builder(package: str) -> Any:
-    """A function that builds the model: a regulariser, Adam, metrics with and without weights."""
+    """Return a function that builds a model with a regulariser, Adam, and unweighted and weighted metrics."""
 
     def build() -> Any:
         keras = importlib.import_module(package)
@@ -119,7 +119,7 @@ def arrays_of(table: pa.Table, weighted: bool) -> tuple[np.ndarray, ...]:
 
 
 def plain_fit(case: Case, train: pa.Table, validation: pa.Table, source: Any, workers: int) -> tuple[Any, list[Any]]:
-    """Plain `Model.fit` over the batches that the plan says: its history and weights."""
+    """Train with plain `Model.fit` over the planned batches; return the history and the weights."""
     keras = importlib.import_module(case.keras)
     tf = importlib.import_module("tensorflow")
     opened = source.open()
@@ -155,7 +155,7 @@ def plain_fit(case: Case, train: pa.Table, validation: pa.Table, source: Any, wo
 
 
 def compare(case: Case, folder: Path) -> Difference:
-    """Trains both ways."""
+    """Train a case with raykeras and with plain Keras; return the differences."""
     train, validation = table_of(case.num_rows, 0), table_of(BATCH_SIZE + 5, 1)
     source = source_of(train, folder / "train.parquet", case.weighted)
     result = rk.fit(
@@ -177,7 +177,7 @@ def compare(case: Case, folder: Path) -> Difference:
 
 
 def relative(expected: Any, actual: Any) -> float:
-    """Largest difference, relative to the largest value."""
+    """Return the largest difference, relative to the largest value."""
     expected, actual = np.asarray(expected, float), np.asarray(actual, float)
     return float(np.max(np.abs(expected - actual)) / max(np.max(np.abs(expected)), 1e-12))
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--keras", choices=["keras", "tf_keras"])
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     tf = importlib.import_module("tensorflow")
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
@@ -195,7 +195,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     failed = 0
     for case in cases():
-        if chosen.workers not in (None, case.workers) or chosen.keras not in (None, case.keras):
+        if arguments.workers not in (None, case.workers) or arguments.keras not in (None, case.keras):
             continue
         with tempfile.TemporaryDirectory() as folder:
             difference = compare(case, Path(folder))

@@ -1,9 +1,9 @@
-"""Whether the tests catch faults that are put into the product on purpose, one at a time.
+"""Whether the tests catch faults that are injected into raykeras, one at a time.
 
     python -m benchmarks.faults [NUMBER ...]
 
-Each fault changes one place in a copy of the project, in which the tests that should catch it run; at least one of
-them has to fail. Without a fault all of them have to pass. Prints a table, which `docs/design/tests.md` holds.
+Each fault changes one place in a copy of the project, in which the tests that should catch it run. At least one of them
+must fail; without a fault all of them must pass. `docs/design/tests.md` contains the table that this prints.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake in the product.
+    """A fault to inject.
 
     Attributes:
-        name: What is wrong.
-        path: The file, below `raykeras/`.
-        old, new: The text that is replaced, which must be there once, and what replaces it.
-        tests: Those that should catch it.
+        name: Description of the fault.
+        path: File to change, relative to `raykeras/`.
+        old, new: The text to replace, which must occur exactly once, and its replacement.
+        tests: Tests that should catch the fault.
     """
 
     name: str
@@ -46,37 +46,37 @@ EXACTNESS, RESUME = "tests/integration/test_exactness.py", "tests/integration/te
 FAULTS = (
     Fault(
         "a replica's share of the loss is wrong",
-        "shares.py",
+        "distribute/weighting.py",
         "return tf.math.multiply_no_nan(value, tf.cast(current.share, value.dtype))",
         "return value * tf.cast(0.5, value.dtype)",
         (f"{EXACTNESS}::test_training_matches_keras[1x2 keras 257 rows, weights]",),
     ),
     Fault(
         "a row is skipped at a resume",
-        "chunks.py",
-        "            (rows,) = loom.weave(*_rank_range(feed, plan, a, b))\n",
-        "            (rows,) = loom.weave(*_rank_range(feed, plan, a, b))\n"
+        "data/streaming/interleave.py",
+        "            (rows,) = interleaver.interleave(*_rank_range(rank_input, plan, a, b))\n",
+        "            (rows,) = interleaver.interleave(*_rank_range(rank_input, plan, a, b))\n"
         "            if a == first and first > 0:\n"
         "                rows[0] = rows[-1]\n",
         (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
     ),
     Fault(
         "the metrics of an epoch are reset at a resume",
-        "resumption.py",
-        "                put_metrics_back()\n",
+        "worker/resume.py",
+        "                restore_metrics()\n",
         "                pass\n",
         (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
     ),
     Fault(
         "a checkpoint is committed before its last file",
-        "checkpoint.py",
+        "checkpoint/store.py",
         "key=lambda file: file == STATE_FILE",
         "key=lambda file: file != STATE_FILE",
         ("tests/unit/test_checkpoint.py::test_interrupted_upload_is_no_checkpoint",),
     ),
     Fault(
         "the last short batch is dropped",
-        "plan.py",
+        "data/plan.py",
         "self.num_steps = -(-self.num_rows // global_batch_size)",
         "self.num_steps = max(1, self.num_rows // global_batch_size)",
         (
@@ -86,7 +86,7 @@ FAULTS = (
     ),
     Fault(
         "the weights of the user's own batches are ignored",
-        "batches.py",
+        "data/adapters/adapter.py",
         "            arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))\n",
         '            array = array * 0 + 1 if tensor.role == "sample_weight" else array\n'
         "            arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))\n",
@@ -94,42 +94,42 @@ FAULTS = (
     ),
     Fault(
         "events arrive out of order",
-        "events.py",
+        "core/events.py",
         "                self._pending.append(event)\n",
         "                self._pending.insert(0, event)\n",
         ("tests/unit/test_events.py::test_events_arrive_once_and_in_order",),
     ),
     Fault(
-        "the state of callbacks is not handed back",
-        "placement.py",
+        "the state of callbacks is not restored",
+        "worker/callback_placement.py",
         "            vars(callback)[name] = loads(data)\n",
         "            pass\n",
         ("tests/system/test_workers.py::test_compiled_model_and_callbacks_come_back_trained",),
     ),
     Fault(
         "validation rows are counted twice",
-        "worker.py",
-        "        stream = open_stream(validation_data, num_steps=None)\n",
-        "        stream = open_stream(validation_data, num_steps=None, rank=0)\n",
+        "worker/train.py",
+        "        stream = open_input(validation_data, num_steps=None)\n",
+        "        stream = open_input(validation_data, num_steps=None, rank=0)\n",
         (f"{EXACTNESS}::test_training_on_two_workers_matches_keras[2x1 keras 257 rows, weights]",),
     ),
     Fault(
         "the seed is ignored",
-        "plan.py",
+        "data/plan.py",
         "np.random.SeedSequence([purpose, *key])",
         "np.random.SeedSequence([purpose, 0, *key[1:]])",
         ("tests/unit/test_plan.py::test_order_differs_by_epoch_and_seed",),
     ),
     Fault(
         "the batches of a Sequence come in another order",
-        "epochs.py",
+        "data/adapters/epochs.py",
         "        return iter(order.tolist())\n",
         "        return iter(order[::-1].tolist())\n",
         ("tests/integration/test_batches.py::test_fit_with_validation_matches_keras[sequence-keras]",),
     ),
     Fault(
         "a damaged checkpoint is used",
-        "checkpoint.py",
+        "checkpoint/store.py",
         "                checkpoint.verify()\n",
         "                pass\n",
         (
@@ -141,7 +141,7 @@ FAULTS = (
 
 
 def copy_with(fault: Fault | None, folder: Path) -> None:
-    """Copy the project, and put a fault into the copy."""
+    """Copy the project, and inject a fault into the copy."""
     for name in _COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -153,20 +153,20 @@ def copy_with(fault: Fault | None, folder: Path) -> None:
         text = path.read_text()
         if text.count(fault.old) != 1:
             raise SystemExit(
-                f"{fault.path} must hold the text of {fault.name!r} once; it does {text.count(fault.old)}x"
+                f"{fault.path} must contain the text of {fault.name!r} once; it contains it {text.count(fault.old)}x"
             )
         path.write_text(text.replace(fault.old, fault.new))
 
 
 def failed_tests(folder: Path, tests: Sequence[str]) -> list[str]:
-    """Run tests of a copy; return those that failed."""
+    """Run tests in a copy of the project; return those that failed."""
     command = [sys.executable, "-m", "pytest", "--instafail", "-q", "-p", "no:cacheprovider", "--durations=0", *tests]
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode not in (0, 1) or bool(done.returncode) != bool(failed):
         raise SystemExit(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
-    return list(dict.fromkeys(failed))  # those that fail are printed at once, and in the summary
+    return list(dict.fromkeys(failed))  # pytest prints each failure twice: at once, and in the summary
 
 
 def main() -> None:

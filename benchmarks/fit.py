@@ -1,16 +1,20 @@
-"""An epoch of `rk.fit` from Parquet beside one of plain `model.fit` on arrays in memory.
+"""The time per epoch of `rk.fit` from Parquet, compared with plain `Model.fit` on arrays in memory.
 
     python -m benchmarks.fit
 
-The guide's MNIST model (two layers of 64, batches of 64, 50,000 images of 784 bytes, 10,000 to validate with), trained
-side by side: plain; streamed from Parquet, whose images are lists of numbers, or bytes; and from Parquet that is held
-in memory. Each is a process of its own, and they take turns: while one validates and trains for an epoch, the others
-and their Rays are stopped, as a machine's speed changes within seconds, and a Ray that idles slows plain Keras too.
-Prints, of the second half of the epochs, since processes of Ray's still start in the first, the seconds of an epoch's
-training (median), the median of its ratios to plain Keras' epoch of the same turn, with the quartiles of these, the
-part of them spent waiting for data, the time of a step, the pause between epochs, from the end of validation until
-Keras begins the next epoch's first step, in steps, and the time of that step, in steps. With `steps_per_execution` a
-step is an execution.
+Trains the guide's MNIST model (two layers of 64, batches of 64, 50,000 images of 784 bytes, 10,000 for validation) with
+plain Keras; streamed from Parquet, with images as lists of numbers and as bytes; and cached from Parquet. Every
+contender is a process, and they take turns: while one validates and trains for an epoch, the other processes and their
+Ray clusters are stopped, because the speed of a machine changes within seconds and an idle Ray slows plain Keras down.
+
+The figures are of the second half of the epochs, since Ray still starts processes in the first:
+
+    epoch             training time of an epoch (median)
+    ÷ plain           ratio to the epoch of plain Keras in the same turn (median and quartiles)
+    waiting for data  share of the training time in which steps wait for data
+    step              time of a step; with `steps_per_execution`, of an execution
+    pause             time from the end of validation to the first step of the next epoch, in steps
+    first step        time of that step, in steps
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from benchmarks.side_by_side import Turn
 
 TRAIN, VALIDATE, BATCH = 50_000, 10_000, 64
 EPOCHS = {1: 16, 16: 48}
-"""By steps of an execution."""
+"""Number of epochs, by steps per execution."""
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (TRAIN + VALIDATE, 784), np.uint8)
 Y = RNG.integers(0, 10, TRAIN + VALIDATE)
@@ -53,7 +57,7 @@ def build(steps_per_execution: int) -> Any:
 
 
 def clock(turn: Turn) -> Any:
-    """A callback that ends a turn before each validation, and keeps how long epochs, steps and pauses were."""
+    """Return a callback that ends a turn before each validation, and records the times of epochs, steps and pauses."""
     import keras
 
     class Clock(keras.callbacks.Callback):  # type: ignore[misc]
@@ -62,43 +66,44 @@ def clock(turn: Turn) -> Any:
             self.epochs: list[float] = []
             self.steps: list[float] = []
             self.pauses: list[float] = []
-            self.firsts: list[float] = []
-            self._validated = self._began = self._stepped = 0.0
+            self.first_steps: list[float] = []
+            self._validation_end = self._epoch_start = self._step_start = 0.0
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self._began = self._stepped = time.perf_counter()
+            self._epoch_start = self._step_start = time.perf_counter()
 
         def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-            if self._validated:
-                self._stepped = time.perf_counter()
-                self.pauses.append(self._stepped - self._validated)
+            if self._validation_end:
+                self._step_start = time.perf_counter()
+                self.pauses.append(self._step_start - self._validation_end)
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             now = time.perf_counter()
-            if self._validated:
-                self.firsts.append(now - self._stepped)
-                self._validated = 0.0
+            if self._validation_end:
+                self.first_steps.append(now - self._step_start)
+                self._validation_end = 0.0
             elif self.epochs:
-                self.steps.append(now - self._stepped)
-            self._last = self._stepped = now
+                self.steps.append(now - self._step_start)
+            self._last = self._step_start = now
 
         def on_test_begin(self, logs: Any = None) -> None:
             turn()
 
         def on_test_end(self, logs: Any = None) -> None:
-            self._validated = time.perf_counter()
-            self.epochs.append(self._last - self._began)
+            self._validation_end = time.perf_counter()
+            self.epochs.append(self._last - self._epoch_start)
 
     return Clock()
 
 
 @dataclass(frozen=True)
 class Training:
-    """Of the second half of a training's epochs.
+    """The figures of the second half of the epochs.
 
     Attributes:
-        epochs: Seconds of each.
-        wait, step, pause, first: See the module; the last three in seconds.
+        epochs: Training time of each epoch in seconds.
+        wait: Share of the time in which steps wait for data, 0 to 1.
+        step, pause, first: See the module's docstring; in seconds.
     """
 
     epochs: list[float]
@@ -108,14 +113,15 @@ class Training:
     first: float
 
 
-def trained(fit: Callable[[Any, list[Any], int], list[Any]], steps_per_execution: int, turn: Turn) -> Training:
-    timed = clock(turn)
-    seen = fit(functools.partial(build, steps_per_execution), [timed], EPOCHS[steps_per_execution])
-    waits = [event.data_wait for event in seen if isinstance(event, rk.events.EpochEnded)] or [0.0]
+def train(fit: Callable[[Any, list[Any], int], list[Any]], steps_per_execution: int, turn: Turn) -> Training:
+    """Train with a contender's `fit`, by turns."""
+    times = clock(turn)
+    events = fit(functools.partial(build, steps_per_execution), [times], EPOCHS[steps_per_execution])
+    waits = [event.data_wait for event in events if isinstance(event, rk.EpochEnded)] or [0.0]
     wait, step, pause, first = (
-        statistics.median(_second_half(each)) for each in (waits, timed.steps, timed.pauses, timed.firsts)
+        statistics.median(_second_half(values)) for values in (waits, times.steps, times.pauses, times.first_steps)
     )
-    return Training(_second_half(timed.epochs), wait, step, pause, first)
+    return Training(_second_half(times.epochs), wait, step, pause, first)
 
 
 def _second_half(values: Sequence[float]) -> list[float]:
@@ -123,6 +129,7 @@ def _second_half(values: Sequence[float]) -> list[float]:
 
 
 def plain(build: Any, callbacks: list[Any], epochs: int) -> list[Any]:
+    """Train with plain Keras; return no events."""
     validation = (X[TRAIN:], Y[TRAIN:])
     build().fit(
         X[:TRAIN],
@@ -137,6 +144,7 @@ def plain(build: Any, callbacks: list[Any], epochs: int) -> list[Any]:
 
 
 def pixels(columns: dict[str, Any]) -> dict[str, Any]:
+    """View images of bytes as a `(rows, 784)` uint8 array."""
     return {**columns, "x": np.frombuffer(b"".join(columns["x"]), np.uint8).reshape(-1, 784)}
 
 
@@ -150,22 +158,23 @@ def from_parquet(
     transform: Any = None,
     checkpoints: Any = None,
 ) -> list[Any]:
-    seen: list[Any] = []
+    """Train with raykeras from Parquet; return the events."""
+    events: list[Any] = []
     options = {"x": "x", "y": "y", "cache": cache, "transform": transform}
-    source, held_out = (rk.parquet(str(folder / name), **options) for name in ("train", "validate"))
+    source, validation = (rk.parquet(str(folder / name), **options) for name in ("train", "validate"))
     with tempfile.TemporaryDirectory() as storage:
         rk.fit(
             build,
             source,
             batch_size=BATCH,
             epochs=epochs,
-            validation_data=held_out,
+            validation_data=validation,
             callbacks=callbacks,
             verbose=0,
             run=rk.Run(storage=storage, checkpoint_every=checkpoints),
-            on_event=seen.append,
+            on_event=events.append,
         )
-    return seen
+    return events
 
 
 def generate(folder: Path) -> None:
@@ -191,16 +200,16 @@ def main() -> None:
             "plain `model.fit`, in memory": plain,
             "Parquet of lists, streamed": functools.partial(from_parquet, lists),
             "Parquet of bytes, streamed": functools.partial(from_parquet, folder / "bytes", transform=pixels),
-            "Parquet, held in memory": functools.partial(from_parquet, lists, cache="memory"),
-            "the same, a checkpoint each epoch": functools.partial(
+            "Parquet, cached": functools.partial(from_parquet, lists, cache="memory"),
+            "Parquet, cached, a checkpoint each epoch": functools.partial(
                 from_parquet, lists, cache="memory", checkpoints="epoch"
             ),
         }
         results: dict[str, list[Training]] = {}
         for _ in range(arguments.rounds):
             for steps in EPOCHS:
-                made = {f"{kind}|{steps}": functools.partial(trained, fit, steps) for kind, fit in kinds.items()}
-                for name, training in side_by_side.by_turns(made).items():
+                contenders = {f"{kind}|{steps}": functools.partial(train, fit, steps) for kind, fit in kinds.items()}
+                for name, training in side_by_side.by_turns(contenders).items():
                     results.setdefault(name, []).append(training)
     header = (
         "",
@@ -213,21 +222,22 @@ def main() -> None:
         "first step, in steps",
     )
     rows = []
-    for name, each in results.items():
-        kind, executed = name.split("|")
-        epochs, base = (
-            [seconds for one in trainings for seconds in one.epochs]
-            for trainings in (each, results[f"{next(iter(kinds))}|{executed}"])
+    for name, trainings in results.items():
+        kind, steps_per_execution = name.split("|")
+        epochs, plain_epochs = (
+            [seconds for training in group for seconds in training.epochs]
+            for group in (trainings, results[f"{next(iter(kinds))}|{steps_per_execution}"])
         )
-        low, ratio, high = statistics.quantiles([a / b for a, b in zip(epochs, base, strict=True)])
+        low, ratio, high = statistics.quantiles([a / b for a, b in zip(epochs, plain_epochs, strict=True)])
         wait, step, pause, first = (
-            statistics.median(getattr(one, key) for one in each) for key in ("wait", "step", "pause", "first")
+            statistics.median(getattr(training, key) for training in trainings)
+            for key in ("wait", "step", "pause", "first")
         )
         is_plain = kind == next(iter(kinds))
         rows.append(
             (
                 kind,
-                executed,
+                steps_per_execution,
                 f"{statistics.median(epochs):.2f}",
                 "1" if is_plain else f"{ratio:.2f} ({low:.2f}–{high:.2f})",
                 "" if is_plain else f"{wait:.1%}",
@@ -237,10 +247,12 @@ def main() -> None:
             )
         )
     print(side_by_side.table(header, rows))
-    side_by_side.write(arguments.json, {name: [asdict(one) for one in each] for name, each in results.items()})
+    side_by_side.write(
+        arguments.json, {name: [asdict(training) for training in trainings] for name, trainings in results.items()}
+    )
 
 
 if __name__ == "__main__":
-    from benchmarks import fit  # by whose name other processes find what is sent to them
+    from benchmarks import fit  # so that other processes unpickle functions from this module, not `__main__`
 
     fit.main()

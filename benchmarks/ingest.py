@@ -1,20 +1,19 @@
-"""Parquet to batches as `fit` consumes them, beside the ways there were.
+"""The throughput from Parquet files to batches, compared with other libraries.
 
     python -m benchmarks.ingest [narrow small large png]
 
-Writes Parquet files of random rows to a local disk, and consumes them inside a `tf.function`, as `fit` does with
-`steps_per_execution`, and raykeras in the thread that asks (see `raykeras.executions`); in alternation, each contender
-in a process of its own, in the steady state after some seconds:
+Writes Parquet files of random rows to a local disk, and reads batches inside a `tf.function`, as `fit` does with
+`steps_per_execution`. The contenders alternate, each in a new process, and are measured after a warm-up:
 
     narrow   2,000,000 rows of 28 float32, a label and a weight; batches of 256
     small    60,000 images of 784 bytes; batches of 64
     large    4,000 images of 96 x 96 x 3 bytes; batches of 64
-    png      the same, encoded
+    png      the same images, encoded
 
-raykeras shuffles and hands on weights, streamed and held in memory; of the others only tf.data's `shuffle` does.
-"pyarrow" reads every row group with its own threads and makes NumPy arrays of it, images decoded by a thread for each
-CPU; it makes no batches, shuffles nothing, and is the limit. Petastorm is installed into an environment of its own,
-where it can be, and read as its page has it, and by tf.data's `rebatch`.
+raykeras, streamed and cached, shuffles and delivers weights; of the others only tf.data's `shuffle` does. "pyarrow" is
+the limit: it reads every row group with its own threads, and converts it to NumPy arrays, with a thread per CPU to
+decode images, without batches or shuffling. Petastorm is installed in a separate environment if possible, and read as
+its documentation says and with tf.data's `rebatch`.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from benchmarks.side_by_side import Contender
 
 NUM_FILES, NUM_FEATURES, SIDE = 8, 28, 96
 FEATURES = [f"f{i}" for i in range(NUM_FEATURES)]
-SHUFFLE_ROWS = 1024  # of tf.data's shuffle
-TO_TF_ROWS = 500_000  # it is slow
+SHUFFLE_ROWS = 1024  # buffer of tf.data's shuffle
+TO_TF_ROWS = 500_000  # fewer rows, because `to_tf` is slow
 WARM_UP_S, MEASURED_S = 6.0, 4.0
 
 PETASTORM_PACKAGES = (
@@ -58,14 +57,15 @@ PETASTORM_PACKAGES = (
 
 @dataclass(frozen=True)
 class Case:
-    """Some data, and what makes arrays of it.
+    """A data set, and how to read it.
 
     Attributes:
-        num_rows, batch_size: Of the data.
-        table: Makes so many rows.
-        group_rows: Rows of a row group.
-        decode: Arrow table to arrays, as bare as can be.
-        source: Its raykeras source, of a folder.
+        num_rows: Number of rows.
+        batch_size: Rows per batch.
+        table: Function that makes a table of a number of rows.
+        group_rows: Rows per row group.
+        decode: Function that converts an Arrow table to arrays with as little work as possible.
+        options: Arguments of `raykeras.parquet`.
     """
 
     num_rows: int
@@ -108,7 +108,7 @@ def png_table(rows: int, rng: np.random.Generator) -> pa.Table:
     from PIL import Image
 
     encoded = []
-    for _ in range(rows):  # smooth, as photographs are
+    for _ in range(rows):  # smooth, like photographs
         pixels = np.cumsum(rng.integers(-2, 3, (SIDE, SIDE, 3)), 0) + rng.integers(60, 190, 3)
         file = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
@@ -149,7 +149,7 @@ CASES = {
 
 
 def generate(case: Case, folder: Path) -> None:
-    """The case's rows as files."""
+    """Write the rows of a case to files."""
     folder.mkdir(parents=True)
     for i in range(NUM_FILES):
         table = case.table(case.num_rows // NUM_FILES, np.random.default_rng(i))
@@ -157,18 +157,28 @@ def generate(case: Case, folder: Path) -> None:
 
 
 def rate(epoch: Callable[[], int]) -> float:
-    """Rows per second of whole epochs, once all processes that read have started; `epoch` gives its rows."""
-    warm = time.perf_counter() + WARM_UP_S
-    while time.perf_counter() < warm:
+    """Return the rows per second of complete epochs, after a warm-up in which all reading processes start.
+
+    Args:
+        epoch: Function that reads an epoch and returns its number of rows.
+    """
+    warm_up_end = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < warm_up_end:
         epoch()
-    begun, rows = time.perf_counter(), 0
-    while time.perf_counter() < begun + MEASURED_S:
+    start, rows = time.perf_counter(), 0
+    while time.perf_counter() < start + MEASURED_S:
         rows += epoch()
-    return rows / (time.perf_counter() - begun)
+    return rows / (time.perf_counter() - start)
 
 
-def steady(dataset: Any, num_batches: int, following: Callable[[Any], Any] = next) -> float:
-    """Rows per second, taken as Keras' `fit` takes batches; `following` is how raykeras' does."""
+def steady(dataset: Any, num_batches: int, next_batch: Callable[[Any], Any] = next) -> float:
+    """Return the rows per second of a dataset, read as Keras' `fit` does.
+
+    Args:
+        dataset: An endless `tf.data.Dataset`.
+        num_batches: Batches of an epoch.
+        next_batch: Function that takes a batch from an iterator.
+    """
     import tensorflow as tf
 
     iterator = iter(dataset)
@@ -177,7 +187,7 @@ def steady(dataset: Any, num_batches: int, following: Callable[[Any], Any] = nex
     def take(num: tf.Tensor) -> tf.Tensor:
         rows = tf.constant(0)
         for _ in tf.range(num):
-            rows += tf.shape(tf.nest.flatten(following(iterator))[-1])[0]
+            rows += tf.shape(tf.nest.flatten(next_batch(iterator))[-1])[0]
         return rows
 
     return rate(lambda: int(take(tf.constant(num_batches))))
@@ -185,17 +195,17 @@ def steady(dataset: Any, num_batches: int, following: Callable[[Any], Any] = nex
 
 def raykeras(case: Case, folder: Path, cache: Any) -> float:
     import raykeras as rk
-    from raykeras.cluster import connect
-    from raykeras.data import open_data, train_orders
-    from raykeras.executions import next_in_this_thread
-    from raykeras.strategy import make_strategy
-    from raykeras.worker import _open_stream
+    from raykeras.compat.tensorflow import next_in_this_thread
+    from raykeras.data.inputs import open_data, train_spec
+    from raykeras.distribute.strategy import make_strategy
+    from raykeras.driver.cluster import connect
+    from raykeras.worker.train import open_stream
 
     scale = rk.Scale()
-    room = connect(scale, in_process=True)
-    given = open_data(rk.parquet(str(folder), **case.options, cache=cache), None, None, "float32")
-    orders = train_orders(
-        given,
+    budget = connect(scale, in_process=True)
+    data = open_data(rk.parquet(str(folder), **case.options, cache=cache), None, None, "float32")
+    spec = train_spec(
+        data,
         batch_size=case.batch_size,
         shuffle=True,
         class_weight=None,
@@ -204,15 +214,15 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
         seed=0,
         floatx="float32",
     )
-    make_strategy(scale)  # as a worker begins
-    stream = _open_stream(orders, scale, room, 0, None)
+    make_strategy(scale)  # as at the start of a worker
+    stream = open_stream(spec, scale, budget, 0, None)
     try:
-        return steady(stream.endless_dataset(), orders.num_steps, next_in_this_thread)
+        return steady(stream.endless_dataset(), spec.num_steps, next_in_this_thread)
     finally:
         stream.close()
 
 
-def bare(case: Case, folder: Path) -> float:
+def pyarrow(case: Case, folder: Path) -> float:
     def epoch() -> int:
         rows = 0
         for path in sorted(folder.iterdir()):
@@ -247,16 +257,16 @@ def to_tf(case: Case, folder: Path) -> float:
     return steady(batches.repeat(), num_batches)
 
 
-def petastorm(case: Case, folder: Path, python: Path, how: str) -> float:
+def petastorm(case: Case, folder: Path, python: Path, method: str) -> float:
     num_batches = case.num_rows // case.batch_size
-    arguments = [str(folder), ",".join(FEATURES), str(case.batch_size), str(num_batches), how]
+    arguments = [str(folder), ",".join(FEATURES), str(case.batch_size), str(num_batches), method]
     command = [str(python), str(Path(__file__).with_name("petastorm_reader.py")), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return next(float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("rows/s"))
 
 
 def petastorm_python(folder: Path) -> Path | None:
-    """An environment with Petastorm, which needs an old pyarrow."""
+    """Return the Python of an environment with Petastorm, which needs an old pyarrow; None if installing it fails."""
     python = folder / "petastorm" / "bin" / "python"
     steps = [
         [sys.executable, "-m", "venv", python.parents[1]],
@@ -271,41 +281,48 @@ def petastorm_python(folder: Path) -> Path | None:
     return python
 
 
-def contenders_of(name: str, case: Case, folder: Path, petastorm_at: Path | None) -> dict[str, Contender]:
-    """What is compared over a case's files."""
-    every: dict[str, Callable[[Case, Path], float]] = {
+def contenders_of(name: str, case: Case, folder: Path, python: Path | None) -> dict[str, Contender]:
+    """Return the contenders of a case, by name.
+
+    Args:
+        name: Name of the case.
+        case: The case.
+        folder: Folder of its files.
+        python: Python of an environment with Petastorm; None to leave Petastorm out.
+    """
+    runs: dict[str, Callable[[Case, Path], float]] = {
         "raykeras": functools.partial(raykeras, cache=None),
-        "pyarrow": bare,
+        "pyarrow": pyarrow,
     }
     if name != "png":
-        every["raykeras, held in memory"] = functools.partial(raykeras, cache="memory")
-        every["tf.data in memory"] = in_memory
+        runs["raykeras, cached"] = functools.partial(raykeras, cache="memory")
+        runs["tf.data in memory"] = in_memory
     if name == "narrow":
-        every["Ray's to_tf"] = to_tf
-        if petastorm_at is not None:
-            every["Petastorm, unbatch().batch()"] = functools.partial(petastorm, python=petastorm_at, how="batch")
-            every["Petastorm, rebatch()"] = functools.partial(petastorm, python=petastorm_at, how="rebatch")
+        runs["Ray's to_tf"] = to_tf
+        if python is not None:
+            runs["Petastorm, unbatch().batch()"] = functools.partial(petastorm, python=python, method="batch")
+            runs["Petastorm, rebatch()"] = functools.partial(petastorm, python=python, method="rebatch")
     return {
-        name: functools.partial(side_by_side.alone, functools.partial(run, case, folder)) for name, run in every.items()
+        name: functools.partial(side_by_side.alone, functools.partial(run, case, folder)) for name, run in runs.items()
     }
 
 
 def main() -> None:
     parser = side_by_side.parser(__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default")
-    parser.add_argument("--data", type=Path, help="where the files are made, and kept")
+    parser.add_argument("--data", type=Path, help="folder in which the files are written, and kept")
     parser.add_argument("--without-petastorm", action="store_true")
-    parser.add_argument("--only", nargs="+", help="some contenders")
+    parser.add_argument("--only", nargs="+", metavar="CONTENDER", help="run only these contenders")
     arguments = parser.parse_args()
     measured = {}
     with contextlib.ExitStack() as stack:
         data = arguments.data or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        petastorm_at = None if arguments.without_petastorm else petastorm_python(data)
+        python = None if arguments.without_petastorm else petastorm_python(data)
         for name in arguments.cases or CASES:
             case, folder = CASES[name], data / name
             if not folder.exists():
                 generate(case, folder)
-            contenders = contenders_of(name, case, folder, petastorm_at)
+            contenders = contenders_of(name, case, folder, python)
             if arguments.only:
                 contenders = {only: contenders[only] for only in arguments.only}
             figures = side_by_side.alternate(contenders, arguments.rounds)
@@ -316,6 +333,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import ingest  # by whose name other processes find what is sent to them
+    from benchmarks import ingest  # so that other processes unpickle functions from this module, not `__main__`
 
     ingest.main()

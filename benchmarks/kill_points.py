@@ -1,11 +1,11 @@
-"""Kills a training at every point, with SIGKILL, and compares how it ends with an undisturbed one.
+"""Differences between runs that are killed at every point and runs that are not.
 
     python -m benchmarks.kill_points [--points "step 1 2" ...]
 
-The points are those of `tests/support/resuming.py`. At each, one worker in its driver's process is killed and the run
-resumed on one, two and three workers; and of two workers each is killed in turn. Prints the largest relative difference
-of any value in the history / of any weight. With Dropout the runs must agree to 1e-6 on the same number of workers; on
-another number they are trained without, and must agree to 1e-5.
+The points are those of `tests/support/resuming.py`. At each of them, a driver with one worker in its process is killed
+with SIGKILL and the run is resumed on one, two and three workers; and each of two workers is killed in turn. Prints the
+largest relative difference of any value in the history / of any weight. On the same number of workers the model has a
+Dropout layer and the runs must agree to 1e-6; on another number it has none and they must agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DROPOUT = 0.3
 
 
 def killed_driver(point: str, storage: Path, dropout: float) -> None:
-    """Train on one worker in a process that is killed."""
+    """Train on one worker in a process that is killed at a point."""
     plan = {"storage": str(storage), "points": [point], "dropout": dropout}
     (storage / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "tests.support.resuming", str(storage / "plan.json")]
@@ -38,7 +38,7 @@ def killed_driver(point: str, storage: Path, dropout: float) -> None:
 
 
 def resumed(point: str, workers: int, dropout: float, folder: Path) -> rk.Result:
-    """Kill one worker in its driver's process, and resume on a number of workers."""
+    """Kill a driver with one worker in its process, and resume the run on a number of workers."""
     interrupted = folder / "interrupted"
     if not interrupted.exists():
         interrupted.mkdir()
@@ -49,7 +49,7 @@ def resumed(point: str, workers: int, dropout: float, folder: Path) -> rk.Result
 
 
 def restarted(point: str, rank: int, folder: Path) -> rk.Result:
-    """Kill one of two workers, which are restarted."""
+    """Kill one of two workers, and let the run restart them."""
     storage = folder / f"rank {rank}"
     storage.mkdir()
     callbacks = [*steering(), killer([point], str(storage), rank)]
@@ -60,7 +60,7 @@ def restarted(point: str, rank: int, folder: Path) -> rk.Result:
 
 
 def differences(result: rk.Result, expected: rk.Result) -> tuple[float, float]:
-    """Return the largest relative difference of the history, and of the weights."""
+    """Return the largest relative differences of the history and of the weights."""
     weights = zip(expected.model().get_weights(), result.model().get_weights(), strict=True)
     return (
         max(relative(values, result.history[name]) for name, values in expected.history.items()),
@@ -71,9 +71,9 @@ def differences(result: rk.Result, expected: rk.Result) -> tuple[float, float]:
 def cases(
     point: str, folder: Path, expected: dict[tuple[int, float], rk.Result]
 ) -> Iterator[tuple[float, float, float]]:
-    """Yield for each of the table's columns the limit, the history's difference and the weights' difference."""
-    for dropout, every_workers in ((DROPOUT, [1]), (0.0, [2, 3])):
-        for workers in every_workers:
+    """Yield the limit, the difference of the history and the difference of the weights for each column of the table."""
+    for dropout, worker_counts in ((DROPOUT, [1]), (0.0, [2, 3])):
+        for workers in worker_counts:
             result = resumed(point, workers, dropout, folder / f"dropout {dropout}")
             yield 1e-6 if workers == 1 else 1e-5, *differences(result, expected[1, dropout])
     for rank in (0, 1) if point != "write" else (0,):
@@ -102,7 +102,7 @@ def main() -> None:
                 is_exact = max(history, weights) <= limit
                 failed += not is_exact
                 cells.append(f"{history:.0e} / {weights:.0e}" + ("" if is_exact else " **too large**"))
-            cells += ["the chief writes"] * (len(columns) - 1 - len(cells))
+            cells += ["only the chief writes"] * (len(columns) - 1 - len(cells))
             print(f"| {point} | {' | '.join(cells)} |", flush=True)
     raise SystemExit(f"{failed} differ by more than allowed" if failed else 0)
 

@@ -1,11 +1,11 @@
-"""Reads that take a second, as of storage far away: how many are under way, and what it costs when executions change.
+"""The throughput of reads that take a second, as from remote storage, and the cost of a change of executions.
 
     python -m benchmarks.latency
 
-Streams Parquet through a `transform` that sleeps for a second, on a Ray of 16 CPUs that the machine need not have. 16
-tables a second are ideal. What is taken at once shows how many CPUs wait for storage; what is taken each 100 ms, how
-long its consumer is kept waiting. Ray Data executions have 512 tasks, and here also 64, of which one follows another.
-`ahead` are tasks begun whose table was not taken: 18 are allowed.
+Streams Parquet through a `transform` that sleeps for a second, on a Ray with 16 logical CPUs, even if the machine has
+fewer. The ideal is 16 tables per second. A consumer that takes tables at once shows how many CPUs wait for storage; one
+that takes a table every 100 ms shows how long it waits. A Ray Data execution has 512 tasks by default; with 64,
+executions change more often. "Ahead" is the number of started tasks whose tables have not been taken; 18 are allowed.
 """
 
 from __future__ import annotations
@@ -24,33 +24,40 @@ import pyarrow.parquet as pq
 
 import raykeras as rk
 from benchmarks import side_by_side
-from raykeras import blocks
-from raykeras.plan import PassPlan, Window
-from raykeras.reads import Reading
-from raykeras.specs import resolve
+from raykeras.compat.ray_data import ReadLimits
+from raykeras.data.plan import PassPlan, Window
+from raykeras.data.resolve import resolve
+from raykeras.data.streaming import reader
 
 CPUS, WAIT_S, WARM_UP, TABLES = 16, 1.0, 128, 192
 GROUP_ROWS, NUM_GROUPS = 1 << 18, 16
 CASES = ((512, 0.0), (64, 0.0), (512, 0.1), (64, 0.1))
 
 
-def waits(columns: dict[str, np.ndarray], begun: Path) -> dict[str, np.ndarray]:
-    with begun.open("a") as file:
+def slow_transform(columns: dict[str, np.ndarray], log: Path) -> dict[str, np.ndarray]:
+    """Append a byte to a file, and sleep."""
+    with log.open("a") as file:
         file.write(".")
     time.sleep(WAIT_S)
     return columns
 
 
-def measured(folder: Path, segment_tasks: int, taken_each_s: float) -> dict[str, float]:
-    """Of some tables, once all processes that read have started."""
+def measure(folder: Path, segment_tasks: int, taken_each_s: float) -> dict[str, float]:
+    """Return the figures of `TABLES` tables, after a warm-up in which all reading processes start.
+
+    Args:
+        folder: Folder of the file.
+        segment_tasks: Tasks of a Ray Data execution.
+        taken_each_s: Seconds between the tables that the consumer takes; 0 for at once.
+    """
     import ray
 
-    begun = folder / "begun"
-    source = rk.parquet(folder / "x.parquet", x="x", transform=functools.partial(waits, begun=begun))
+    log = folder / "started"  # one byte per started task
+    source = rk.parquet(folder / "x.parquet", x="x", transform=functools.partial(slow_transform, log=log))
     opened = source.open()
-    layout = resolve(source, opened)
-    blocks.SEGMENT_TASKS, blocks.SEGMENT_PASSES = segment_tasks, segment_tasks
-    blocks.TASK_NBYTES = GROUP_ROWS * layout.row_nbytes
+    batch_spec = resolve(source, opened)
+    reader.SEGMENT_TASKS, reader.SEGMENT_PASSES = segment_tasks, segment_tasks
+    reader.TASK_NBYTES = GROUP_ROWS * batch_spec.row_nbytes
 
     def windows() -> Iterator[tuple[int, Window]]:
         for epoch in itertools.count():
@@ -58,23 +65,23 @@ def measured(folder: Path, segment_tasks: int, taken_each_s: float) -> dict[str,
             yield from ((epoch, window) for window in plan.windows(0, 1))
 
     ray.init(num_cpus=CPUS, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-    begun.write_text("")
-    limits = Reading(cpus=CPUS, store_nbytes=(CPUS + 2) * blocks.TASK_NBYTES)
-    tasks = blocks.gather_tasks(windows(), opened, layout.row_nbytes)
-    stream = blocks.ray_blocks(opened.reader, layout, tasks, limits)
-    waited, ahead, first = [0.0], [0], 0.0
-    for taken in range(WARM_UP + TABLES):
-        if taken == WARM_UP:
-            waited, ahead, first = [], [], time.perf_counter()
-        asked = time.perf_counter()
+    log.write_text("")
+    limits = ReadLimits(cpus=CPUS, store_nbytes=(CPUS + 2) * reader.TASK_NBYTES)
+    tasks = reader.gather_tasks(windows(), opened, batch_spec.row_nbytes)
+    stream = reader.ray_blocks(opened.reader, batch_spec, tasks, limits)
+    waits, ahead, start = [0.0], [0], 0.0
+    for number in range(WARM_UP + TABLES):
+        if number == WARM_UP:
+            waits, ahead, start = [], [], time.perf_counter()
+        wait_start = time.perf_counter()
         next(stream)
-        waited.append(time.perf_counter() - asked)
-        ahead.append(begun.stat().st_size - taken - 1)
+        waits.append(time.perf_counter() - wait_start)
+        ahead.append(log.stat().st_size - number - 1)
         time.sleep(taken_each_s)
-    seconds = time.perf_counter() - first
+    seconds = time.perf_counter() - start
     stream.close()
     ray.shutdown()
-    return {"tables_per_s": TABLES / seconds, "waited": sum(waited), "longest": max(waited), "ahead": max(ahead)}
+    return {"tables_per_s": TABLES / seconds, "waited": sum(waits), "longest": max(waits), "ahead": max(ahead)}
 
 
 def main() -> None:
@@ -86,13 +93,13 @@ def main() -> None:
         x = np.random.default_rng(0).random(NUM_GROUPS * GROUP_ROWS, np.float32)
         pq.write_table(pa.table({"x": x}), folder / "x.parquet", row_group_size=GROUP_ROWS)
         for tasks, each_s in CASES:
-            figures = side_by_side.alone(functools.partial(measured, folder, tasks, each_s))
+            figures = side_by_side.alone(functools.partial(measure, folder, tasks, each_s))
             results.append({"segment_tasks": tasks, "taken_each_s": each_s, **figures})
-    header = ("tasks an execution", "taken", "tables/s", "waited, s", "at most, s", "ahead, at most")
+    header = ("tasks per execution", "taken", "tables/s", "waited, s", "longest wait, s", "most ahead")
     rows = [
         (
             r["segment_tasks"],
-            f"each {r['taken_each_s']:g} s" if r["taken_each_s"] else "at once",
+            f"every {r['taken_each_s']:g} s" if r["taken_each_s"] else "at once",
             f"{r['tables_per_s']:.1f}",
             f"{r['waited']:.1f}",
             f"{r['longest']:.2f}",
@@ -105,6 +112,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import latency  # by whose name other processes find what is sent to them
+    from benchmarks import latency  # so that other processes unpickle functions from this module, not `__main__`
 
     latency.main()

@@ -1,14 +1,14 @@
-"""How much memory a worker and the object store take as the data grows.
+"""Peak memory of a worker and of the object store as the data grows.
 
     python -m benchmarks.memory
 
-Trains one worker on Parquet of growing size, each time in a process of its own, and prints the most memory that was
-held: `private` is the worker's own (RssAnon), `shared` are pages of Ray's object store that it has read (RssShmem), of
-the most that the store held of rows on their way. All but the first are files of 512 MB; those of more than one are
-links to the first, since memory does not know of it. A peak grows with the time for which one looks: two files are
-trained on once, and as often as gives as many rows as the most files have.
+Trains one worker on Parquet of growing size, each time in a new process, and prints peaks: `private` is the worker's
+private memory (RssAnon), `shared` are the pages of Ray's object store that it has read (RssShmem), and `store` is the
+content of the object store. All but the smallest data consists of files of 512 MB, which are hard links to one file. A
+peak grows with the duration of the run: therefore two files are also trained on for as many epochs as the largest data
+has rows.
 
-Allowed is: the bytes of a shuffle window × (canonical shards ÷ workers + 1), two tables of a task, and 300 MB.
+The limit is the bytes of a shuffle window × (canonical shards ÷ workers + 1), two tables of a task, and 300 MB.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import side_by_side
-from raykeras.blocks import TASK_NBYTES
-from raykeras.plan import default_num_shards
+from raykeras.data.plan import default_num_shards
+from raykeras.data.streaming.reader import TASK_NBYTES
 
 COLUMNS = 64
 ROW_NBYTES = 4 * COLUMNS
 SMALL, LARGE = 20_000, 2_000_000
 FILES_AND_EPOCHS = ((0, 2), (1, 2), (2, 1), (2, 20), (10, 1), (40, 1))
-ALLOWED_MIB = (8 * (default_num_shards(1) + 1) + 2 * TASK_NBYTES / 2**20) + 300e6 / 2**20
+LIMIT_MIB = (8 * (default_num_shards(1) + 1) + 2 * TASK_NBYTES / 2**20) + 300e6 / 2**20
 
 
 def write(path: Path, num_rows: int) -> None:
-    """Random rows, in row groups of 10,000."""
+    """Write random rows in row groups of 10,000."""
     rng = np.random.default_rng(0)
     schema = pa.schema([(f"f{i}", pa.float32()) for i in range(COLUMNS)])
     path.parent.mkdir(parents=True)
@@ -53,10 +53,10 @@ def write(path: Path, num_rows: int) -> None:
 
 
 def peak_mib(data: Path, epochs: int = 1) -> dict[str, float]:
-    """Train on the files of a folder in this process, and watch it.
+    """Train on the files of a folder in this process.
 
     Returns:
-        The most MiB that it held, private and shared, and that the store held.
+        The peaks of "private", "shared" and "store" in MiB.
     """
     import raykeras as rk
 
@@ -78,15 +78,15 @@ def _build() -> Any:
 
 @contextlib.contextmanager
 def _watched() -> Iterator[dict[str, float]]:
-    """Looks at this process's memory, and at the store's once there is one, 50 times a second."""
+    """Record the peak memory of this process, and of the object store once Ray runs, while the block runs."""
     kinds = {"RssAnon": "private", "RssShmem": "shared"}
-    peak, ended = dict.fromkeys((*kinds.values(), "store"), 0.0), threading.Event()
+    peak, closed = dict.fromkeys((*kinds.values(), "store"), 0.0), threading.Event()
 
     def watch() -> None:
         import ray
         from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-        while not ended.wait(0.02):
+        while not closed.wait(0.02):
             if ray.is_initialized():
                 state = get_state_from_address(ray.get_runtime_context().gcs_address)
                 used = get_memory_info_reply(state).store_stats.object_store_bytes_used
@@ -101,7 +101,7 @@ def _watched() -> Iterator[dict[str, float]]:
     try:
         yield peak
     finally:
-        ended.set()
+        closed.set()
         thread.join()
 
 
@@ -132,13 +132,13 @@ def main() -> None:
                     os.link(large / "0.parquet", large / f"{i}.parquet")
             peak = _peak_of_new_process(large if num_files else small, epochs)
             measured.append({"bytes": (num_files * LARGE or SMALL) * ROW_NBYTES, "epochs": epochs, **peak})
-    header = ("GB of Parquet", "epochs", "private MiB", "shared MiB", "store MiB", "allowed each, MiB")
+    header = ("GB of Parquet", "epochs", "private MiB", "shared MiB", "store MiB", "limit of each, MiB")
     rows = [
         (
             f"{m['bytes'] / 1e9:.3g}",
             f"{m['epochs']}",
             *(f"{m[k]:,.0f}" for k in ("private", "shared", "store")),
-            f"{ALLOWED_MIB:.0f}",
+            f"{LIMIT_MIB:.0f}",
         )
         for m in measured
     ]

@@ -1,8 +1,8 @@
-"""The guide's MNIST example, streamed from Parquet, on two workers.
+"""The MNIST example of the Keras guide, streamed from Parquet, on two workers.
 
     python -m benchmarks.mnist path/to/mnist.npz
 
-Prints the accuracy on the test set after the guide's two epochs; the guide itself gets 0.9567.
+Prints the accuracy on the test set after two epochs, as in the guide, which reports 0.9567.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.mnist import build, flat_pixels
 
 
 def write(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """Images (rows, 28, 28) uint8 as fixed-size lists, in row groups of 2,000."""
+    """Write images `(rows, 28, 28)` of uint8 as fixed-size lists, in row groups of 2,000."""
     pixels = pa.FixedSizeListArray.from_arrays(pa.array(images.reshape(-1)), 28 * 28)
     pq.write_table(pa.table({"x": pixels, "label": labels}), path, row_group_size=2_000)
 
@@ -31,7 +31,7 @@ def source(path: Path) -> rk.Source:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="mnist.npz")
+    parser.add_argument("data", help="path of mnist.npz")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, np.load(arguments.data) as archive:

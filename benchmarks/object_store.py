@@ -1,11 +1,11 @@
-"""What arrays in memory take of the object store and of each worker, when several train on them.
+"""The memory that in-memory arrays take in the object store and in each of several workers.
 
     python -m benchmarks.object_store
 
-Trains two workers for two epochs on x of 2 GB, once of float32 and once of float64, which is converted to float32 on
-its way, in a process of its own each. `put` is what the training wrote to the object store, `held` the most that it
-held there, and `private` by how much the memory of each worker (the Private lines of smaps_rollup) grew at most once
-its model was built, with all that TensorFlow takes for the training.
+Trains two workers for two epochs on 2 GB of float32, and on 2 GB of float64 that is converted to float32, each in a new
+process. "Put" is the size of the objects that training writes to the object store, "peak" is the largest growth of the
+store, and "private" is the largest growth of the private memory of each worker (the Private lines of smaps_rollup)
+after its model is built, including TensorFlow's.
 """
 
 from __future__ import annotations
@@ -28,16 +28,24 @@ X_GB, WIDTH, BATCH_SIZE, EPOCHS = 2.0, 1024, 8192, 2
 def measure(
     x_nbytes: float, dtype: str, folder: Path, *, batch_size: int = BATCH_SIZE, epochs: int = EPOCHS
 ) -> dict[str, Any]:
-    """Train two workers on an array, and watch them and the store.
+    """Train two workers on an array.
+
+    Args:
+        x_nbytes: Size of x in bytes.
+        dtype: Data type of x.
+        folder: Folder for the run.
+        batch_size: Global batch size.
+        epochs: Number of epochs.
 
     Returns:
-        Bytes of x, put into the store, held there at most, and by how much each worker's own memory grew.
+        In bytes, the size of x, the objects that were put into the store ("put"), the largest growth of the store
+        ("held"), and a list of the growth of each worker's private memory ("private").
     """
     rows = int(x_nbytes / WIDTH / np.dtype(dtype).itemsize)
     x, y = np.random.default_rng(0).random((rows, WIDTH), dtype=dtype), np.zeros((rows, 1), np.float32)
     created, used = [], []
 
-    def look(event: rk.Event) -> None:
+    def record(event: rk.Event) -> None:
         if isinstance(event, rk.RunStarted | rk.EpochStarted | rk.EpochEnded):
             stats = _store_stats()
             created.append(stats.cumulative_created_bytes)
@@ -48,16 +56,16 @@ def measure(
     scale = rk.Scale(workers=2)
     rk.fit(
         _build, x, y, batch_size=batch_size, epochs=epochs, verbose=0, callbacks=[_private_callback(str(folder))],
-        scale=scale, run=run, on_event=look,
+        scale=scale, run=run, on_event=record,
     )  # fmt: skip
     put = max(created) - (before.cumulative_created_bytes if before else 0)
-    held = max(used) - (before.object_store_bytes_used if before else 0)
+    peak = max(used) - (before.object_store_bytes_used if before else 0)
     grown = [int((folder / f"private-{rank}").read_text()) for rank in range(scale.workers)]
-    return {"x": x.nbytes, "put": put, "held": held, "private": grown}
+    return {"x": x.nbytes, "put": put, "held": peak, "private": grown}
 
 
 def _store_stats() -> Any:
-    """Return the object store's statistics; None while there is no Ray."""
+    """Return the object store's statistics; None if Ray does not run."""
     import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -84,16 +92,16 @@ def _private_callback(folder: str) -> Any:
 
     class Private(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_begin(self, logs: Any = None) -> None:
-            self.before, self.most = _private_nbytes(), 0
+            self.initial, self.peak = _private_nbytes(), 0
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            self.most = max(self.most, _private_nbytes())
+            self.peak = max(self.peak, _private_nbytes())
 
         def on_train_end(self, logs: Any = None) -> None:
             import ray.train
 
             path = Path(folder, f"private-{ray.train.get_context().get_world_rank()}")
-            path.write_text(str(self.most - self.before))
+            path.write_text(str(self.peak - self.initial))
 
     return Private()
 
@@ -106,16 +114,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(measure(X_GB * 1e9, arguments.measure, Path(folder))))
         return
-    print("| x | GB in x | GB put | GB held | private MB, each worker |\n| --- | --- | --- | --- | --- |")
+    print("| x | x, GB | put, GB | peak of the store, GB | private MB per worker |\n| --- | --- | --- | --- | --- |")
     for dtype in ("float32", "float64"):
         command = [sys.executable, "-m", "benchmarks.object_store", "--measure", dtype]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(done.stderr)
         measured = json.loads(done.stdout.splitlines()[-1])
-        x, put, held = (f"{measured[name] / 1e9:.2f}" for name in ("x", "put", "held"))
+        x, put, peak = (f"{measured[name] / 1e9:.2f}" for name in ("x", "put", "held"))
         private = ", ".join(f"{grown / 1e6:,.0f}" for grown in measured["private"])
-        print(f"| {dtype} | {x} | {put} | {held} | {private} |", flush=True)
+        print(f"| {dtype} | {x} | {put} | {peak} | {private} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Petastorm's part of `benchmarks.ingest`, for the Python that it is installed in: prints rows per second.
+"""The Petastorm contender of `benchmarks.ingest`, which runs in Petastorm's environment and prints the rows per second.
 
 python petastorm_reader.py FOLDER FEATURES BATCH_SIZE NUM_BATCHES batch|rebatch
 """
@@ -11,13 +11,13 @@ import tensorflow as tf
 from petastorm import make_batch_reader
 from petastorm.tf_utils import make_petastorm_dataset
 
-folder, names, *sizes, how = sys.argv[1:]
+folder, names, *sizes, method = sys.argv[1:]
 features, (batch_size, num_batches) = names.split(","), map(int, sizes)
 with make_batch_reader("file://" + folder, num_epochs=None, workers_count=2, shuffle_row_groups=False) as reader:
     groups = make_petastorm_dataset(reader).map(
         lambda group: (tf.stack([getattr(group, name) for name in features], 1), group.label, group.weight)
     )
-    batches = groups.rebatch(batch_size) if how == "rebatch" else groups.unbatch().batch(batch_size)
+    batches = groups.rebatch(batch_size) if method == "rebatch" else groups.unbatch().batch(batch_size)
     iterator = iter(batches.prefetch(4))
 
     @tf.function
@@ -28,7 +28,7 @@ with make_batch_reader("file://" + folder, num_epochs=None, workers_count=2, shu
         return rows
 
     take(tf.constant(num_batches))
-    begun = time.perf_counter()
+    start = time.perf_counter()
     rows = int(take(tf.constant(2 * num_batches)))
-    print("rows/s", rows / (time.perf_counter() - begun), flush=True)
-    os._exit(0)  # TensorFlow may wait for ever for a parallel map that it ends
+    print("rows/s", rows / (time.perf_counter() - start), flush=True)
+    os._exit(0)  # TensorFlow may hang while it ends a parallel map

@@ -1,11 +1,11 @@
-"""What saving costs while a model trains.
+"""The cost of checkpoints while a model trains.
 
     python -m benchmarks.saving [sgd adam] [--batch-size 256]
 
-Trains a model of 50 MB in this process, a checkpoint of which has 50 MB with SGD, and 147 MB with Adam and its state:
-without checkpoints, with one every 50 steps that is written beside training, and with the same written before training
-goes on; in alternation. Prints the steps per second over 200 steps with four checkpoints, once as many were written as
-are kept, so that memory and files are used again.
+Trains a model of 50 MB in this process, whose checkpoints take 50 MB with SGD and 147 MB with Adam: without
+checkpoints, with a checkpoint every 50 steps that is written while training continues, and with one that training waits
+for. These alternate. Prints the steps per second over 200 steps with four checkpoints, after as many checkpoints as are
+kept, so that memory and files are reused.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 
 import raykeras as rk
 from benchmarks import side_by_side
-from raykeras import saving
+from raykeras.checkpoint.writer import AsyncCheckpointWriter
 
 UNITS, FIRST, STEPS, EVERY = 3500, 180, 200, 50
-KINDS = ("no checkpoints", "beside training", "before training goes on")
+KINDS = ("no checkpoints", "asynchronous", "synchronous")
 
 
 def build(optimizer: str) -> Any:
@@ -35,21 +35,21 @@ def build(optimizer: str) -> Any:
 
 
 def clock() -> Any:
-    """A callback that keeps the seconds that the steps took."""
+    """Return a callback that records the seconds of `STEPS` steps."""
     import keras
 
     class Clock(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if batch == FIRST:
-                self.begun = time.perf_counter()
+                self.start = time.perf_counter()
             if batch == FIRST + STEPS:
-                self.seconds = time.perf_counter() - self.begun
+                self.seconds = time.perf_counter() - self.start
 
     return Clock()
 
 
-class WaitingKeeper(saving.Keeper):
-    """Writes before training goes on."""
+class SyncCheckpointWriter(AsyncCheckpointWriter):
+    """Waits until each checkpoint is written."""
 
     def put(self, *args: Any) -> None:
         super().put(*args)
@@ -58,17 +58,17 @@ class WaitingKeeper(saving.Keeper):
 
 
 def steps_per_s(kind: str, optimizer: str, x: np.ndarray, batch_size: int) -> float:
-    """Of one training."""
-    from raykeras import launch
+    """Return the steps per second of one run."""
+    from raykeras.worker import entry
 
-    timed = clock()
-    every = None if kind == KINDS[0] else EVERY
-    keeper = WaitingKeeper if kind == KINDS[2] else saving.Keeper
-    with tempfile.TemporaryDirectory() as storage, mock.patch.object(launch, "Keeper", keeper):
-        run = rk.Run(storage=storage, checkpoint_every=every)
+    timer = clock()
+    checkpoint_every = None if kind == KINDS[0] else EVERY
+    writer = SyncCheckpointWriter if kind == KINDS[2] else AsyncCheckpointWriter
+    with tempfile.TemporaryDirectory() as storage, mock.patch.object(entry, "AsyncCheckpointWriter", writer):
+        run = rk.Run(storage=storage, checkpoint_every=checkpoint_every)
         model, steps = functools.partial(build, optimizer), FIRST + STEPS + 1
-        rk.fit(model, x, x[:, :1], batch_size=batch_size, steps_per_epoch=steps, callbacks=[timed], run=run, verbose=0)
-    return STEPS / float(timed.seconds)
+        rk.fit(model, x, x[:, :1], batch_size=batch_size, steps_per_epoch=steps, callbacks=[timer], run=run, verbose=0)
+    return STEPS / float(timer.seconds)
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
     measured = {}
     for optimizer in arguments.optimizers:
         run = functools.partial(steps_per_s, optimizer=optimizer, x=x, batch_size=arguments.batch_size)
-        run(KINDS[0])  # the first of anything is slow
+        run(KINDS[0])  # warm-up
         rates = side_by_side.alternate({kind: functools.partial(run, kind) for kind in KINDS}, arguments.rounds)
         measured[optimizer] = rates
         print(f"\n{optimizer}\n\n{side_by_side.ratios(rates, KINDS[0], 'steps/s', '.2f')}", flush=True)

@@ -1,4 +1,4 @@
-"""Contenders run in alternation or by turns, and a table of their medians."""
+"""Run contenders of a benchmark in alternation or by turns, and print tables of their medians."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ T = TypeVar("T")
 PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "pyarrow", "numpy")
 
 Contender = Callable[[], float]
-"""Runs once and returns what it measured."""
+"""Runs once and returns a figure."""
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """With what every benchmark takes."""
+    """Return an argument parser with the options that benchmarks share."""
     result = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--json", type=Path, help="where to write what was measured")
-    result.add_argument("--rounds", type=int, default=3, help="how often each contender runs (%(default)s)")
+    result.add_argument("--json", type=Path, help="file to write the results to")
+    result.add_argument("--rounds", type=int, default=3, help="number of runs of each contender (%(default)s)")
     return result
 
 
 def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Each contender's figures: all run once, then all again."""
+    """Run all contenders once in each round; return the figures of each."""
     figures: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -43,38 +43,41 @@ def alternate(contenders: Mapping[str, Contender], rounds: int) -> dict[str, lis
 
 
 def alone(run: Callable[[], T]) -> T:
-    """Runs a contender in a process of its own, where nothing is set that another one sets."""
+    """Run a contender in a new process, so that contenders do not share state."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(run).result()
 
 
 Turn = Callable[[], None]
-"""Ends a contender's turn; returns when its next one begins."""
+"""Ends a contender's turn, and returns when its next turn begins."""
 
 
 def by_turns(contenders: Mapping[str, Callable[[Turn], T]]) -> dict[str, T]:
-    """What contenders return that run side by side, each in a process of its own, by turns.
+    """Run contenders by turns, each in a process, and return their values.
 
-    A contender calls what it is given wherever its turn may end. Until its next one, its process and all that it
-    started are stopped: what is compared is seconds apart, and nobody runs beside anybody.
+    Between the turns of a contender, its process and all descendants are stopped. The compared turns are therefore
+    seconds apart, and no contender runs while another one does.
+
+    Args:
+        contenders: Functions of a `Turn`, which they call wherever their turn may end.
     """
     context = multiprocessing.get_context("spawn")
     running, results = {}, {}
     for name, run in contenders.items():
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_take_turns, args=(theirs, run))
+        connection, child_connection = context.Pipe()
+        process = context.Process(target=_take_turns, args=(child_connection, run))
         process.start()
-        theirs.close()
-        running[name] = process, ours
+        child_connection.close()
+        running[name] = process, connection
     try:
         while running:
             for name, (process, connection) in list(running.items()):
                 _signal(process, signal.SIGCONT)
                 connection.send(None)
-                if (returned := connection.recv()) is None:
+                if (result := connection.recv()) is None:
                     _signal(process, signal.SIGSTOP)
                 else:
-                    (results[name],) = returned
+                    (results[name],) = result
                     process.join()
                     del running[name]
     finally:
@@ -94,28 +97,28 @@ def _take_turns(connection: Any, run: Callable[[Turn], Any]) -> None:
 
 
 def _signal(process: BaseProcess, number: int) -> None:
-    """To a process and all that descend from it."""
+    """Send a signal to a process and all of its descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended
+        with contextlib.suppress(OSError):  # the process has ended
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    assert process.pid is not None  # it was started
-    family = [process.pid]
-    for member in family:
-        family += children.get(member, [])
+    assert process.pid is not None
+    pids = [process.pid]
+    for pid in pids:
+        pids += children.get(pid, [])
         with contextlib.suppress(ProcessLookupError):
-            os.kill(member, number)
+            os.kill(pid, number)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)]
     return "\n".join(lines)
 
 
 def ratios(figures: Mapping[str, Sequence[float]], of: str, unit: str, form: str = ",.0f") -> str:
-    """Medians, their range, and `of`'s median as a multiple of each."""
+    """Return a table of the medians, the ranges, and the median of `of` divided by each."""
     medians = {name: statistics.median(values) for name, values in figures.items() if values}
     rows = [
         (
@@ -131,7 +134,7 @@ def ratios(figures: Mapping[str, Sequence[float]], of: str, unit: str, form: str
 
 
 def write(path: Path | None, measured: Any) -> None:
-    """What was measured, with the machine and the versions, as JSON."""
+    """Write results, with the machine and the versions, as JSON; do nothing if `path` is None."""
     if path is None:
         return
     versions = {}

@@ -1,10 +1,10 @@
-"""Kills a run 50 times at random, and compares what is left with the same run undisturbed.
+"""Differences between a run that is killed 50 times at random and one that is not.
 
     python -m benchmarks.soak [--kills 50] [--workers 2]
 
-Each time, after a random while, either one worker or the driver is killed with SIGKILL; a killed driver is started
-again. At the end the history and the weights are those of the undisturbed run, and the run's events are audited: in
-the history that survived, each step of each epoch was trained exactly once.
+After a random time, a worker or the driver is killed with SIGKILL; a killed driver is started again. At the end, the
+history and the weights must be those of the uninterrupted run. The events are audited as well: in the history that
+survived, every step of every epoch was trained exactly once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import raykeras as rk
-from raykeras.checkpoint import RunFolder
+from raykeras.checkpoint.store import RunFolder
 
 ROWS, BATCH, EPOCHS = 1000, 32, 40
 STEPS = -(-ROWS // BATCH)
@@ -62,30 +62,40 @@ def train(storage: str, name: str, workers: int, step_s: float) -> rk.Result:
 
 
 def workers_of(driver: int) -> list[int]:
-    """Process ids of the training workers below a driver."""
+    """Return the process ids of the training workers that descend from a driver."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(path.name)] = (int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]), path)
         except (OSError, ValueError):
             continue
-    found = []
+    workers = []
     for pid, (_, path) in parents.items():
-        at, above = pid, []
-        while at in parents:
-            above.append(at)
-            at = parents[at][0]
+        ancestor, ancestors = pid, []
+        while ancestor in parents:
+            ancestors.append(ancestor)
+            ancestor = parents[ancestor][0]
         try:
-            if driver in above and b"RayTrainWorker" in (path / "cmdline").read_bytes():
-                found.append(pid)
+            if driver in ancestors and b"RayTrainWorker" in (path / "cmdline").read_bytes():
+                workers.append(pid)
         except OSError:
             continue
-    return found
+    return workers
 
 
 def soak(storage: str, kills: int, workers: int, seed: int) -> tuple[int, int]:
-    """Kills until it is enough, each time a random while after training went on; how many workers and drivers."""
-    chance, killed = random.Random(seed), {"worker": 0, "driver": 0}
+    """Kill processes of a run, each a random time after training started or resumed, until the run ends.
+
+    Args:
+        storage: Storage of the run.
+        kills: Number of processes to kill.
+        workers: Number of workers.
+        seed: Seed of the random choices.
+
+    Returns:
+        The numbers of workers and of drivers that were killed.
+    """
+    rng, killed = random.Random(seed), {"worker": 0, "driver": 0}
     command = [sys.executable, "-m", "benchmarks.soak", "--train", storage, "--workers", str(workers)]
     while True:
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -95,11 +105,11 @@ def soak(storage: str, kills: int, workers: int, seed: int) -> tuple[int, int]:
             if sum(killed.values()) == kills:
                 continue
             if not due and len(starts_of(storage)) > starts:
-                starts, due = len(starts_of(storage)), time.monotonic() + chance.uniform(0, 3)
+                starts, due = len(starts_of(storage)), time.monotonic() + rng.uniform(0, 3)
             if not due or time.monotonic() < due:
                 continue
-            targets, due = workers_of(driver.pid) if chance.random() < 0.5 else [], 0.0
-            kind, pid = ("worker", chance.choice(targets)) if targets else ("driver", driver.pid)
+            targets, due = workers_of(driver.pid) if rng.random() < 0.5 else [], 0.0
+            kind, pid = ("worker", rng.choice(targets)) if targets else ("driver", driver.pid)
             os.kill(pid, signal.SIGKILL)
             killed[kind] += 1
             print(f"kill {sum(killed.values())}: {kind}", flush=True)
@@ -108,11 +118,11 @@ def soak(storage: str, kills: int, workers: int, seed: int) -> tuple[int, int]:
         if driver.returncode == 0:
             return killed["worker"], killed["driver"]
         if driver.returncode != -signal.SIGKILL:
-            raise SystemExit(f"the driver ended with {driver.returncode}")
+            raise SystemExit(f"the driver exited with {driver.returncode}")
 
 
 def starts_of(storage: str) -> list[dict[str, Any]]:
-    """The events by which training began or went on."""
+    """Return the events of starts and restarts."""
     return [event for event in events_of(storage) if event["event"] in ("RunStarted", "RunRestarted")]
 
 
@@ -123,41 +133,45 @@ def events_of(storage: str) -> list[dict[str, Any]]:
     for line in lines:
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:  # the driver was killed while it wrote
+        except json.JSONDecodeError:  # the driver was killed while it wrote the line
             continue
     return events
 
 
 def audit(events: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """Steps of the history that survived: told of by events, and only by the position of a checkpoint.
+    """Check that every step of the history that survived was trained exactly once.
 
-    Where training went on from a checkpoint, what was told of after it is no longer part of the history; and what
-    was not told of before it was trained when its driver was killed, which took its last events along.
+    When training resumes from a checkpoint, events of later steps are no longer part of the history. Steps before the
+    checkpoint without events were trained by a killed driver, whose last events were lost.
+
+    Returns:
+        The number of steps with events, and of steps that are known only from the position of a checkpoint.
 
     Raises:
-        SystemExit: If a step is missing, or is there twice.
+        SystemExit: If a step is missing, or occurs twice.
     """
-    told: list[tuple[int, int]] = []
-    known: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
+    inferred: list[tuple[int, int]] = []
     for event in events:
         if event["event"] in ("RunStarted", "RunRestarted"):
             prefix = "initial_" if event["event"] == "RunStarted" else ""
             position = (event[f"{prefix}epoch"] or 0, event[f"{prefix}step"] or 0)
-            told = [step for step in told if step < position]
-            last = max(told, default=(-1, 0))
-            known = [step for step in known if step < position]
-            known += [step for step in _all_until(*position) if step > max([last, *known])]
+            reported = [step for step in reported if step < position]
+            last = max(reported, default=(-1, 0))
+            inferred = [step for step in inferred if step < position]
+            inferred += [step for step in _steps_before(*position) if step > max([last, *inferred])]
         elif event["event"] == "BatchEnded":
             end, number = event["step"], event["num_steps"]
-            told += [(event["epoch"], step) for step in range(end - number, end)]
-    expected = _all_until(EPOCHS, 0)
-    if sorted(told + known) != expected:
-        steps = told + known
+            reported += [(event["epoch"], step) for step in range(end - number, end)]
+    expected = _steps_before(EPOCHS, 0)
+    if sorted(reported + inferred) != expected:
+        steps = reported + inferred
         raise SystemExit(f"audit failed: {len(steps)} steps, {len(set(steps))} different, {len(expected)} expected")
-    return len(told), len(known)
+    return len(reported), len(inferred)
 
 
-def _all_until(epoch: int, step: int) -> list[tuple[int, int]]:
+def _steps_before(epoch: int, step: int) -> list[tuple[int, int]]:
+    """Return all steps before a position, as (epoch, step)."""
     return [(e, s) for e in range(epoch) for s in range(STEPS)] + [(epoch, s) for s in range(step)]
 
 
@@ -173,26 +187,26 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as storage:
         expected = train(storage, "undisturbed", arguments.workers, step_s=0)
-        begun = time.monotonic()
+        start = time.monotonic()
         workers, drivers = soak(storage, arguments.kills, arguments.workers, arguments.seed)
-        seconds = time.monotonic() - begun
-        told, known = audit(events_of(storage))
-        result = train(storage, "soak", arguments.workers, step_s=0)  # nothing is left to train
+        seconds = time.monotonic() - start
+        reported, inferred = audit(events_of(storage))
+        result = train(storage, "soak", arguments.workers, step_s=0)  # trains no step
         history = max(
             float(np.max(np.abs(np.array(result.history[name]) / np.array(values) - 1)))
             for name, values in expected.history.items()
         )
-        ours = RunFolder(result.path).checkpoints()[-1].load_model().get_weights()
-        theirs = RunFolder(expected.path).checkpoints()[-1].load_model().get_weights()
-        weights = max(float(np.max(np.abs(a - b))) for a, b in zip(ours, theirs, strict=True))
+        actual_weights = RunFolder(result.path).checkpoints()[-1].load_model().get_weights()
+        expected_weights = RunFolder(expected.path).checkpoints()[-1].load_model().get_weights()
+        weights = max(float(np.max(np.abs(a - b))) for a, b in zip(actual_weights, expected_weights, strict=True))
         restarts = len(starts_of(storage)) - 1
     cells: dict[str, Any] = {"workers killed": workers, "drivers killed": drivers, "restarts": restarts}
-    cells |= {"steps told of": told, "by checkpoints only": known, "history differs": f"{history:.1e}"}
-    cells |= {"weights differ": f"{weights:.1e}", "minutes": f"{seconds / 60:.0f}"}
+    cells |= {"steps with events": reported, "from checkpoints only": inferred, "history differs by": f"{history:.1e}"}
+    cells |= {"weights differ by": f"{weights:.1e}", "minutes": f"{seconds / 60:.0f}"}
     for row in (cells, ["---"] * len(cells), cells.values()):
         print(f"| {' | '.join(map(str, row))} |")
     if history > 1e-6 or weights > 1e-6:
-        raise SystemExit("the run does not end as an undisturbed one")
+        raise SystemExit("the run does not end like the uninterrupted one")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""From the shell to the end of the first training step.
+"""The time from the start of a program to the end of the first training step.
 
     python -m benchmarks.start [local workers]
 
-Each contender is a program of its own, timed from before its start until its model has made one step:
+Each contender is a program:
 
-    local     plain Keras on arrays; `rk.fit` from Parquet in this process, held in memory and streamed; and `ray.init`
-    workers   Ray's `TensorflowTrainer` on two workers, on arrays, and `rk.fit` on two workers, from Parquet
+    local     plain Keras on arrays; `rk.fit` from Parquet with one worker, cached and streamed; and `ray.init`
+    workers   Ray's `TensorflowTrainer` on two workers, on arrays; and `rk.fit` on two workers, from Parquet
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ import raykeras as rk
 class First:
     seen = False
 def first(event):
-    if isinstance(event, rk.events.BatchEnded) and not First.seen:
+    if isinstance(event, rk.BatchEnded) and not First.seen:
         First.seen = True
         with open(sys.argv[2], "a") as file:
             file.write(f"{time.time()}\\n")
@@ -103,17 +103,17 @@ trainer.fit()
 
 
 def seconds(program: str, data: Path) -> float:
-    """Until the program has made its first step."""
+    """Return the seconds until a program has made its first step."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "program.py").write_text(textwrap.dedent(program))
         stamps = folder / "stamps"
         command = [sys.executable, str(folder / "program.py"), str(data), str(stamps), str(folder / "runs")]
-        begun = time.time()
+        start = time.time()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
-        return float(stamps.read_text().split()[0]) - begun
+        return float(stamps.read_text().split()[0]) - start
 
 
 def main() -> None:
@@ -124,7 +124,7 @@ def main() -> None:
         "local": {
             "plain Keras": MODEL + PLAIN,
             "ray.init": RAY,
-            "rk.fit, held in memory": MODEL + LOCAL.format(cache="auto"),
+            "rk.fit, cached": MODEL + LOCAL.format(cache="auto"),
             "rk.fit, streamed": MODEL + LOCAL.format(cache=None),
         },
         "workers": {"TensorflowTrainer": MODEL + TENSORFLOW_TRAINER, "rk.fit": MODEL + WORKERS},
@@ -144,15 +144,13 @@ def main() -> None:
             medians = {name: statistics.median(values) for name, values in figures.items()}
             rows = []
             for name, value in medians.items():
-                allowed = ""
+                ratio = ""
                 if case == "local" and name.startswith("rk.fit"):
-                    needed = medians["plain Keras"] * 1.3 + (medians["ray.init"] if name.endswith("streamed") else 0)
-                    allowed = f"{value / needed:.2f} of 1.3 × plain" + (
-                        " + ray.init" if name.endswith("streamed") else ""
-                    )
+                    limit = medians["plain Keras"] * 1.3 + (medians["ray.init"] if name.endswith("streamed") else 0)
+                    ratio = f"{value / limit:.2f} of 1.3 × plain" + (" + ray.init" if name.endswith("streamed") else "")
                 elif name == "rk.fit":
-                    allowed = f"{value / medians['TensorflowTrainer']:.2f} of TensorflowTrainer"
-                rows.append((name, f"{value:.1f}", f"{min(figures[name]):.1f}–{max(figures[name]):.1f}", allowed))
+                    ratio = f"{value / medians['TensorflowTrainer']:.2f} of TensorflowTrainer"
+                rows.append((name, f"{value:.1f}", f"{min(figures[name]):.1f}–{max(figures[name]):.1f}", ratio))
             print(f"\n{case}\n")
             print(side_by_side.table(("to the first step", "s", "range", ""), rows), flush=True)
     side_by_side.write(arguments.json, measured)

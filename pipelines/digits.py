@@ -1,9 +1,9 @@
-"""Handwritten digits, shipped with the repository as Parquet, with a weight for each row.
+"""Handwritten digits from Parquet files in this repository, with a sample weight for each row.
 
     raykeras fit pipelines/digits.py
     raykeras fit pipelines/digits.py --workers 2 --epochs 5
 
-`weight` is the inverse frequency of the row's digit, so that every digit counts alike.
+`weight` is the inverse frequency of the row's digit, so that all digits have the same total weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DATA = Path(__file__).parent / "digits"
 
 
 def build() -> Any:
-    """A small convolutional network on images of 8×8 pixels from 0 to 16."""
+    """Build a small convolutional network for images of 8×8 pixels with values from 0 to 16."""
     import keras
 
     model = keras.Sequential(
@@ -41,12 +41,12 @@ def build() -> Any:
 
 
 def pipeline(data: str = str(DATA), batch_size: int = 32, epochs: int = 10) -> rk.Pipeline:
-    """The digits.
+    """Return the pipeline.
 
     Args:
         data: Folder with `train/` and `test/`.
-        batch_size: Rows of a global batch.
-        epochs: Epochs to train.
+        batch_size: Global batch size.
+        epochs: Number of epochs.
     """
     train = rk.parquet(f"{data}/train", x="image", y="label", sample_weight="weight")
     test = rk.parquet(f"{data}/test", x="image", y="label")

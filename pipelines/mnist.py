@@ -2,8 +2,8 @@
 
     raykeras fit pipelines/mnist.py -s data=path/to/mnist.npz
 
-`mnist.npz` is the archive that `keras.datasets.mnist` downloads. As in the guide, the last 10,000 of
-the 60,000 rows are held out for validation.
+`mnist.npz` is the archive that `keras.datasets.mnist` downloads. As in the guide, the last 10,000 of the 60,000
+training rows are for validation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import raykeras as rk
 
 
 def build() -> Any:
-    """Two dense layers of 64 on 784 pixels."""
+    """Build the guide's model: two dense layers of 64 units on 784 pixels."""
     import keras
 
     inputs = keras.Input(shape=(784,), name="digits")
@@ -33,7 +33,7 @@ def build() -> Any:
 
 
 def flat_pixels(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Images (rows, 28, 28) uint8 as pixels (rows, 784) float32 from 0 to 1."""
+    """Convert images (rows, 28, 28) uint8 to pixels (rows, 784) float32 from 0 to 1."""
     flat = {}
     for name, array in columns.items():
         flat[name] = array.reshape(len(array), -1).astype(np.float32) / 255 if name.startswith("x") else array
@@ -41,12 +41,12 @@ def flat_pixels(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def pipeline(data: str, batch_size: int = 64, epochs: int = 2) -> rk.Pipeline:
-    """MNIST.
+    """Return the pipeline.
 
     Args:
         data: Path of `mnist.npz`.
-        batch_size: Rows of a global batch.
-        epochs: Epochs to train.
+        batch_size: Global batch size.
+        epochs: Number of epochs.
     """
     return rk.Pipeline(
         model=build,

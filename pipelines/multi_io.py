@@ -1,18 +1,18 @@
-"""The model of two inputs and two outputs of the Keras guide "Training & evaluation with the built-in methods".
+"""The model with two inputs and two outputs from the Keras guide "Training & evaluation with the built-in methods".
 
     raykeras fit pipelines/multi_io.py
     raykeras fit pipelines/multi_io.py --workers 2 --name two
     raykeras evaluate pipelines/multi_io.py --checkpoint runs/two/checkpoints/epoch-000005
     raykeras predict pipelines/multi_io.py --checkpoint runs/two/checkpoints/epoch-000005 --output predicted
 
-An image and a time series, of whatever length, give a score and one of five classes; x, y and the
-weights are dicts by name. The first command makes the data, as Parquet in the folder for temporary files;
-where workers are on several machines, `-s data=FOLDER` names a folder that all of them see.
+The inputs are an image and a time series of variable length; the outputs are a score and one of five classes. x, y and
+the sample weights are dicts by name. The first command generates the data as Parquet files in the temporary folder;
+with workers on several machines, set `-s data=FOLDER` to a folder that all of them can access.
 
-An image has a patch of one colour. In two series of three there is an event, in the first or the second
-of its 10 channels. The class is the event's, or else the patch's colour; the score is the patch's
-brightness and the event's height. Scores were measured with more or less noise, and some classes are
-guesses: the weights say how far a row's score and class are to be trusted.
+An image has a patch of one color. Two thirds of the series have an event in the first or second of their 10 channels.
+The class is that of the event, or else the color of the patch; the score is the sum of the patch's brightness and the
+event's height. The noise of the scores differs from row to row, and some classes are random: the weights say how
+reliable the score and the class of a row are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARTS = {"train": 4, "test": 1}  # files of `rows` / 4 rows each
 
 
 def build() -> Any:
-    """The guide's model: a convolution over each input, and a linear score and linear logits of both."""
+    """Build the guide's model: a convolution of each input, and a linear score and logits of both."""
     import keras
     from keras import layers
 
@@ -65,7 +65,7 @@ def build() -> Any:
 
 
 def as_inputs(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What is stored as what the model takes; the series (rows, steps × channels) were padded with zeros."""
+    """Convert stored columns to the model's inputs and outputs; series (rows, steps × channels) are zero-padded."""
     return {
         **columns,
         "image": columns["image"].astype(np.float32) / 255,
@@ -75,13 +75,13 @@ def as_inputs(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def pipeline(data: str = "", rows: int = 3200, batch_size: int = 32, epochs: int = 5) -> rk.Pipeline:
-    """Images and series.
+    """Return the pipeline; generate the data first if needed.
 
     Args:
-        data: Folder with `train/` and `test/`, made if it is not there.
-        rows: Training rows to make.
-        batch_size: Rows of a global batch.
-        epochs: Epochs to train.
+        data: Folder with `train/` and `test/`, which is generated if it does not exist.
+        rows: Number of training rows to generate.
+        batch_size: Global batch size.
+        epochs: Number of epochs.
     """
     folder = Path(data) if data else _folder(rows)
     make(folder, rows)
@@ -102,40 +102,43 @@ def pipeline(data: str = "", rows: int = 3200, batch_size: int = 32, epochs: int
 
 
 def _folder(rows: int) -> Path:
-    """Where the data are by default; another folder once this file has changed."""
+    """Return the default folder of the data, whose name changes with this file."""
     version = zlib.crc32(Path(__file__).read_bytes())
     return Path(tempfile.gettempdir()) / f"raykeras-multi-io-{rows}-{version:08x}"
 
 
 def make(folder: Path, rows: int) -> None:
-    """Writes the data beside `folder` and renames them, so that they are there whole or not at all."""
+    """Generate the data in `folder`, unless it exists.
+
+    The data is written to a temporary folder that is renamed at the end, so that it is never incomplete.
+    """
     if (folder / "test").is_dir():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        made = Path(beside) / "made"
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        complete = Path(temporary) / "made"
         number = 0
         for part, num_files in PARTS.items():
-            (made / part).mkdir(parents=True)
+            (complete / part).mkdir(parents=True)
             for _ in range(num_files):
                 table = _table(np.random.default_rng(number), -(-rows // PARTS["train"]))
-                pq.write_table(table, made / part / f"part-{number}.parquet", row_group_size=256)
+                pq.write_table(table, complete / part / f"part-{number}.parquet", row_group_size=256)
                 number += 1
         try:
-            made.rename(folder)
+            complete.rename(folder)
         except OSError:
-            if not (folder / "test").is_dir():  # else another run was first
+            if not (folder / "test").is_dir():  # otherwise another process was faster
                 raise
 
 
 def _table(rng: np.random.Generator, rows: int) -> pa.Table:
-    colour, brightness = rng.integers(0, 3, rows), rng.uniform(0.4, 1, rows)
+    color, brightness = rng.integers(0, 3, rows), rng.uniform(0.4, 1, rows)
     event, height = rng.integers(-1, 2, rows), rng.uniform(1.5, 3, rows)  # -1: none
     images = rng.integers(0, 40, (rows, 32, 32, 3), np.uint8)
     series = []
     for row in range(rows):
         top, left = rng.integers(0, 32 - 6, 2)
-        images[row, top : top + 6, left : left + 6, colour[row]] = 255 * brightness[row]
+        images[row, top : top + 6, left : left + 6, color[row]] = 255 * brightness[row]
         steps = rng.integers(8, MAX_STEPS + 1)
         values = rng.normal(0, 0.1, (steps, NUM_CHANNELS)).astype(np.float32)
         if event[row] >= 0:
@@ -146,7 +149,7 @@ def _table(rng: np.random.Generator, rows: int) -> pa.Table:
     score = 0.5 + brightness + np.where(event >= 0, height, 0) + noise * rng.normal(size=rows)
     trust = rng.uniform(0.6, 1, rows)
     guessed = rng.uniform(size=rows) > trust
-    truth = np.where(event >= 0, 3 + event, colour)
+    truth = np.where(event >= 0, 3 + event, color)
     return pa.table(
         {
             "image": pa.FixedShapeTensorArray.from_numpy_ndarray(images),

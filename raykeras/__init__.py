@@ -1,6 +1,6 @@
-"""raykeras: `model.fit`, on a Ray cluster, fed from Parquet and NumPy.
+"""Keras' `model.fit` on a Ray cluster, fed from Parquet, NumPy or Ray datasets.
 
-Importing it imports neither Ray nor TensorFlow: every name is loaded when it is first used.
+Names are loaded on first use, so that importing the package imports neither Ray nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raykeras.callbacks import DriverCallback
-    from raykeras.checkpoint import Checkpoint
-    from raykeras.driver import fit
-    from raykeras.errors import (
+    from raykeras.checkpoint.store import Checkpoint
+    from raykeras.cli.pipeline import Pipeline
+    from raykeras.core.config import Run, Scale
+    from raykeras.core.errors import (
         CheckpointError,
         ColumnError,
         ModelError,
@@ -24,27 +24,32 @@ if TYPE_CHECKING:
         ValidationError,
         WorkerLostError,
     )
-    from raykeras.events import (
+    from raykeras.core.events import (
         ArtifactSaved,
         BatchEnded,
+        CheckpointDamaged,
         CheckpointSaved,
         EpochEnded,
         EpochStarted,
         Event,
         RunEnded,
+        RunRestarted,
         RunStarted,
+        StorageFailed,
         ValidationEnded,
         WorkerFailed,
+        WorldResized,
     )
-    from raykeras.inference import evaluate, predict
-    from raykeras.options import Run, Scale
-    from raykeras.pipeline import Pipeline
-    from raykeras.placement import on_chief
-    from raykeras.result import Result
-    from raykeras.sources import Source
-    from raykeras.sources.arrays import npy
-    from raykeras.sources.dataset import dataset
-    from raykeras.sources.parquet import parquet
+    from raykeras.data.sources.arrays import npy
+    from raykeras.data.sources.base import Source
+    from raykeras.data.sources.parquet import parquet
+    from raykeras.data.sources.ray_dataset import dataset
+    from raykeras.driver.callback import DriverCallback
+    from raykeras.driver.evaluate import evaluate
+    from raykeras.driver.fit import fit
+    from raykeras.driver.predict import predict
+    from raykeras.driver.result import Result
+    from raykeras.worker.callback_placement import on_chief
 
 __version__ = "0.1.0"
 
@@ -52,6 +57,7 @@ __all__ = [
     "ArtifactSaved",
     "BatchEnded",
     "Checkpoint",
+    "CheckpointDamaged",
     "CheckpointError",
     "CheckpointSaved",
     "ColumnError",
@@ -67,15 +73,18 @@ __all__ = [
     "Result",
     "Run",
     "RunEnded",
+    "RunRestarted",
     "RunStarted",
     "Scale",
     "Source",
     "SourceError",
+    "StorageFailed",
     "UserCodeError",
     "ValidationEnded",
     "ValidationError",
     "WorkerFailed",
     "WorkerLostError",
+    "WorldResized",
     "dataset",
     "evaluate",
     "fit",
@@ -86,38 +95,55 @@ __all__ = [
 ]
 
 _MODULES = {
-    "callbacks": ("DriverCallback",),
-    "checkpoint": ("Checkpoint",),
-    "driver": ("fit",),
-    "inference": ("evaluate", "predict"),
-    "options": ("Run", "Scale"),
-    "pipeline": ("Pipeline",),
-    "placement": ("on_chief",),
-    "result": ("Result",),
-    "sources": ("Source",),
-    "sources.arrays": ("npy",),
-    "sources.dataset": ("dataset",),
-    "sources.parquet": ("parquet",),
-    "events": (
+    "checkpoint.store": ("Checkpoint",),
+    "cli.pipeline": ("Pipeline",),
+    "core.config": ("Run", "Scale"),
+    "core.errors": (
+        "CheckpointError",
+        "ColumnError",
+        "ModelError",
+        "OptionError",
+        "RaykerasError",
+        "ResourceError",
+        "SourceError",
+        "UserCodeError",
+        "ValidationError",
+        "WorkerLostError",
+    ),
+    "core.events": (
         "ArtifactSaved",
         "BatchEnded",
+        "CheckpointDamaged",
         "CheckpointSaved",
         "EpochEnded",
         "EpochStarted",
         "Event",
         "RunEnded",
+        "RunRestarted",
         "RunStarted",
+        "StorageFailed",
         "ValidationEnded",
         "WorkerFailed",
+        "WorldResized",
     ),
+    "data.sources.arrays": ("npy",),
+    "data.sources.base": ("Source",),
+    "data.sources.parquet": ("parquet",),
+    "data.sources.ray_dataset": ("dataset",),
+    "driver.callback": ("DriverCallback",),
+    "driver.evaluate": ("evaluate",),
+    "driver.fit": ("fit",),
+    "driver.predict": ("predict",),
+    "driver.result": ("Result",),
+    "worker.callback_placement": ("on_chief",),
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'raykeras' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"raykeras.{_HOME.get(name, 'errors')}"), name)
+    return getattr(importlib.import_module(f"raykeras.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

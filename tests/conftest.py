@@ -1,7 +1,7 @@
-"""What tests share: a folder for all temporary files, TensorFlow, Ray and kept workers, each started on first use.
+"""Fixtures of all tests: a temporary folder, TensorFlow, Ray, an S3 server and kept workers, each started on first use.
 
-Nothing outlives the session: processes that do fail it, and the folder is removed. Pass `--basetemp=FOLDER` to keep
-what tests wrote.
+A process that outlives the session fails it, and the folder is removed. Pass `--basetemp=FOLDER` to keep the files that
+tests wrote.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from contextlib import nullcontext
 import hypothesis
 import pytest
 
-from raykeras.options import Scale
+from raykeras.core.config import Scale
 from tests.support import leftovers
 from tests.support.kept_workers import TWO, KeptWorkers
 from tests.support.s3 import S3
 
-NUM_CPUS = 4  # three new workers leave one for data tasks and the fractions that kept workers hold
-_LEFT = pytest.StashKey[list[str]]()
+NUM_CPUS = 4  # three new workers, and one CPU for data tasks and the fractions that kept workers reserve
+_LEFTOVERS = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -38,21 +38,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "exhaustive: runs only with --exhaustive")
     config.addinivalue_line("markers", "fewer_scales: trains at one scale unless --exhaustive is given")
     config.addinivalue_line("markers", "tf_keras_on_replicas: tf_keras not on two workers unless --exhaustive is given")
-    config.option.loadscopereorder = False  # xdist's order has the longest tests last, where one process waits
+    config.option.loadscopereorder = False  # xdist would run the longest tests last, with one process idle
     if hasattr(config, "workerinput"):  # xdist's workers inherit the folder
         return
-    folder = tempfile.mkdtemp(prefix="rk", dir="/tmp")  # short, because Ray's socket paths lie under it
+    folder = tempfile.mkdtemp(prefix="rk", dir="/tmp")  # short, because the length of Ray's socket paths is limited
     os.environ |= {leftovers.SESSION: folder, "TMPDIR": folder, "RAYKERAS_CACHE": f"{folder}/cache"}
     tempfile.tempdir = None
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps tests that share processes in one of xdist's workers, and otherwise those of a module; long ones first."""
+    """Run tests that share processes, or a module, in one of xdist's workers; start with the longest groups."""
     if not config.getoption("--exhaustive"):
-        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+        deselected = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if item not in deselected]
+        config.hook.pytest_deselected(items=deselected)
     groups = {}
     for item in items:
         shared = {"forked", "kept_workers", "two_workers"} & set(getattr(item, "fixturenames", ()))
@@ -76,21 +76,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):
         return
     folder = os.environ.pop(leftovers.SESSION)
-    session.config.stash[_LEFT] = leftovers.end_processes(folder)
+    session.config.stash[_LEFTOVERS] = leftovers.end_processes(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    if session.config.stash[_LEFT]:
+    if session.config.stash[_LEFTOVERS]:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(_LEFT, []):
+    for line in config.stash.get(_LEFTOVERS, []):
         terminalreporter.write_line(f"ERROR: left behind by the tests: {line}", red=True)
 
 
 @pytest.fixture(scope="session")
 def tensorflow() -> None:
-    """TensorFlow with two logical CPU devices, which can be created only before it starts."""
-    from raykeras.noise import import_tensorflow, quiet
+    """Start TensorFlow with two logical CPU devices, which must be created before TensorFlow starts."""
+    from raykeras.core.quiet import import_tensorflow, quiet
 
     quiet()
     import_tensorflow()
@@ -103,7 +103,7 @@ def tensorflow() -> None:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3]:
-    """An S3 server of this session, to which `s3://` URLs lead in this process and in those that it starts."""
+    """Start an S3 server that serves `s3://` URLs in this process and in its child processes."""
     server = S3()
     with pytest.MonkeyPatch.context() as environment:
         for name, value in server.environment.items():
@@ -114,7 +114,7 @@ def s3_server() -> Iterator[S3]:
 
 @pytest.fixture
 def bucket(s3_server: S3, request: pytest.FixtureRequest) -> str:
-    """A new bucket's URL."""
+    """Return the URL of a new bucket."""
     import fsspec
 
     name = f"test-{zlib.crc32(request.node.nodeid.encode()):08x}"
@@ -124,13 +124,15 @@ def bucket(s3_server: S3, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def ray_cluster(tensorflow: None, s3_server: S3) -> Iterator[None]:
-    """A Ray in a folder that it shares with no other Ray of this machine, whose address it would find there."""
+    """Start Ray in a new folder, so that it does not find the address of another Ray on this machine."""
     with (
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
         pytest.MonkeyPatch.context() as environment,
     ):
         environment.setenv("RAY_TMPDIR", folder)
-        environment.setenv("RAY_num_workers_soft_limit", "16")  # idle ones are ended beyond, and started again
+        environment.setenv(
+            "RAY_num_workers_soft_limit", "16"
+        )  # above the limit, Ray stops idle workers and starts them again
         import ray
 
         ray.init(num_cpus=NUM_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -140,7 +142,7 @@ def ray_cluster(tensorflow: None, s3_server: S3) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kept_workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptWorkers]:
-    """Two worker processes for all tests that ask for them."""
+    """Start two worker processes, which are shared by all tests that request them."""
     workers = KeptWorkers(tmp_path_factory.mktemp("kept"))
     yield workers
     workers.close()
@@ -148,13 +150,13 @@ def kept_workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def several(request: pytest.FixtureRequest) -> Scale:
-    """Two workers; two replicas of one worker for tf_keras in tests that say so."""
+    """Return a scale of two workers, or of two local replicas for tf_keras in tests with `tf_keras_on_replicas`."""
     return Scale(replicas_per_worker=2) if _on_replicas(request.node) else TWO
 
 
 @pytest.fixture
 def two_workers(request: pytest.FixtureRequest, several: Scale) -> Iterator[None]:
-    """Runs what this test starts on two workers on the kept ones."""
+    """Run this test's two-worker jobs on the kept workers."""
     workers = request.getfixturevalue("kept_workers").used() if several == TWO else nullcontext()
     with workers:
         yield

@@ -1,4 +1,4 @@
-"""One TensorFlow and one Ray for the whole session."""
+"""Integration tests share one TensorFlow and one Ray."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def one_ray(ray_cluster: None) -> None:
-    """Otherwise the first test that streams would start another one."""
+    """Start Ray before the first test that streams would start another one."""
 
 
 @pytest.fixture(autouse=True)
 def frozen_objects(tensorflow: None) -> None:
-    """Keeps `clear_session` from collecting garbage among all of TensorFlow's objects."""
+    """Exclude existing objects from the garbage collection of `clear_session`, which is slow with TensorFlow loaded."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def no_automatic_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests stream their rows unless they ask for the cache."""
+    """Stream rows unless a test requests the cache."""
     monkeypatch.setenv("RAYKERAS_AUTO_CACHE_BYTES", "0")

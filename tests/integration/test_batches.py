@@ -19,9 +19,9 @@ import tensorflow as tf
 import tf_keras
 
 import raykeras as rk
-from raykeras.batches import as_batches
-from raykeras.orders import BatchOrders
-from raykeras.pump import Chunk, Pump, received
+from raykeras.data.adapters.adapter import as_batches
+from raykeras.data.adapters.epochs import BatchesSpec
+from raykeras.data.adapters.transport import BatchChunk, BatchFeeder, received
 from tests.support.compare import assert_same_training, assert_same_weights
 from tests.support.models import (
     CLASS,
@@ -262,7 +262,7 @@ def test_training_ends_when_generator_is_exhausted(
     options: dict[str, Any] = {"steps_per_epoch": 3, "epochs": 9, "verbose": 0}
     for scale in SCALES.values():
         data = made("generator", package, (X, Y), num_batches)
-        with pytest.warns(UserWarning, match=f"end after {num_batches} batches, in epoch {num_epochs} of 9"):
+        with pytest.warns(UserWarning, match=f"ended after {num_batches} batches, in epoch {num_epochs} of 9"):
             result = rk.fit(dense(package), data, **options, scale=scale, run=rk.Run(storage=str(tmp_path)))
         assert result.epoch == list(range(num_epochs))
         assert_same_weights(result.model(), model)
@@ -390,9 +390,9 @@ def test_invalid_batches_are_refused_before_start() -> None:
     fails("infinite tf.data.Dataset without `steps_per_epoch`", data.batch(BATCH).repeat())
     fails("infinite sequence without `steps_per_epoch`", Endless())
     fails("infinite tf.data.Dataset without `validation_steps`", Slices((X, Y)), validation_data=data.batch(9).repeat())
-    fails("of unknown length came without `steps_per_epoch`", unknown, scale=TWO)
-    fails("of unknown length came without `steps_per_epoch`", made("generator", "", (X, Y)), scale=TWO)
-    fails("of unknown length came without `validation_steps`", Slices((X, Y)), validation_data=unknown, scale=TWO)
+    fails("of unknown length without `steps_per_epoch`", unknown, scale=TWO)
+    fails("of unknown length without `steps_per_epoch`", made("generator", "", (X, Y)), scale=TWO)
+    fails("of unknown length without `validation_steps`", Slices((X, Y)), validation_data=unknown, scale=TWO)
     fails("without `validation_steps`", Slices((X, Y)), validation_data=generated((X, Y), 3))
     fails("this one is empty", data.batch(BATCH).take(0))
     fails("must have at least one batch", iter(()))
@@ -401,15 +401,15 @@ def test_invalid_batches_are_refused_before_start() -> None:
     fails("got 4 parts", ((X, Y, Y, Y) for _ in range(3)))
     fails("must hold dense tensors", data.ragged_batch(4).map(lambda x, y: (tf.RaggedTensor.from_tensor(x), y)))
     fails(
-        r"must be nested as the model's inputs; .* Give an array, or",
+        r"must be nested like the model's inputs; .* Pass an array, or",
         (({"a": {"b": X}}, Y) for _ in range(3)),
         rk.ModelError,
     )
     fails("batch 0: x 75, y 74", ((X, Y[1:]) for _ in range(3)))
     fails("must name the model's outputs|Outputs: None", Slices((X, Y)), class_weight={"a": {1: 2}})
-    with pytest.raises(rk.OptionError, match=r"infinite tf\.data\.Dataset\. Give `steps`"):
+    with pytest.raises(rk.OptionError, match=r"infinite tf\.data\.Dataset\. Pass `steps`"):
         rk.predict(dense("keras"), data.batch(BATCH).repeat())
-    with pytest.raises(rk.OptionError, match="`columns` are those of a source"):
+    with pytest.raises(rk.OptionError, match="`columns` must be columns of a source"):
         rk.predict(dense("keras"), data.batch(BATCH), output="/nowhere", columns=["id"])
 
 
@@ -433,13 +433,13 @@ def test_validation_steps_beyond_data_are_an_error(scale: rk.Scale, tmp_path: Pa
 def test_inconsistent_batch_is_named(scale: rk.Scale, tmp_path: Path) -> None:
     run = rk.Run(storage=str(tmp_path))
     wrong = itertools.chain(generated((X, Y), 3), [(X[:, :5], Y)])
-    message = "those of x are 8, and 5 in batch 3"
+    message = "those of x are 8, but 5 in batch 3"
     fails(message, wrong, steps_per_epoch=4, scale=scale, run=run)
 
 
 def test_batch_shape_must_match_model_input(tmp_path: Path) -> None:
     run, data = rk.Run(storage=str(tmp_path)), made("dataset", "", (X[:, :5], Y))
-    fails("takes 8 a row and x gives 5. Change", data, rk.ModelError, run=run)
+    fails("takes 8 per row and x has 5. Change", data, rk.ModelError, run=run)
 
 
 @IN_PROCESS
@@ -459,9 +459,9 @@ def test_user_exception_keeps_user_traceback(scale: rk.Scale, tmp_path: Path) ->
 def test_pump_splits_batches_over_ranks_in_order(form: str) -> None:
     batches = as_batches(made(form, "keras", (X, Y, WEIGHT), 40), "float32")
     assert batches is not None
-    pump = Pump(BatchOrders(batches, batches.layout, batches.num_batches, False, 0, None), 2)
+    pump = BatchFeeder(BatchesSpec(batches, batches.batch_spec, batches.num_batches, False, 0, None), 2)
     try:
-        taken = [batches_of(received(pipe), 12) for pipe in pump.pipes]
+        taken = [batches_of(received(channel), 12) for channel in pump.channels]
     finally:
         pump.close()
     for number, parts in enumerate(zip(*taken, strict=True)):
@@ -470,7 +470,7 @@ def test_pump_splits_batches_over_ranks_in_order(form: str) -> None:
             assert all(rows == len(whole) for _, rows in parts)
 
 
-def batches_of(chunks: Iterator[Chunk], num_batches: int) -> list[tuple[list[np.ndarray], int]]:
+def batches_of(chunks: Iterator[BatchChunk], num_batches: int) -> list[tuple[list[np.ndarray], int]]:
     taken: list[Any] = []
     while len(taken) < num_batches:
         chunk = next(chunks)
@@ -491,9 +491,9 @@ def test_pump_sends_incomplete_chunk_without_waiting() -> None:
 
     batches = as_batches(slow(), "float32")
     assert batches is not None
-    pump = Pump(BatchOrders(batches, batches.layout, batches.num_batches, False, 0, None), 1)
+    pump = BatchFeeder(BatchesSpec(batches, batches.batch_spec, batches.num_batches, False, 0, None), 1)
     try:
-        chunks = received(pump.pipes[0])
+        chunks = received(pump.channels[0])
         assert len(batches_of(chunks, 2)) == 2
         arrived.set()
         rest = list(chunks)

@@ -14,12 +14,12 @@ import ray
 import tensorflow as tf
 
 import raykeras as rk
-from raykeras.chunks import Feed
-from raykeras.held import Held
-from raykeras.plan import PassPlan
-from raykeras.sources import Source
-from raykeras.specs import resolve
-from raykeras.stream import Stream
+from raykeras.data.plan import PassPlan
+from raykeras.data.resolve import resolve
+from raykeras.data.sources.base import Source
+from raykeras.data.streaming.cache import CachedRows
+from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.spec import RankInput
 from tests.support.kept_workers import TWO
 
 ROWS, BATCH = 103, 16
@@ -67,13 +67,13 @@ def batches(source: Source, cached: bool, rank: int, num_ranks: int, first_step:
     """Return a rank's flattened batches of three passes from a step on; ragged ones as values and row splits."""
     rows = source.open().slice(5, ROWS)
     rows_layout = resolve(source, rows, **options)
-    opened, layout = Held(rows, rows_layout).source(rows_layout) if cached else (rows, rows_layout)
+    opened, batch_spec = CachedRows(rows, rows_layout).source(rows_layout) if cached else (rows, rows_layout)
 
     def plan(epoch: int) -> PassPlan:
         return PassPlan(rows.unit_rows, global_batch_size=BATCH, window_rows=16, seed=1, epoch=epoch)
 
     steps = 3 * plan(0).num_steps
-    stream = Stream(Feed(opened, layout, plan, rank, num_ranks, 1, num_steps=steps, first_step=first_step))
+    stream = Stream(RankInput(opened, batch_spec, plan, rank, num_ranks, 1, num_steps=steps, first_step=first_step))
     flat = []
     for batch in stream.endless_dataset().take(steps - first_step):
         flat.append([part.numpy() for part in tf.nest.flatten(batch, expand_composites=True)])
@@ -98,10 +98,10 @@ def test_cached_batches_equal_streamed_ones(
 def test_cached_text_is_shared_with_workers(folder: Path) -> None:
     source = rk.parquet(folder, **SPECS["text"])
     opened = source.open()
-    held, layout = Held(opened, resolve(source, opened)).source(resolve(source, opened))
-    expected, name = held.reader.read(held.unit(3), 2, 5, layout.columns), layout.columns[0]
+    held, batch_spec = CachedRows(opened, resolve(source, opened)).source(resolve(source, opened))
+    expected, name = held.reader.read(held.unit(3), 2, 5, batch_spec.columns), batch_spec.columns[0]
     held.reader.share()  # type: ignore[attr-defined]
-    shared = ray.get(ray.put(held.reader)).read(held.unit(3), 2, 5, layout.columns)[name]
+    shared = ray.get(ray.put(held.reader)).read(held.unit(3), 2, 5, batch_spec.columns)[name]
     assert shared.to_pylist() == expected[name].to_pylist() == [b"row 32", b"row 33", b"row 34"]
 
 

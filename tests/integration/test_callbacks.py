@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.placement import PLACEMENTS, placement_of
+from raykeras.worker.callback_placement import PLACEMENTS, placement_of
 from tests.support.compare import assert_same_training, assert_same_weights
 from tests.support.kept_workers import TWO, KeptWorkers
 
@@ -444,8 +444,8 @@ def test_unpicklable_callback_names_attribute(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("package", "name", "reason"),
     [
-        ("keras", "OrbaxCheckpoint", "it saves by means of JAX"),
-        ("tf_keras", "BaseLogger", "it reads what `fit` no longer gives"),
+        ("keras", "OrbaxCheckpoint", "it saves with JAX"),
+        ("tf_keras", "BaseLogger", "it reads what `fit` no longer provides"),
         ("tf_keras", "SidecarEvaluatorModelExport", "it is for `keras.utils.SidecarEvaluator`"),
     ],
 )
@@ -489,5 +489,5 @@ def test_module_missing_on_workers(what: str, tmp_path: Path, monkeypatch: pytes
     source = rk.parquet(tmp_path / "a.parquet", x=["a"] * X.shape[1], y="b", transform=transform)
     callbacks = [module.Custom()] if what == "callbacks" else []
     run = rk.Run(storage=str(tmp_path))
-    with pytest.raises(rk.UserCodeError, match=rf"No module named '{name}'\. Send the module along"):
+    with pytest.raises(rk.UserCodeError, match=rf"No module named '{name}'\. Ship the module"):
         rk.fit(model, source, callbacks=callbacks, scale=TWO, run=run, verbose=0)

@@ -15,11 +15,11 @@ import fsspec
 import pytest
 
 import raykeras as rk
-from raykeras import checkpoint, saving
-from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, STATE_FILE, RunFolder
-from raykeras.keras_api import KerasAPI
-from raykeras.snapshot import restore
-from raykeras.train_state import dump_state
+from raykeras.checkpoint import store, writer
+from raykeras.checkpoint.snapshot import restore
+from raykeras.checkpoint.store import ARRAYS_FILE, MODEL_FILE, STATE_FILE, RunFolder
+from raykeras.checkpoint.train_state import dump_state
+from raykeras.compat.keras_api import KerasAPI
 from tests.support.resuming import assert_same, build, fit, steering
 
 
@@ -30,11 +30,11 @@ def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
     position = (before.epoch, before.state["step"])
     path = Path(last.path, MODEL_FILE)
     path.write_bytes(path.read_bytes()[:-1])
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     result = fit(str(tmp_path), "run", epochs=3, on_event=seen.append)
-    (damaged,) = (event for event in seen if isinstance(event, rk.events.CheckpointDamaged))
+    (damaged,) = (event for event in seen if isinstance(event, rk.CheckpointDamaged))
     assert damaged.path == last.path and MODEL_FILE in damaged.cause
-    (started,) = (event for event in seen if isinstance(event, rk.events.RunStarted))
+    (started,) = (event for event in seen if isinstance(event, rk.RunStarted))
     assert (started.initial_epoch, started.initial_step) == position
     assert_same(result, undisturbed, rtol=0)
 
@@ -97,7 +97,7 @@ def test_second_driver_takes_over_run(tmp_path: Path) -> None:
             if epoch == 0:
                 RunFolder(str(tmp_path / "run")).claim("another driver")
 
-    with pytest.raises(rk.CheckpointError, match="another one has taken over"):
+    with pytest.raises(rk.CheckpointError, match="another driver has taken over"):
         fit(str(tmp_path), "run", [TakesOver()], epochs=50)
 
 
@@ -105,7 +105,7 @@ def test_second_driver_takes_over_run(tmp_path: Path) -> None:
 def test_temporary_storage_failure_is_retried(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = str(tmp_path) if kind == "local" else f"memory://{tmp_path.name}"
     failures_left = 3
-    target = checkpoint if kind == "local" else fsspec.get_filesystem_class("memory")
+    target = store if kind == "local" else fsspec.get_filesystem_class("memory")
     name = "_store_local" if kind == "local" else "put_file"
     original = getattr(target, name)
 
@@ -117,9 +117,9 @@ def test_temporary_storage_failure_is_retried(kind: str, tmp_path: Path, monkeyp
         return original(*args, **kwargs)
 
     monkeypatch.setattr(target, name, flaky)
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     result = fit(storage, "run", epochs=3, on_event=seen.append)
-    failed = [event for event in seen if isinstance(event, rk.events.StorageFailed)]
+    failed = [event for event in seen if isinstance(event, rk.StorageFailed)]
     assert len(failed) == 3 and all("storage is away" in event.cause for event in failed)
     assert result.checkpoints[-1].epoch == 3
     result.checkpoints[-1].verify()
@@ -129,7 +129,7 @@ def test_permanent_storage_failure_fails_run(tmp_path: Path, monkeypatch: pytest
     def fail(*args: Any) -> None:
         raise OSError("storage is away")
 
-    monkeypatch.setattr(checkpoint, "_store_local", fail)
-    monkeypatch.setattr(saving, "LAST_WAIT_S", 1.0)
+    monkeypatch.setattr(store, "_store_local", fail)
+    monkeypatch.setattr(writer, "LAST_WAIT_S", 1.0)
     with pytest.raises(rk.CheckpointError, match="storage is away"):
         fit(str(tmp_path), "run", epochs=2)

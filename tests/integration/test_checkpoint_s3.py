@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import raykeras as rk
-from raykeras import checkpoint, events, saving, storage_errors
-from raykeras.checkpoint import MODEL_FILE, OWNER_FILE, STATE_FILE, Checkpoint, RunFolder
-from raykeras.events import Event
-from raykeras.saving import Keeper
+from raykeras.checkpoint import store, writer
+from raykeras.checkpoint.store import MODEL_FILE, OWNER_FILE, STATE_FILE, Checkpoint, RunFolder
+from raykeras.checkpoint.writer import AsyncCheckpointWriter
+from raykeras.core import events, storage_errors
+from raykeras.core.events import Event
 from tests.support.s3 import S3
 from tests.support.train_state import STATE
 
@@ -30,7 +31,7 @@ class Snapshot:
 
     def write(self, folder: str) -> None:
         Path(folder, MODEL_FILE).write_bytes(np.random.default_rng(self._epoch).bytes(300))
-        checkpoint.write_state(folder, {**STATE, "epoch": self._epoch}, {})
+        store.write_state(folder, {**STATE, "epoch": self._epoch}, {})
 
     def release(self) -> None:
         """Holds no memory."""
@@ -42,7 +43,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
     monkeypatch.setattr(storage_errors, "READ_PAUSES_S", (0.0, 0.0))
-    monkeypatch.setattr(saving, "_BACKOFF_S", (0.01,))
+    monkeypatch.setattr(writer, "_BACKOFF_S", (0.01,))
 
 
 @pytest.fixture
@@ -53,19 +54,19 @@ def run(bucket: str) -> RunFolder:
     return run
 
 
-def store(run: RunFolder, epoch: int) -> Checkpoint:
-    return checkpoint.store(run, checkpoint.checkpoint_name(epoch), Snapshot(epoch).write)
+def write_checkpoint(run: RunFolder, epoch: int) -> Checkpoint:
+    return store.store(run, store.checkpoint_name(epoch), Snapshot(epoch).write)
 
 
 def keep(run: RunFolder, num_epochs: int) -> list[Event]:
     """Write a checkpoint for each epoch, as training does; return the events."""
     seen: list[Event] = []
-    keeper = Keeper(run, "token", rk.Run(keep=2), seen.append)
+    checkpoint_writer = AsyncCheckpointWriter(run, "token", rk.Run(keep=2), seen.append)
     for epoch in range(1, num_epochs + 1):
         saved = events.CheckpointSaved(rank=0, epoch=epoch - 1, step=0, path="")
-        keeper.put(checkpoint.checkpoint_name(epoch), Snapshot(epoch), saved)  # type: ignore[arg-type]
-        wait_for(lambda epoch=epoch: len(kinds(seen, events.CheckpointSaved)) == epoch or keeper._failure)
-    keeper.close()
+        checkpoint_writer.put(store.checkpoint_name(epoch), Snapshot(epoch), saved)  # type: ignore[arg-type]
+        wait_for(lambda epoch=epoch: len(kinds(seen, events.CheckpointSaved)) == epoch or checkpoint_writer._failure)
+    checkpoint_writer.close()
     return seen
 
 
@@ -103,7 +104,7 @@ def test_write_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3
 def test_write_is_not_repeated_after_permanent_failure(run: RunFolder, s3_server: S3, fault: str, what: str) -> None:
     with (
         s3_server.failing(fault, method="PUT", path=MODEL_FILE) as denied,
-        pytest.raises(rk.CheckpointError, match=f"{what}.*does not pass by itself"),
+        pytest.raises(rk.CheckpointError, match=f"{what}.*Retrying will not help"),
     ):
         keep(run, 1)
     assert denied.num_requests == 1
@@ -114,8 +115,8 @@ def test_failed_removal_leaves_no_half_of_a_checkpoint(run: RunFolder, s3_server
     with s3_server.failing("applied", method="POST", path="delete", last=2):
         keep(run, 4)
     assert [kept.epoch for kept in run.checkpoints()] == [3, 4]
-    names = {path.split("/")[3] for path in run.fs.find(run / checkpoint.FOLDER)}
-    assert names == {checkpoint.checkpoint_name(epoch) for epoch in (3, 4)}
+    names = {path.split("/")[3] for path in run.fs.find(run / store.FOLDER)}
+    assert names == {store.checkpoint_name(epoch) for epoch in (3, 4)}
 
 
 def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
@@ -128,8 +129,8 @@ def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
 def test_previous_checkpoint_is_used_where_one_cannot_be_read_whole(
     run: RunFolder, s3_server: S3, fault: str, file: str
 ) -> None:
-    before, _ = store(run, 1), store(run, 2)
-    with s3_server.failing(fault, method="GET", path=f"{checkpoint.checkpoint_name(2)}/{file}"):
+    before, _ = write_checkpoint(run, 1), write_checkpoint(run, 2)
+    with s3_server.failing(fault, method="GET", path=f"{store.checkpoint_name(2)}/{file}"):
         found, errors = newest(run)
     assert found == before
     assert len(errors) == 1 and "damaged" in errors[0]
@@ -137,8 +138,8 @@ def test_previous_checkpoint_is_used_where_one_cannot_be_read_whole(
 
 @pytest.mark.parametrize("fault", ["unavailable", "dropped", "hangs", "short"])
 def test_read_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str) -> None:
-    store(run, 1)
-    last = store(run, 2)
+    write_checkpoint(run, 1)
+    last = write_checkpoint(run, 2)
     with s3_server.failing(fault, method="GET", path=MODEL_FILE, last=1):
         assert newest(run) == (last, [])
     with s3_server.failing(fault, method="GET", path=MODEL_FILE, last=1), last.local_file(MODEL_FILE) as path:
@@ -147,21 +148,21 @@ def test_read_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3,
 
 @pytest.mark.parametrize("fault", ["unavailable", "denied"])
 def test_storage_that_cannot_be_read_is_not_taken_for_damage(run: RunFolder, s3_server: S3, fault: str) -> None:
-    store(run, 1)
+    write_checkpoint(run, 1)
     with (
         s3_server.failing(fault, method="GET", path=MODEL_FILE),
-        pytest.raises(rk.CheckpointError, match="cannot be read at present"),
+        pytest.raises(rk.CheckpointError, match="cannot be read at the moment"),
     ):
         newest(run)
 
 
 def test_checkpoints_of_other_processes_are_found(run: RunFolder) -> None:
     assert run.checkpoints() == []
-    store(run, 1)
+    write_checkpoint(run, 1)
     assert len(run.checkpoints()) == 1
     other = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
-    for path in other.find(f"{run.path}/{checkpoint.FOLDER}"):
-        other.copy(path, path.replace(checkpoint.checkpoint_name(1), checkpoint.checkpoint_name(2)))
+    for path in other.find(f"{run.path}/{store.FOLDER}"):
+        other.copy(path, path.replace(store.checkpoint_name(1), store.checkpoint_name(2)))
     assert len(run.checkpoints()) == 2
 
 

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 import raykeras as rk
-from raykeras.checkpoint import RunFolder
-from raykeras.cli import main
+from raykeras.checkpoint.store import RunFolder
+from raykeras.cli.main import main
 
 DIGITS = Path(__file__).parents[2] / "pipelines" / "digits.py"
 
@@ -26,7 +26,7 @@ def run(*arguments: str) -> Any:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr("raykeras.driver.fit", lambda model, x, **options: made.append(options))
+    monkeypatch.setattr("raykeras.driver.fit.fit", lambda model, x, **options: made.append(options))
     return made
 
 
@@ -48,7 +48,7 @@ def test_resume_and_failure_options(calls: list[dict[str, Any]], tmp_path: Path)
     again = run("fit", DIGITS, "--checkpoint-every", "500", "--resume", tmp_path / "runs/a/", "--weights-only")
     assert again.exit_code == 0
     first, second = calls
-    assert first["scale"] == rk.Scale(workers=(1, 8)) and first["scale"].least == 1
+    assert first["scale"] == rk.Scale(workers=(1, 8)) and first["scale"].min_workers == 1
     named = {"storage": str(tmp_path / "runs"), "name": "a"}
     assert first["run"] == rk.Run(
         **named, checkpoint_every=timedelta(minutes=10), max_failures=5, hang_timeout_s=60, monitor="loss"
@@ -84,7 +84,7 @@ def test_exit_status_of_failures(
     def fails(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("raykeras.driver.fit", fails)
+    monkeypatch.setattr("raykeras.driver.fit.fit", fails)
     done = run("fit", DIGITS)
     assert done.exit_code == status
     assert shown in done.output

@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 
 import raykeras as rk
-from raykeras import cluster
-from raykeras.cluster import room_beside
+from raykeras.data.streaming import resources
+from raykeras.data.streaming.resources import plan_budget
 from tests.support.cpus import all_held_but, free_cpus
 from tests.support.kept_workers import TWO
 
@@ -72,12 +72,12 @@ def test_waits_for_cpus_held_by_other_tasks(tmp_path: Path) -> None:
     while ray.available_resources().get("CPU", 0) > 0.001:
         time.sleep(0.01)
     threading.Timer(1.0, end.touch).start()
-    assert room_beside(0.0, 0).cpus_per_task == 1
+    assert plan_budget(0.0, 0).cpus_per_task == 1
     ray.get(holding)
 
 
 def test_tasks_take_minimal_cpu_when_none_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole CPU would never be free between tasks that follow each other."""
-    monkeypatch.setattr(cluster, "_BUSY_S", 0.5)
+    monkeypatch.setattr(resources, "_BUSY_S", 0.5)
     with all_held_but(0.0):
-        assert room_beside(0.0, 0).cpus_per_task == 0.01
+        assert plan_budget(0.0, 0).cpus_per_task == 0.01

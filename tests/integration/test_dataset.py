@@ -17,12 +17,12 @@ import pytest
 import ray
 
 import raykeras as rk
-from raykeras.chunks import Feed
-from raykeras.plan import PassPlan
-from raykeras.sources import dataset as module
-from raykeras.sources.dataset import is_ray_dataset
-from raykeras.specs import resolve
-from raykeras.stream import Stream
+from raykeras.data.plan import PassPlan
+from raykeras.data.resolve import resolve
+from raykeras.data.sources import ray_dataset
+from raykeras.data.sources.ray_dataset import is_ray_dataset
+from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.spec import RankInput
 from tests.support.compare import assert_same_training
 from tests.support.object_store import free_garbage, store_nbytes
 
@@ -38,7 +38,7 @@ def no_progress_bars() -> None:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row units of a few rows, which cross block boundaries."""
-    monkeypatch.setattr(module, "_UNIT_NBYTES", 400)
+    monkeypatch.setattr(ray_dataset, "_UNIT_NBYTES", 400)
 
 
 @pytest.fixture
@@ -126,13 +126,13 @@ def test_units_and_fingerprint_are_independent_of_blocks() -> None:
 def test_shuffled_batches_are_independent_of_num_ranks() -> None:
     data = source(x="id", y=None, sample_weight=None)
     opened = data.open()
-    layout = resolve(data, opened)
+    batch_spec = resolve(data, opened)
 
     def plan(epoch: int) -> PassPlan:
         return PassPlan(opened.unit_rows, global_batch_size=BATCH, window_rows=8, epoch=epoch)
 
     def batches(rank: int, num_ranks: int) -> list[list[int]]:
-        feed = Feed(opened, layout, plan, rank, num_ranks, num_replicas=1, num_steps=14)
+        feed = RankInput(opened, batch_spec, plan, rank, num_ranks, local_replicas=1, num_steps=14)
         return [
             batch.tolist() for chunk in Stream(feed)._chunks for batch in np.split(chunk.arrays[0], chunk.cuts[1:-1])
         ]
@@ -155,7 +155,7 @@ def test_transform_gets_columns_that_can_be_used() -> None:
     for options in ({}, {"columns": ["v"]}, {"columns": ["v", "ragged"], "pad": {"ragged": 2}}):
         source = rk.dataset(data, x="z", transform=doubled, **options)
         resolve(source, source.open())
-    with pytest.raises(rk.ColumnError, match=r"asked for column 'ragged' in .* cannot have: .*have 0 to 2 values"):
+    with pytest.raises(rk.ColumnError, match=r"requested column 'ragged' in .* cannot be used: .*have 0 to 2 values"):
         source = rk.dataset(data, x="z", transform=asks)
         resolve(source, source.open())
     with pytest.raises(rk.ColumnError, match=r"column 'null' has 1 in the Ray dataset"):
@@ -233,8 +233,8 @@ TENSORS = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
 def test_types_become_tensors(make: Any, options: Any, expected: np.ndarray) -> None:
     data = rk.dataset(make(), x="v", **options)
     opened = data.open()
-    layout = resolve(data, opened)
-    (values,) = layout.assemble(layout.decode(opened.head(10, layout.columns), ""), "")
+    batch_spec = resolve(data, opened)
+    (values,) = batch_spec.assemble(batch_spec.decode(opened.head(10, batch_spec.columns), ""), "")
     np.testing.assert_array_equal(values, expected)
 
 
@@ -267,12 +267,12 @@ def test_empty_blocks_are_skipped() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: of(v=[1.0, None, 2.0]), r"no nulls; column 'v' has 1 in the Ray dataset. Give `fill="),
-        (lambda: of(v=[[1, 2], []]), "lists of column 'v' have 0 to 2 values. Give `pad="),
-        (lambda: made(lambda b: {"v": [np.ones((i % 3 + 1, 2)) for i in b["id"]]}), "tensors of differing shapes"),
+        (lambda: of(v=[1.0, None, 2.0]), r"not contain nulls; column 'v' has 1 in the Ray dataset. Pass `fill="),
+        (lambda: of(v=[[1, 2], []]), "lists of column 'v' have 0 to 2 values. Pass `pad="),
+        (lambda: made(lambda b: {"v": [np.ones((i % 3 + 1, 2)) for i in b["id"]]}), "tensors of different shapes"),
         (
             lambda: made(lambda b: {"v": b["id"].astype(np.float32 if b["id"][0] else np.int64)}),
-            "one type in all rows; 'v' is int64 in some and float in others",
+            "the same type in all rows; 'v' is int64 in some and float in others",
         ),
     ],
     ids=["nulls", "lists", "shapes", "types"],

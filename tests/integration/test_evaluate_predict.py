@@ -231,7 +231,7 @@ def test_module_missing_on_predictors(
     logging.disable()  # pytest keeps log records, and these keep the models alive
     request.addfinalizer(lambda: logging.disable(logging.NOTSET))
     for model, data in ((module.build, source), (build, transformed)):
-        with pytest.raises(rk.UserCodeError, match=r"No module named 'predicts_here'\. Send the module along"):
+        with pytest.raises(rk.UserCodeError, match=r"No module named 'predicts_here'\. Ship the module"):
             rk.predict(model, data, scale=TWO)
         deadline = time.monotonic() + 30
         while any(a["State"] != "DEAD" for a in actors().values() if "RemotePredictor" in a["ActorClassName"]):
@@ -240,7 +240,7 @@ def test_module_missing_on_predictors(
 
 
 def test_invalid_calls(source: rk.Source) -> None:
-    with pytest.raises(rk.OptionError, match="`columns` are written beside the predictions"):
+    with pytest.raises(rk.OptionError, match="`columns` are written to `output`"):
         rk.predict(build(), source, columns=["id"])
     with pytest.raises(rk.ColumnError, match=r"got 'idd'\. Did you mean 'id'\?"):
         rk.predict(build(), source, columns=["idd"], output="nowhere")
@@ -250,5 +250,5 @@ def test_invalid_calls(source: rk.Source) -> None:
 
 @pytest.mark.parametrize("call", [rk.evaluate, rk.predict])
 def test_elastic_scale_is_refused(call: Any) -> None:
-    with pytest.raises(rk.OptionError, match=r"A pair of `workers` is for `fit`; got \(1, 2\) here"):
+    with pytest.raises(rk.OptionError, match=r"`workers` must be one number here.*; got \(1, 2\)"):
         call(build(), X, scale=rk.Scale(workers=(1, 2)))

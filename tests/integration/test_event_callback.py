@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
-from raykeras.callbacks import event_callback
-from raykeras.keras_api import KerasAPI
+from raykeras.compat.keras_api import KerasAPI
+from raykeras.worker.callbacks import event_callback
 
 
 def test_logs_are_fetched_only_for_callbacks_that_read_them() -> None:

@@ -47,16 +47,17 @@ def test_training_on_two_workers_matches_keras(case: Case, tmp_path: Path) -> No
 def test_untested_keras_is_refused_on_several_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     import tensorflow as tf
 
-    from raykeras import ModelError, exactness
-    from raykeras.columns import Layout
-    from raykeras.keras_api import KerasAPI
+    from raykeras import ModelError
+    from raykeras.compat.keras_api import KerasAPI
+    from raykeras.data.batch_spec import BatchSpec
+    from raykeras.distribute import exact
 
-    monkeypatch.setattr(exactness, "TESTED_KERAS", ("2.99",))
-    layout = Layout((), (), {}, (), {})
+    monkeypatch.setattr(exact, "TESTED_KERAS", ("2.99",))
+    batch_spec = BatchSpec((), (), {}, (), {})
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with (
         pytest.raises(ModelError, match=r"tested with: 2\.99; got 3\."),
-        exactness.exact(None, KerasAPI("keras"), layout, strategy, []),
+        exact.exact(None, KerasAPI("keras"), batch_spec, strategy, []),
     ):
         pass
 
@@ -64,7 +65,7 @@ def test_untested_keras_is_refused_on_several_replicas(monkeypatch: pytest.Monke
 def test_replica_threads_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorflow.python.distribute import mirrored_run
 
-    from raykeras.strategy import replicas_joined
+    from raykeras.compat.tensorflow import replicas_joined
 
     original = mirrored_run.coordinator.Coordinator
     waits: list[float] = []

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from raykeras.chunks import Feed
-from raykeras.executions import has_threads_of_its_own, next_in_this_thread
-from raykeras.stream import Stream
+from raykeras.compat.tensorflow import has_threads_of_its_own, next_in_this_thread
+from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.spec import RankInput
 from tests.support.sources import small_source
 
 
@@ -48,7 +48,7 @@ def test_elements_are_independent_of_thread(kind: str) -> None:
 def test_only_datasets_with_own_threads_are_read_inline(tmp_path: Path) -> None:
     """A dataset that runs Python, such as one that a callback trains on, would deadlock with the waiting thread."""
     assert not has_threads_of_its_own(iter(datasets()["tuple"]))
-    stream = Stream(Feed(*small_source(tmp_path), 0, 1, 1))
+    stream = Stream(RankInput(*small_source(tmp_path), 0, 1, 1))
     assert has_threads_of_its_own(iter(stream.endless_dataset()))
     assert has_threads_of_its_own(iter(stream.pass_dataset()))
     stream.close()

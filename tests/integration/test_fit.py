@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import raykeras as rk
-from raykeras.blocks import SEGMENT_PASSES
-from raykeras.columns import class_weights
-from raykeras.plan import PassPlan, window_rows_for
-from raykeras.sources.arrays import from_arrays
+from raykeras.data.batch_spec import class_weights
+from raykeras.data.plan import PassPlan, window_rows_for
+from raykeras.data.sources.arrays import from_arrays
+from raykeras.data.streaming.reader import SEGMENT_PASSES
 from tests.support.compare import assert_same_training, assert_same_weights
 
 ROWS, BATCH = 103, 16
@@ -185,9 +185,9 @@ def test_steps_per_execution_need_not_divide_epoch(fit: Fit, steps_per_execution
     result = fit(make, X, Y, epochs=3, validation_data=(X, Y), on_event=seen.append, scale=scale)
     options = {"validation_data": (X, Y), "validation_batch_size": BATCH}
     assert_same_training(result, *plain(planned(3, (X, Y)), 3, 7, build(), **options))
-    assert [event.step for event in seen if isinstance(event, rk.events.EpochEnded)] == [7, 7, 7]
+    assert [event.step for event in seen if isinstance(event, rk.EpochEnded)] == [7, 7, 7]
     for epoch in range(3):
-        batches = [event for event in seen if isinstance(event, rk.events.BatchEnded) and event.epoch == epoch]
+        batches = [event for event in seen if isinstance(event, rk.BatchEnded) and event.epoch == epoch]
         assert sum(event.num_steps for event in batches) == batches[-1].step == 7
 
 
@@ -321,7 +321,7 @@ def test_events_reach_driver_and_run_folder(fit: Fit) -> None:
     kinds = [event.kind for event in seen if event.kind not in ("BatchEnded", "CheckpointSaved")]
     epoch = ["EpochStarted", "ValidationEnded", "EpochEnded"]
     assert kinds == ["RunStarted", *epoch, *epoch, "RunEnded"]
-    saved = [event.epoch for event in seen if isinstance(event, rk.events.CheckpointSaved)]  # asynchronously
+    saved = [event.epoch for event in seen if isinstance(event, rk.CheckpointSaved)]  # asynchronously
     assert saved == [0, 1]
     batches = [event for event in seen if isinstance(event, rk.BatchEnded)]
     assert sum(batch.num_steps for batch in batches) == 14
@@ -357,7 +357,7 @@ def test_checkpoints_open_with_keras(fit: Fit, tmp_path: Path) -> None:
     assert int(model.optimizer.iterations) == 4 * 7
     best = int(np.argmin(result.history["val_loss"][2:])) + 3
     assert result.best_checkpoint().epoch == best
-    with pytest.raises(rk.CheckpointError, match=r"got 'val_lost'. Theirs: accuracy, loss"):
+    with pytest.raises(rk.CheckpointError, match=r"got 'val_lost'. Metrics: accuracy, loss"):
         result.best_checkpoint("val_lost")
 
 
@@ -400,7 +400,7 @@ def test_inputs_and_outputs_by_name(fit: Fit) -> None:
 
 def test_batch_of_fewer_rows_than_replicas(fit: Fit) -> None:
     options: dict[str, Any] = {"batch_size": 1, "epochs": 2, "validation_data": (X[:7], Y[:7]), "shuffle": False}
-    with pytest.warns(UserWarning, match="of 1 and 2 replicas some have nothing to do"):
+    with pytest.warns(UserWarning, match="got 1 and 2 replicas, so some receive no rows"):
         result = fit(build(), X[:11], Y[:11], **options, scale=rk.Scale(replicas_per_worker=2))
     keras.utils.set_random_seed(0)
     model = build()()
@@ -418,7 +418,7 @@ def test_batch_of_fewer_rows_than_replicas(fit: Fit) -> None:
         ({"validation_data": (X, Y, W, W)}, "`validation_data` must be"),
         ({"callbacks": [keras.callbacks.EarlyStopping]}, "`callbacks` must be callback objects"),
         ({"verbose": 5}, "`verbose`"),
-        ({"class_weight": {"a": 1.0}}, "`class_weight` maps classes"),
+        ({"class_weight": {"a": 1.0}}, "`class_weight` must map classes"),
     ],
 )
 def test_invalid_arguments(fit: Fit, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -429,7 +429,7 @@ def test_invalid_arguments(fit: Fit, tmp_path: Path, options: dict[str, Any], me
 
 def test_other_keys_of_x_are_left_out(fit: Fit) -> None:
     expected = fit(build(), {"features": X}, Y).history
-    with pytest.warns(UserWarning, match="got other as well, which the model does not get. Inputs: features"):
+    with pytest.warns(UserWarning, match="got other as well, which the model ignores. Inputs: features"):
         assert fit(build(), {"features": X, "other": W}, Y).history == expected
     data = tf.data.Dataset.from_tensor_slices(({"features": X, "other": W}, Y)).batch(BATCH)
     with pytest.warns(UserWarning, match="got other as well"):
@@ -471,7 +471,7 @@ def test_validation_data_as_a_list(fit: Fit) -> None:
 def test_second_run_of_same_name_is_refused_without_resume(fit: Fit, tmp_path: Path) -> None:
     run = rk.Run(storage=str(tmp_path), name="once", resume=None)
     fit(build(), X, Y, run=run)
-    with pytest.raises(rk.OptionError, match="a folder of its own"):
+    with pytest.raises(rk.OptionError, match="needs an empty folder"):
         fit(build(), X, Y, run=run)
 
 
@@ -485,7 +485,7 @@ def uncompiled() -> keras.Model:
         (uncompiled, (X, Y), "must be compiled"),
         (build(), (X, None), "compiled with a loss needs y"),
         (build(), ({"feature": X}, Y), r"got 'feature'. Did you mean 'features'\?"),
-        (build(), (X[:, :3], Y), r"input 'features' takes 4 a row and column 'x' gives 3"),
+        (build(), (X[:, :3], Y), r"input 'features' takes 4 per row and column 'x' has 3"),
         (build(), (X, {"class": Y}), r"got 'class'. Did you mean 'classes'\?"),
         (lambda: 3, (X, Y), "must be a keras.Model"),
     ],
@@ -540,7 +540,7 @@ def test_transform_module_missing_on_workers(fit: Fit, tmp_path: Path, monkeypat
     unchanged = importlib.import_module("only_here").unchanged
     pq.write_table(pa.table({"a": np.ones(100)}), tmp_path / "a.parquet")
     source = rk.parquet(tmp_path / "a.parquet", x=["a", "a", "a", "a"], y="a", transform=unchanged)
-    with pytest.raises(rk.UserCodeError, match=r"ModuleNotFoundError: No module named 'only_here'.* Send the module"):
+    with pytest.raises(rk.UserCodeError, match=r"ModuleNotFoundError: No module named 'only_here'.* Ship the module"):
         fit(build(), source)
 
 

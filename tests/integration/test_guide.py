@@ -119,7 +119,7 @@ class Example:
         for scale, model in models.items():
             run = rk.Run(storage=str(self.folder))
             result = rk.fit(model, *map(created, data), **options, scale=scale, run=run)
-            ignored = not_on_several if scale.num_replicas > 1 else ()
+            ignored = not_on_several if scale.total_replicas > 1 else ()
             assert_same_training(result, expected, oracle, ignored=ignored, message=str(scale))
 
     def trains(self, make: Make, *data: Any, **options: Any) -> tuple[Models, Any]:

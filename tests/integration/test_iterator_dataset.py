@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from raykeras.iterated import iterated_dataset
+from raykeras.data.tf_dataset import from_iterator
 
 SPECS = [tf.TensorSpec((None, 2), tf.float32), tf.TensorSpec((None,), tf.string)]
 
@@ -35,7 +35,7 @@ def test_each_iteration_creates_an_iterator() -> None:
             asked.append(size)
             yield arrays_of(size)
 
-    dataset = iterated_dataset(make, SPECS)
+    dataset = from_iterator(make, SPECS)
     assert dataset.element_spec == tuple(SPECS)
     assert elements(dataset) == [([[1.0, 1.0]], [b"a"]), ([[2.0, 2.0]] * 2, [b"aa"] * 2)]
     assert elements(dataset) == []
@@ -48,7 +48,7 @@ def test_failure_is_raised_again() -> None:
         yield arrays_of(1)
         raise OSError("the disk is gone")
 
-    dataset = iterated_dataset(make, SPECS)
+    dataset = from_iterator(make, SPECS)
     for _ in range(2):
         iterator = iter(dataset)
         with pytest.raises(tf.errors.OpError, match="The data could not be read"):
@@ -63,13 +63,13 @@ def test_memory_of_large_tensors_is_reused() -> None:
     import resource
     import numpy as np
     import tensorflow as tf
-    from raykeras.iterated import iterated_dataset
+    from raykeras.iterated import from_iterator
 
     def faults():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     arrays = [np.ones(1 << 18, np.float32)]
-    list(iterated_dataset(lambda: iter([arrays] * 20), [tf.TensorSpec((None,), tf.float32)]))
+    list(from_iterator(lambda: iter([arrays] * 20), [tf.TensorSpec((None,), tf.float32)]))
     for _ in range(20):
         np.ones(1 << 19)
     before = faults()

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras import storage_errors
-from raykeras.output import INCOMPLETE, SUCCESS, open_output
+from raykeras.core import storage_errors
+from raykeras.data.sources.parquet_markers import INCOMPLETE, SUCCESS
+from raykeras.driver.output import open_output
 from tests.support.s3 import S3
 
 NUM_PARTS, ROWS = 5, 10
@@ -78,7 +79,7 @@ def test_incomplete_output_is_marked_refused_and_replaced(
     assert "again with the same `output`" in str(raised.value)
     assert names(url) == sorted([INCOMPLETE, *parts(num_written)])
     for path in (url, bucket, f"{url}/*.parquet", f"{bucket}/o*"):
-        with pytest.raises(rk.SourceError, match=r"must be complete.*out' holds '_INCOMPLETE' and no"):
+        with pytest.raises(rk.SourceError, match=r"must be complete.*out' contains '_INCOMPLETE' but no"):
             rk.parquet(path, x="prediction").open()
     open_output(url).write(tables(2))
     assert names(url) == sorted([SUCCESS, *parts(2)])

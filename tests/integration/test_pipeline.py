@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import raykeras as rk
-from raykeras.pipeline import load_pipeline
+from raykeras.cli.pipeline import load_pipeline
 
 CODE = """
 from pathlib import Path

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.pipeline import load_pipeline
+from raykeras.cli.pipeline import load_pipeline
 from tests.support.compare import assert_same_training
 
 ROOT = Path(__file__).parents[2]
 MULTI_IO, IMBALANCED = ROOT / "pipelines" / "multi_io.py", ROOT / "pipelines" / "imbalanced.py"
 
 
-class Watch(keras.callbacks.Callback):
+class Watchdog(keras.callbacks.Callback):
     """A user's callback, without registration."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Watch(keras.callbacks.Callback):
 
 def fitted(loaded: rk.Pipeline, storage: Path) -> rk.Result:
     """Fit as the pipeline says, but in the order of its files and with another callback."""
-    watch = Watch()
+    watch = Watchdog()
     options: dict[str, Any] = {"validation_data": loaded.validation, **loaded.fit, "shuffle": False, "verbose": 0}
     options["callbacks"] = [*options.get("callbacks", ()), watch]
     result = rk.fit(loaded.model, loaded.train, **options, run=rk.Run(storage=str(storage)))

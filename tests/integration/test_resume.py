@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.checkpoint import RunFolder
+from raykeras.checkpoint.store import RunFolder
 from tests.support.kept_workers import KeptWorkers
 from tests.support.models import PACKAGES
 from tests.support.resuming import (
@@ -198,11 +198,11 @@ def test_user_batches(data: Any, steps: int | None, points: list[Point], tmp_pat
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_checkpoints_by_time(workers: int, two_workers: None, tmp_path: Path) -> None:
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     options = {"scale": rk.Scale(workers=workers), "dropout": 0, "on_event": seen.append}
     run = {"checkpoint_every": "0.2s", "keep": 100}
     result = fit(str(tmp_path), "timed", [slow(0.1)], run=run, **options)
-    saved = [event.step for event in seen if isinstance(event, rk.events.CheckpointSaved)]
+    saved = [event.step for event in seen if isinstance(event, rk.CheckpointSaved)]
     assert any(saved)  # some of them in mid-epoch
     assert_same(result, fit(str(tmp_path), "undisturbed", dropout=0), rtol=1e-5)
 
@@ -275,8 +275,8 @@ def first_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"shuffle": False}, "order was 'shuffled' and is now 'source'"),
         ({"steps_per_epoch": 3}, "steps_per_epoch was None and is now 3"),
-        ({"make": other_optimizer}, "optimizer that it began with; .* has Adam, this one has SGD"),
-        ({"make": other_model}, "model that it began with; .* this one has"),
+        ({"make": other_optimizer}, "optimizer that it started with; .* has Adam, this run has SGD"),
+        ({"make": other_model}, "model that it started with; .* this run has"),
     ],
 )
 def test_changed_arguments_are_refused(
@@ -307,7 +307,7 @@ def test_changed_metrics_are_refused_within_an_epoch(tmp_path: Path) -> None:
 
     with pytest.raises(rk.UserCodeError, match="Crash"):
         fit_with(["accuracy"], crash("keras", (0, 2)))
-    with pytest.raises(rk.CheckpointError, match=r"needs the metrics that it began with; .* Compile the model"):
+    with pytest.raises(rk.CheckpointError, match=r"needs the metrics that it started with; .* Compile the model"):
         fit_with(["accuracy", "mae"])
     assert fit_with(["accuracy"]).epoch == [0, 1]
 
@@ -335,7 +335,7 @@ def test_changed_file_is_named(tmp_path: Path) -> None:
 def test_folder_without_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    with pytest.raises(rk.OptionError, match="holds something that is no run"):
+    with pytest.raises(rk.OptionError, match="holds files that are not a run"):
         fit(str(tmp_path), "run")
 
 
@@ -360,7 +360,7 @@ def test_signal_saves_and_run_resumes(
     workers: int, number: signal.Signals, kept_workers: KeptWorkers, tmp_path: Path
 ) -> None:
     options = {"scale": rk.Scale(workers=workers), "epochs": 6}
-    raised = (KeyboardInterrupt, "can go on") if number == signal.SIGINT else (SystemExit, str(128 + number))
+    raised = (KeyboardInterrupt, "can be resumed") if number == signal.SIGINT else (SystemExit, str(128 + number))
 
     class Interrupts(rk.DriverCallback):
         def on_epoch_begin(self, epoch: int, logs: dict[str, Any]) -> None:

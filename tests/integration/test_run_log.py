@@ -13,10 +13,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from raykeras import events, gathering
-from raykeras.checkpoint import RunFolder
-from raykeras.events import Event
-from raykeras.gathering import Gathering, RunLog
+from raykeras.checkpoint.store import RunFolder
+from raykeras.core import events
+from raykeras.core.events import Event
+from raykeras.driver import event_log
+from raykeras.driver.event_log import EventDispatcher, RunLog
 from tests.support.s3 import S3
 
 HISTORY = "epoch,loss,val_loss\r\n0,0.5,0.6\r\n1,0.4,\r\n"
@@ -26,8 +27,8 @@ HISTORY = "epoch,loss,val_loss\r\n0,0.5,0.6\r\n1,0.4,\r\n"
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The place of temporary folders. Pauses are short, and s3fs makes one attempt."""
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
-    monkeypatch.setattr(gathering, "_PAUSES_S", (0.01,))
-    monkeypatch.setattr(gathering, "LAST_WAIT_S", 1.0)
+    monkeypatch.setattr(event_log, "_PAUSES_S", (0.01,))
+    monkeypatch.setattr(event_log, "LAST_WAIT_S", 1.0)
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -41,13 +42,13 @@ def started(epoch: int = 0) -> Event:
 def log_epochs(folder: RunFolder, *epochs: int) -> None:
     """Log a run of some epochs as `fit` does."""
     log = RunLog(folder)
-    gathered = Gathering([log])
-    gathered.send(started(epochs[0]))
+    dispatcher = EventDispatcher([log])
+    dispatcher.send(started(epochs[0]))
     for epoch in epochs:
-        gathered.send(events.EpochEnded(epoch=epoch, step=1, logs={"loss": 0.25}))
-    gathered.close(events.RunEnded(status="completed", logs={}))
+        dispatcher.send(events.EpochEnded(epoch=epoch, step=1, logs={"loss": 0.25}))
+    dispatcher.close(events.RunEnded(status="completed", logs={}))
     try:
-        gathered.raise_failure()
+        dispatcher.raise_failure()
     finally:
         log.close()
 

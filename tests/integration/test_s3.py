@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras import storage_errors
-from raykeras.checkpoint import MODEL_FILE, STATE_FILE
+from raykeras.checkpoint.store import MODEL_FILE, STATE_FILE
+from raykeras.core import storage_errors
 from tests.support.compare import assert_same_weights
 from tests.support.kept_workers import TWO
 from tests.support.s3 import S3

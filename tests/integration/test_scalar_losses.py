@@ -206,13 +206,13 @@ def test_loss_that_overrides_call(package: str, kind: str, weights: Any, tmp_pat
 @PACKAGES
 def test_loss_that_overrides_call_takes_no_weights(package: str, tmp_path: Path) -> None:
     build = builder(package, loss=overriding_call(package, "mean"))
-    with pytest.raises(rk.ModelError, match=r"weights.*whose `call` returns a value for each row; got Overriding"):
+    with pytest.raises(rk.ModelError, match=r"weights.*whose `call` returns one value per row; got Overriding"):
         assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=W)
 
 
 @pytest.mark.parametrize("loss", [spread, pairs])
 def test_scalar_loss_that_is_no_mean_or_sum_is_refused(loss: Any, tmp_path: Path) -> None:
-    with pytest.raises(rk.ModelError, match=r"must be a mean or a sum over the rows.*number 0 of those from compiled"):
+    with pytest.raises(rk.ModelError, match=r"must be a mean or a sum over the rows.*scalar 0 from compiled"):
         assert_matches_keras(builder("keras", loss=loss), "keras", tmp_path, X, Y)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import raykeras as rk
 from benchmarks.object_store import measure
-from raykeras import specs
-from raykeras.sources.arrays import ArrayReader, from_arrays
+from raykeras.data import resolve
+from raykeras.data.sources.arrays import ArrayReader, from_arrays
 from tests.support.object_store import free_garbage
 
 X_NBYTES = 400_000_000
@@ -52,7 +52,7 @@ def test_non_contiguous_array_is_shared() -> None:
 
 
 def test_non_finite_weight_is_named_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(specs, "_CHECKED_NBYTES", 0)
+    monkeypatch.setattr(resolve, "_CHECKED_NBYTES", 0)
     weights = np.ones(100)
     weights[37] = np.nan
 

@@ -18,14 +18,15 @@ import pytest
 import tensorflow as tf
 
 import raykeras as rk
-from raykeras import blocks, reads
-from raykeras.blocks import gather_tasks, read_windows
-from raykeras.chunks import Feed
-from raykeras.cluster import Room, reading, room_beside
-from raykeras.held import Held
-from raykeras.plan import Order, PassPlan
-from raykeras.specs import resolve
-from raykeras.stream import Stream
+from raykeras.compat import ray_data
+from raykeras.data.plan import Order, PassPlan
+from raykeras.data.resolve import resolve
+from raykeras.data.streaming import reader
+from raykeras.data.streaming.cache import CachedRows
+from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.reader import gather_tasks, read_windows
+from raykeras.data.streaming.resources import CpuBudget, plan_budget, reading
+from raykeras.data.streaming.spec import RankInput
 from tests.support.cpus import all_held_but
 from tests.support.sources import small_source
 
@@ -39,12 +40,12 @@ def test_closed_stream_stops_reading_ahead(tmp_path: Path) -> None:
     pq.write_table(pa.table({"x": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
     source = rk.parquet(tmp_path, x="x", transform=slow)
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
 
     def plan(epoch: int) -> PassPlan:
         return PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, epoch=epoch)
 
-    stream = Stream(Feed(*Held(opened, layout).source(layout), plan, 0, 1, 1))
+    stream = Stream(RankInput(*CachedRows(opened, batch_spec).source(batch_spec), plan, 0, 1, 1))
     batches = iter(stream.endless_dataset())
     next(batches)  # a thread reads ahead
     stream.close()
@@ -58,15 +59,15 @@ def test_windows_hold_planned_rows(tmp_path: Path, order: Order, num_ranks: int,
     pq.write_table(pa.table({"x": list(x), "y": np.arange(101)}), tmp_path / "x.parquet", row_group_size=7)
     source = rk.parquet(tmp_path, x="x", y="y")
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
     plan = PassPlan(opened.unit_rows, global_batch_size=8, window_rows=20, order=order)
     read = []
     for rank in range(num_ranks):
         windows = list(plan.windows(rank, num_ranks))
         assert any(len(window.pieces) > 2 for window in windows)
-        for task in gather_tasks(((0, window) for window in windows), opened, layout.row_nbytes):
+        for task in gather_tasks(((0, window) for window in windows), opened, batch_spec.row_nbytes):
             rows = np.concatenate([plan.source_rows(window) for _, window in task.windows])
-            features, labels = read_windows(opened.reader, layout, task)
+            features, labels = read_windows(opened.reader, batch_spec, task)
             np.testing.assert_array_equal(features.reshape(-1, width), x[rows])
             np.testing.assert_array_equal(labels, rows)
             read.append(rows)
@@ -81,14 +82,14 @@ def test_chunks_hold_planned_rows_across_windows(tmp_path: Path, order: Order, n
     pq.write_table(pa.table({"number": number, "name": names, "list": lists}), tmp_path / "x.parquet", row_group_size=7)
     source = rk.parquet(tmp_path, x={name: name for name in ("number", "name", "list")}, ragged=["list"])
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
 
     def plan(epoch: int) -> PassPlan:
         return PassPlan(opened.unit_rows, global_batch_size=48, window_rows=20, order=order, epoch=epoch)
 
     for rank in range(num_ranks):
         assert len(list(plan(0).windows(rank, num_ranks))) > 4
-        dataset = Stream(Feed(opened, layout, plan, rank, num_ranks, 1)).pass_dataset()
+        dataset = Stream(RankInput(opened, batch_spec, plan, rank, num_ranks, 1)).pass_dataset()
         batches = list(dataset) if num_ranks == 1 else [x for x, _ in dataset]
         rows = plan(0).rank_rows(rank, num_ranks)
         np.testing.assert_array_equal(np.concatenate([x["number"].numpy().ravel() for x in batches]), number[rows])
@@ -96,7 +97,7 @@ def test_chunks_hold_planned_rows_across_windows(tmp_path: Path, order: Order, n
         assert [values for x in batches for values in x["list"].to_list()] == [lists[i].as_py() for i in rows]
 
 
-class Clock(reads.Consumer):
+class Clock(ray_data.ReadAhead):
     """A clock that advances only in pauses."""
 
     def __init__(self) -> None:
@@ -114,9 +115,9 @@ class Clock(reads.Consumer):
 
 def test_scheduling_loop_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(reads, "time", clock)
+    monkeypatch.setattr(ray_data, "time", clock)
     executor = SimpleNamespace(_resource_manager=SimpleNamespace(get_global_limits=lambda: SimpleNamespace(cpu=1)))
-    callback = reads._pacing(clock.number)()
+    callback = ray_data._pacing(clock.number)()
     callback.on_execution_step(executor)
     for _ in range(8):
         callback.on_execution_step(executor)
@@ -150,12 +151,12 @@ def test_scheduling_loop_idles_without_consumer(tmp_path: Path, monkeypatch: pyt
     )
     source = rk.parquet(tmp_path, x="x")
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
 
     def plan(epoch: int) -> PassPlan:
         return PassPlan(opened.unit_rows, global_batch_size=1 << 18, window_rows=1 << 20, epoch=epoch)
 
-    stream = Stream(Feed(opened, layout, plan, 0, 1, 1, reading=reads.Reading(1, 64 << 20)))
+    stream = Stream(RankInput(opened, batch_spec, plan, 0, 1, 1, reading=ray_data.ReadLimits(1, 64 << 20)))
     batches = iter(stream.endless_dataset())
     next(batches)
     resting, deadline = 100, time.monotonic() + 60
@@ -176,8 +177,8 @@ def test_scheduling_loop_idles_without_consumer(tmp_path: Path, monkeypatch: pyt
 def test_next_execution_starts_as_tables_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two executions together stay within the limit of one."""
     segment, row_group, allowed = 8, 1 << 17, 4
-    monkeypatch.setattr(blocks, "SEGMENT_TASKS", segment)
-    monkeypatch.setattr(blocks, "TASK_NBYTES", 9 * row_group)  # a table takes more than 8 bytes per row
+    monkeypatch.setattr(reader, "SEGMENT_TASKS", segment)
+    monkeypatch.setattr(reader, "TASK_NBYTES", 9 * row_group)  # a table takes more than 8 bytes per row
     begun = tmp_path / "begun"
 
     def tells(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -190,15 +191,15 @@ def test_next_execution_starts_as_tables_are_taken(tmp_path: Path, monkeypatch: 
     )
     source = rk.parquet(tmp_path / "x.parquet", x="x", transform=tells)
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
     plan = PassPlan(opened.unit_rows, global_batch_size=1 << 10, window_rows=row_group)
     windows = ((0, window) for window in plan.windows(0, 1))
-    tasks = list(blocks.gather_tasks(windows, opened, layout.row_nbytes))
+    tasks = list(reader.gather_tasks(windows, opened, batch_spec.row_nbytes))
     assert len(tasks) == 2 * segment
     begun.write_text("")
     taken, ahead = 0, []
-    limits = reads.Reading(cpus=allowed - 2, store_nbytes=allowed * blocks.TASK_NBYTES)
-    for block in blocks.ray_blocks(opened.reader, layout, tasks, limits):
+    limits = ray_data.ReadLimits(cpus=allowed - 2, store_nbytes=allowed * reader.TASK_NBYTES)
+    for block in reader.ray_blocks(opened.reader, batch_spec, tasks, limits):
         assert block.num_rows == row_group
         taken += 1
         deadline = time.monotonic() + 60
@@ -214,20 +215,20 @@ def test_next_execution_starts_as_tables_are_taken(tmp_path: Path, monkeypatch: 
 def test_ended_execution_frees_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even without garbage collection, which Ray Data's reference cycles would need."""
     segment, num_executions = 2, 4
-    monkeypatch.setattr(blocks, "SEGMENT_TASKS", segment)
-    monkeypatch.setattr(blocks, "TASK_NBYTES", 1)
-    opened, layout, plan = small_source(tmp_path)
-    made: list[weakref.ref[blocks.Task]] = []
+    monkeypatch.setattr(reader, "SEGMENT_TASKS", segment)
+    monkeypatch.setattr(reader, "TASK_NBYTES", 1)
+    opened, batch_spec, plan = small_source(tmp_path)
+    made: list[weakref.ref[reader.Task]] = []
 
-    def tasks() -> Iterator[blocks.Task]:
+    def tasks() -> Iterator[reader.Task]:
         windows = ((0, window) for window in plan(0).windows(0, 1))
-        for task in blocks.gather_tasks(windows, opened, layout.row_nbytes):
+        for task in reader.gather_tasks(windows, opened, batch_spec.row_nbytes):
             made.append(weakref.ref(task))
             yield task
 
     gc.disable()
     try:
-        read = blocks.ray_blocks(opened.reader, layout, tasks(), reading(Room(), 1, 1))
+        read = reader.ray_blocks(opened.reader, batch_spec, tasks(), reading(CpuBudget(), 1, 1))
         assert sum(block.num_rows for block in read) == 64
         assert len(made) == segment * num_executions
         assert [ref() for ref in made] == [None] * len(made)
@@ -239,9 +240,9 @@ def test_task_takes_remaining_cpu_fraction(tmp_path: Path) -> None:
     """A request for a whole CPU would never be scheduled."""
     small = small_source(tmp_path)
     with all_held_but(0.25):
-        limits = reading(room_beside(0.0, 0), 1, 1)
+        limits = reading(plan_budget(0.0, 0), 1, 1)
         assert limits.cpus_per_task == pytest.approx(0.25)
-        stream = Stream(Feed(*small, 0, 1, 1, reading=limits))
+        stream = Stream(RankInput(*small, 0, 1, 1, reading=limits))
         seen = np.concatenate([x.numpy().ravel() for x in stream.pass_dataset()])
         stream.close()
     assert sorted(seen) == list(range(64))
@@ -252,7 +253,7 @@ def test_closed_stream_leaves_no_thread(tmp_path: Path) -> None:
     small = small_source(tmp_path)
     for _ in range(3):
         before = set(threading.enumerate())
-        stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
+        stream = Stream(RankInput(*small, 0, 1, 1, reading=reading(CpuBudget(), 1, 1)))
         next(iter(stream.endless_dataset()))
         names = {thread.name for thread in set(threading.enumerate()) - before}
         assert "raykeras-read" in names
@@ -261,11 +262,11 @@ def test_closed_stream_leaves_no_thread(tmp_path: Path) -> None:
 
 
 def test_stream_starts_reading_early(tmp_path: Path) -> None:
-    opened, layout, plan = small_source(tmp_path)
+    opened, batch_spec, plan = small_source(tmp_path)
 
     def stream() -> Stream:
-        limits = reading(Room(), 1, 1)
-        return Stream(Feed(opened, layout, plan, 0, 1, 1, num_steps=16, first_step=3, reading=limits))
+        limits = reading(CpuBudget(), 1, 1)
+        return Stream(RankInput(opened, batch_spec, plan, 0, 1, 1, num_steps=16, first_step=3, reading=limits))
 
     asked, begun = stream(), stream()
     begun.begin()
@@ -284,7 +285,7 @@ def test_stream_starts_reading_early(tmp_path: Path) -> None:
 
 def test_early_read_failure_is_raised_on_iteration(tmp_path: Path) -> None:
     small = small_source(tmp_path)
-    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
+    stream = Stream(RankInput(*small, 0, 1, 1, reading=reading(CpuBudget(), 1, 1)))
     pq.write_table(pa.table({"other": np.arange(64.0)}), tmp_path / "x.parquet", row_group_size=8)
     stream.begin()
     with pytest.raises(tf.errors.InvalidArgumentError):
@@ -298,7 +299,7 @@ def test_early_read_failure_is_raised_on_iteration(tmp_path: Path) -> None:
 def test_stream_can_be_closed_right_after_start(tmp_path: Path, asked: bool) -> None:
     small = small_source(tmp_path)
     before = set(threading.enumerate())
-    stream = Stream(Feed(*small, 0, 1, 1, reading=reading(Room(), 1, 1)))
+    stream = Stream(RankInput(*small, 0, 1, 1, reading=reading(CpuBudget(), 1, 1)))
     stream.begin()
     iterator = iter(stream.pass_dataset()) if asked else None
     stream.close()

@@ -114,7 +114,7 @@ def test_required_input_without_data_is_refused(tmp_path: Path) -> None:
     model.compile("sgd", "mse")
     with pytest.raises(rk.ModelError, match="'b' is not optional"):
         rk.fit(model, {"a": X, "b": None}, X, verbose=0, run=rk.Run(storage=str(tmp_path)))
-    with pytest.raises(rk.OptionError, match="x must hold an array"):
+    with pytest.raises(rk.OptionError, match="x must contain at least one array"):
         rk.fit(model, {"a": None, "b": None}, X, verbose=0, run=rk.Run(storage=str(tmp_path)))
 
 

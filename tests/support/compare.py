@@ -1,4 +1,4 @@
-"""Comparison of a training through raykeras with one in plain Keras."""
+"""Compare a run of raykeras with training in plain Keras."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def assert_same_training(
     ignored: Sequence[str] = (),
     message: str = "",
 ) -> None:
-    """Assert that a run has the history and the weights of a plain `Model.fit`.
+    """Assert that a run has the history and the weights of plain `Model.fit`.
 
     Args:
-        result: Of `rk.fit`.
-        history: `History.history` of the plain training: metric to its value in each epoch.
-        model: As the plain training left it.
-        ignored: Metrics whose values may differ.
-        message: Shown beside what differs.
+        result: The result of `rk.fit`.
+        history: `History.history` of plain `Model.fit`.
+        model: The model that plain `Model.fit` trained.
+        ignored: Names of metrics whose values may differ.
+        message: Text to add to the message of a failure.
     """
     assert set(result.history) == set(history)
     for name in set(history) - set(ignored):
@@ -38,7 +38,7 @@ def assert_same_training(
 def assert_same_weights(
     model: Any, expected: Any, *, rtol: float = 1e-4, atol: float = 1e-6, message: str = ""
 ) -> None:
-    """Assert that two models have the same weights, of which tf_keras counts the state of metrics as some."""
+    """Assert that two models have the same weights, without the state of metrics that tf_keras counts as weights."""
     for weights, expected_weights in zip(_weights(model), _weights(expected), strict=True):
         np.testing.assert_allclose(weights, expected_weights, rtol=rtol, atol=atol, err_msg=message)
 

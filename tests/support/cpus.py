@@ -1,4 +1,4 @@
-"""Logical CPUs that other work holds."""
+"""Logical CPUs that are reserved by other work in Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SETTLED_S, _TIMEOUT_S = 0.5, 120.0
 
 
 def free_cpus() -> float:
-    """Return the free CPUs, once Ray's count is stable."""
+    """Return the number of free CPUs, once Ray's count is stable."""
     before, now = None, ray.available_resources().get("CPU", 0.0)
     while now != before:
         time.sleep(_SETTLED_S)
@@ -22,7 +22,7 @@ def free_cpus() -> float:
 
 @contextlib.contextmanager
 def all_held_but(cpus: float) -> Iterator[None]:
-    """Let an actor hold all free CPUs but a number within the block."""
+    """Reserve all free CPUs except `cpus` with an actor while the block runs."""
 
     @ray.remote
     class Holder:
@@ -30,7 +30,7 @@ def all_held_but(cpus: float) -> Iterator[None]:
             return True
 
     deadline = time.monotonic() + _TIMEOUT_S
-    while True:  # while earlier tests' tasks are still ending
+    while True:  # tasks of earlier tests may still be ending
         assert time.monotonic() < deadline, ray.available_resources()
         if (free := free_cpus()) <= cpus:
             continue

@@ -1,7 +1,7 @@
-"""Processes that start with TensorFlow, both Keras and Ray imported, for tests that kill or configure theirs.
+"""Processes with TensorFlow, Keras, tf_keras and Ray imported, for tests that kill or configure their process.
 
-Importing takes seconds; a process that is forked from one that has imported them starts at once. TensorFlow is
-imported there but not started, since its threads would not survive the fork.
+Importing takes seconds, but a process that is forked after the imports starts at once. The server imports TensorFlow
+without starting it, since TensorFlow's threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Ended:
     """A process that has ended.
 
     Attributes:
-        exit_code: Negative for a signal.
-        output: What it wrote to stdout and stderr.
+        exit_code: The exit status, or the negative number of the signal that killed it.
+        output: Its stdout and stderr.
     """
 
     exit_code: int
@@ -34,7 +34,7 @@ class Ended:
 
 
 class ForkServer:
-    """Runs functions, one at a time, each in a process of its own. Ends with the `with` block."""
+    """Runs functions one at a time, each in a forked process, while the `with` block runs."""
 
     def __enter__(self) -> ForkServer:
         command = [sys.executable, "-m", "tests.support.fork_server"]
@@ -47,10 +47,15 @@ class ForkServer:
         self._server.wait()
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> Ended:
-        """Run a function of a module in a forked process.
+        """Run a function in a forked process.
+
+        Args:
+            function: Module-level function.
+            *args: Picklable arguments.
+            timeout_s: Seconds after which the process is killed.
 
         Raises:
-            TimeoutError: If it does not end in time; with its output.
+            TimeoutError: If the process was killed; the message contains its output.
         """
         stdin, stdout = self._server.stdin, self._server.stdout
         assert stdin is not None and stdout is not None
@@ -64,7 +69,7 @@ class ForkServer:
                 os.kill(pid, signal.SIGKILL)
             exit_code = os.waitstatus_to_exitcode(int(stdout.readline()))
             if not in_time:
-                raise TimeoutError(f"no end after {timeout_s:g} s:\n{output.read_text()}")
+                raise TimeoutError(f"not finished after {timeout_s:g} s:\n{output.read_text()}")
             return Ended(exit_code, output.read_text())
 
 
@@ -88,20 +93,20 @@ def _serve() -> None:
 def _run(function: Callable[..., Any], args: tuple[Any, ...], output: str) -> None:
     code = 1
     try:
-        written = os.open(output, os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(written, 1)
-        os.dup2(written, 2)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
         function(*args)
         code = 0
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(bool(error.code))
     except BaseException:
         traceback.print_exc()
     finally:
         import ray
 
-        ray.shutdown()  # exit handlers do not run
+        ray.shutdown()  # `os._exit` skips exit handlers
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

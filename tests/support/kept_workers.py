@@ -1,8 +1,8 @@
-"""Two worker processes that are kept from one test to the next, so that a test need not start its own.
+"""Two worker processes that run one test after another, because starting new ones takes seconds.
 
-Ray Train starts the processes through the product's own `run_on_workers`; a test then runs on them exactly what it
-would run on new ones, and the actor between them and the driver is kept, too. Tests of how a process starts or ends
-use new ones. This is the only place where tests replace how the product starts processes.
+raykeras' own `run_on_workers` starts the processes. A test runs on them exactly what it would run on new ones; the
+coordinator's actor is reused as well. Tests of how a process starts or ends use new processes. Only this module
+replaces how raykeras starts processes.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raykeras import inference, launch
-from raykeras.checkpoint import RunFolder
-from raykeras.desk import Desk, _Desk
-from raykeras.group import run_on_workers, worst
-from raykeras.options import Scale
-from raykeras.patching import replaced
+from raykeras.checkpoint.store import RunFolder
+from raykeras.compat.patch import patched
+from raykeras.core.config import Scale
+from raykeras.driver import evaluate, launch
+from raykeras.driver.worker_group import run_on_workers, worst
+from raykeras.worker.coordinator import CoordinatorActor, RunCoordinator
 
 TWO = Scale(workers=2)
 _CPUS_PER_WORKER = 0.01
 _TIMEOUT_S = 300
-_PEER_TIMEOUT_S = 30  # for the other workers once one has failed
+_PEER_TIMEOUT_S = 30  # wait for the other worker after a failure
 
 
 class KeptWorkers:
     """Two worker processes that run one test after another.
 
     Args:
-        folder: For Ray Train's own files.
+        folder: Folder for Ray Train's files and for stack traces.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ class KeptWorkers:
         from ray.util.queue import Queue
 
         options = {"num_cpus": 0}
-        self._desk_actor = ray.remote(num_cpus=0)(_KeptDeskActor).remote(TWO.workers)
+        self._coordinator_actor = ray.remote(num_cpus=0)(_KeptCoordinatorActor).remote(TWO.workers)
         self._jobs = [Queue(actor_options=options) for _ in range(TWO.workers)]
         self._results = Queue(actor_options=options)
         config = {"jobs": self._jobs, "results": self._results, "folder": self._folder}
@@ -75,14 +75,14 @@ class KeptWorkers:
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """Runs here what is started on two workers within the block."""
+        """Run two-worker jobs on these processes while the block runs."""
         if self._is_broken:
             self.close()
             self._start()
         with (
-            replaced(launch, "run_on_workers", self.run_on_workers),
-            replaced(inference, "run_on_workers", self.run_on_workers),
-            replaced(launch, "Desk", functools.partial(_KeptDesk, self._desk_actor)),
+            patched(launch, "run_on_workers", self.run_on_workers),
+            patched(evaluate, "run_on_workers", self.run_on_workers),
+            patched(launch, "RunCoordinator", functools.partial(_KeptCoordinator, self._coordinator_actor)),
         ):
             yield
 
@@ -96,7 +96,7 @@ class KeptWorkers:
         folder: RunFolder | None = None,
         waits: bool = True,
     ) -> Any:
-        """See `raykeras.group.run_on_workers`."""
+        """See `raykeras.driver.worker_group.run_on_workers`."""
         from ray import cloudpickle
         from ray.util.queue import Empty
 
@@ -107,14 +107,14 @@ class KeptWorkers:
             jobs.put(job)
         values: dict[int, Any] = {}
         failures: dict[int, BaseException] = {}
-        self._is_broken = True  # until both are done
+        self._is_broken = True  # until both workers have finished
         while len(values) + len(failures) < TWO.workers:
             try:
                 rank, value, error = self._results.get(timeout=_PEER_TIMEOUT_S if failures else _TIMEOUT_S)
             except Empty:
-                if failures:  # the other one waits for it
+                if failures:  # the other worker waits for the failed one
                     raise worst(failures) from None
-                raise TimeoutError(f"kept workers not done after {_TIMEOUT_S} s; {self._stacks()}") from None
+                raise TimeoutError(f"workers not finished after {_TIMEOUT_S} s; {self._stacks()}") from None
             if error is None:
                 values[rank] = value
             else:
@@ -125,7 +125,7 @@ class KeptWorkers:
         return values[0]
 
     def _stacks(self) -> str:
-        """Return the stacks of the processes' threads."""
+        """Return the stack traces of all threads of the processes."""
         for pid in self._pids:
             os.kill(pid, signal.SIGUSR1)
         time.sleep(1)
@@ -135,7 +135,7 @@ class KeptWorkers:
         """End the processes."""
         import ray
 
-        ray.kill(self._desk_actor)
+        ray.kill(self._coordinator_actor)
         for jobs in self._jobs:
             jobs.put(None)
         if not self._is_broken:
@@ -144,8 +144,8 @@ class KeptWorkers:
             queue.shutdown(force=True)
 
 
-class _KeptDesk(Desk):
-    """A handle of the actor that is kept."""
+class _KeptCoordinator(RunCoordinator):
+    """A handle of the kept actor."""
 
     def __init__(self, actor: Any, num_ranks: int) -> None:
         import ray
@@ -159,8 +159,8 @@ class _KeptDesk(Desk):
         ray.get(self._actor.end_run.remote())
 
 
-class _KeptDeskActor(_Desk):
-    """Serves one run after another, each from its initial state."""
+class _KeptCoordinatorActor(CoordinatorActor):
+    """An actor that serves one run after another, each from the initial state."""
 
     _run = 0
 
@@ -169,12 +169,12 @@ class _KeptDeskActor(_Desk):
 
     async def end_run(self) -> None:
         self._run += 1
-        for meeting in self._meetings:
-            meeting.is_called.set()
+        for round_ in self._rounds:
+            round_.is_called.set()
 
-    async def await_call(self, number: int) -> None:
+    async def await_round(self, number: int) -> None:
         run = self._run
-        await super().await_call(number)
+        await super().await_round(number)
         if run != self._run:
             raise RuntimeError("the run is over")
 
@@ -184,21 +184,21 @@ def _stacks_file(folder: RunFolder, pid: int) -> Path:
 
 
 def _serve(config: dict[str, Any]) -> None:
-    """Run jobs on a kept worker, each with TensorFlow's and Keras' state cleared before it."""
+    """Run jobs on a kept worker; clear the state of TensorFlow and Keras before each."""
     import ray.train
     from ray import cloudpickle
 
-    from raykeras.noise import import_tensorflow, quiet
+    from raykeras.core.quiet import import_tensorflow, quiet
 
     quiet()
     import_tensorflow()
     import keras
     import tf_keras
 
-    from raykeras import worker
+    from raykeras.worker import train
 
     # a process can join a TensorFlow cluster only once
-    worker.make_strategy = functools.cache(worker.make_strategy)
+    train.make_strategy = functools.cache(train.make_strategy)
     rank = ray.train.get_context().get_world_rank()
     stacks = _stacks_file(config["folder"], os.getpid()).open("w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
@@ -207,10 +207,10 @@ def _serve(config: dict[str, Any]) -> None:
         work, job_config, value, error = None, None, None, None
         for package in (keras, tf_keras):
             package.backend.clear_session()
-            gc.freeze()  # keeps `clear_session` from collecting garbage among all of TensorFlow's objects
+            gc.freeze()  # speeds up the garbage collection of `clear_session`
         try:
             work, job_config = cloudpickle.loads(job)
             value = work(job_config)
-        except Exception as raised:
-            error = raised
+        except Exception as exception:
+            error = exception
         config["results"].put((rank, value, error))

@@ -1,4 +1,4 @@
-"""Processes that the tests started and that outlive the session."""
+"""Find and kill processes that outlive the test session."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import time
 from pathlib import Path
 
 SESSION = "RAYKERAS_TEST_SESSION"
-"""Names the session's folder in the environment of every process that the tests start."""
+"""Environment variable of every process that the tests start; its value is the session's folder."""
 
 _TIMEOUT_S = 30.0
 _POLL_S = 0.2
 
 
 def end_processes(folder: str) -> list[str]:
-    """Waits for the session's processes to end, kills those that do not, and describes them."""
+    """Wait for the session's processes to end, kill the remaining ones, and return a description of each."""
     deadline = time.monotonic() + _TIMEOUT_S
-    while (left := processes(folder)) and time.monotonic() < deadline:
+    while (remaining := processes(folder)) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    for pid in left:
+    for pid in remaining:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return [f"process {pid}: {command}" for pid, command in left.items()]
+    return [f"process {pid}: {command}" for pid, command in remaining.items()]
 
 
 def processes(folder: str) -> dict[int, str]:
-    """Command lines, by process id, of the processes whose environment or command names the folder."""
-    marker, found = f"{SESSION}={folder}".encode(), {}
+    """Return the command lines, by process id, of the processes whose environment or command names the folder."""
+    marker, commands = f"{SESSION}={folder}".encode(), {}
     for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or belongs to another user
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             command = (path / "cmdline").read_bytes().replace(b"\0", b" ")
-            named = marker in (path / "environ").read_bytes().split(b"\0") or folder.encode() in command
-            if named and command and int(path.name) != os.getpid():
-                found[int(path.name)] = command.decode(errors="replace").strip()
-    return found
+            is_named = marker in (path / "environ").read_bytes().split(b"\0") or folder.encode() in command
+            if is_named and command and int(path.name) != os.getpid():
+                commands[int(path.name)] = command.decode(errors="replace").strip()
+    return commands

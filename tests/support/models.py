@@ -1,4 +1,4 @@
-"""The guide's models, made small, and data for them."""
+"""Small versions of the models in the Keras guide, and data for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCORE = RNG.normal(size=(ROWS, 1)).astype(np.float32)
 CLASS = np.eye(5, dtype=np.float32)[RNG.integers(0, 5, ROWS)]
 WEIGHT = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
 for shared in (X, Y, IMAGES, SERIES, SCORE, CLASS, WEIGHT):
-    shared.flags.writeable = False  # tests share them
+    shared.flags.writeable = False
 
 PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
 SCALES = {"1x1": rk.Scale(), "1x2": rk.Scale(replicas_per_worker=2)}
@@ -29,7 +29,7 @@ IN_PROCESS = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 
 
 def dense(package: str, **compiled: Any) -> Callable[[], Any]:
-    """Return a function that builds the guide's first model, made small."""
+    """Return a function that builds a small version of the guide's first model."""
 
     def build() -> Any:
         keras = importlib.import_module(package)
@@ -45,7 +45,7 @@ def dense(package: str, **compiled: Any) -> Callable[[], Any]:
 
 
 def two_inputs(package: str, **compiled: Any) -> Callable[[], Any]:
-    """Return a function that builds the guide's model of an image and a time series, with a score and a class."""
+    """Return a function that builds the guide's model of an image and a time series, with score and class outputs."""
 
     def build() -> Any:
         keras = importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""What Ray's object store holds."""
+"""The size of Ray's object store."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _FREED_S = 1.1  # Ray frees objects once a second
 
 
 def store_nbytes() -> int:
-    """Return the bytes of all objects."""
+    """Return the size of all objects in bytes."""
     state = get_state_from_address(ray.get_runtime_context().gcs_address)
     return int(get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
 
 def free_garbage() -> None:
-    """Let the store free the objects of earlier tests."""
+    """Wait until the store has freed the objects of earlier tests."""
     gc.collect()
-    before = -1
-    while (now := store_nbytes()) != before:
-        before = now
+    previous = -1
+    while (current := store_nbytes()) != previous:
+        previous = current
         time.sleep(_FREED_S)

@@ -1,6 +1,6 @@
-"""Imported once by the fork server: what a process of a test would otherwise import again."""
+"""The modules that the fork server imports once for all forked processes."""
 
-from raykeras.noise import import_tensorflow, quiet
+from raykeras.core.quiet import import_tensorflow, quiet
 
 quiet()
 import_tensorflow()
@@ -9,5 +9,5 @@ import keras  # noqa: E402, F401
 import ray.train.v2.api.data_parallel_trainer  # noqa: E402, F401
 import tf_keras  # noqa: E402, F401
 
-import raykeras.driver  # noqa: E402
-import raykeras.worker  # noqa: E402, F401
+import raykeras.driver.fit  # noqa: E402
+import raykeras.worker.train  # noqa: E402, F401

@@ -1,8 +1,8 @@
-"""A training that is killed at given points and resumed.
+"""A run that is killed at given points and resumed.
 
     python -m tests.support.resuming PLAN.json
 
-trains as the plan says in a process of its own; see `train`.
+calls `train` with the arguments in the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import raykeras as rk
 from tests.support.compare import assert_same_weights
 
-ROWS, BATCH, EPOCHS = 75, 16, 4  # five steps, the last one short
+ROWS, BATCH, EPOCHS = 75, 16, 4  # five steps per epoch; the last batch is short
 _RNG = np.random.default_rng(0)
 X = _RNG.normal(size=(ROWS, 8)).astype(np.float32)
 Y = _RNG.integers(0, 3, ROWS)
@@ -29,7 +29,8 @@ WEIGHT = _RNG.uniform(0.5, 2, ROWS).astype(np.float32)
 VALIDATION = (X[:21] + 0.1, Y[:21])
 
 POINTS = ("step 0 0", "step 1 2", "step 1 4", "test 1", "write", "begin 2", "end 2", "step 3 1")
-"""First step, mid-epoch, last step, in validation, while a checkpoint is written, between epochs, mid-epoch."""
+"""Where to kill a process: at the first step, mid-epoch, at the last step, during validation, while a checkpoint is
+written, between epochs, mid-epoch."""
 
 
 def build(package: str = "keras", *, dropout: float = 0.3, steps_per_execution: int = 1) -> Any:
@@ -50,7 +51,7 @@ def build(package: str = "keras", *, dropout: float = 0.3, steps_per_execution: 
 
 
 def recorder(package: str = "keras") -> Any:
-    """A user's callback that records the calls of its hooks."""
+    """Return a user-defined callback that records the calls of its hooks."""
     import importlib
 
     class Recorder(importlib.import_module(package).callbacks.Callback):  # type: ignore[misc]
@@ -73,7 +74,7 @@ def recorder(package: str = "keras") -> Any:
 
 
 def steering(package: str = "keras") -> list[Any]:
-    """Callbacks whose state steers training."""
+    """Return callbacks whose state steers training."""
     import importlib
 
     callbacks = importlib.import_module(package).callbacks
@@ -84,12 +85,12 @@ def steering(package: str = "keras") -> list[Any]:
 
 
 def killer(points: Sequence[str], folder: str, rank: int | None = None) -> Any:
-    """A callback that kills its process at the first point that has not killed one yet.
+    """Return a callback that kills its process at the next point of a list.
 
     Args:
         points: See `POINTS`.
-        folder: Where a file is created for each point that was reached.
-        rank: The worker that is killed; None for the driver's process.
+        folder: Folder in which a file is created for each point that was reached.
+        rank: Rank of the worker to kill; None for the driver's process.
     """
 
     def kill(point: str) -> None:
@@ -103,7 +104,7 @@ def killer(points: Sequence[str], folder: str, rank: int | None = None) -> Any:
 
 
 def _wait_for_starts(folder: str, num_starts: int) -> None:
-    """Wait until the run's event log, which a thread writes, says how often it was started."""
+    """Wait until the run's event log, which a thread writes, contains a number of starts."""
     deadline, log = time.monotonic() + 60, Path(folder, "run", "events.jsonl")
     while log.read_text().count('"RunStarted"') < num_starts:
         assert time.monotonic() < deadline, log.read_text()
@@ -111,11 +112,11 @@ def _wait_for_starts(folder: str, num_starts: int) -> None:
 
 
 def loser(points: Sequence[str], folder: str) -> Any:
-    """A callback with which all workers fail at the next point, as if one of them was lost.
+    """Return a callback that makes all workers fail at the next point of a list, as if one worker was lost.
 
     Args:
         points: See `POINTS`; all but "write".
-        folder: Where a file is created for each point and rank.
+        folder: Folder in which a file is created for each point and rank.
     """
 
     def lose(point: str) -> None:
@@ -160,24 +161,24 @@ def _at_points(act: Callable[[str], None], next_point: Callable[[], str | None])
 
 
 def _act_while_writing(act: Callable[[], None]) -> None:
-    """Act in the middle of the second checkpoint that this process writes, with half of its model there."""
-    from raykeras import checkpoint
+    """Call `act` while this process writes its second checkpoint, when half of the model file is written."""
+    from raykeras.checkpoint import store
 
-    write_state, written = checkpoint.write_state, []
+    write_state, folders = store.write_state, []
 
-    def truncated(folder: str, *args: Any) -> None:
-        written.append(folder)
-        if len(written) > 1:
-            path = Path(folder, checkpoint.MODEL_FILE)
+    def truncate_and_act(folder: str, *args: Any) -> None:
+        folders.append(folder)
+        if len(folders) > 1:
+            path = Path(folder, store.MODEL_FILE)
             os.truncate(path, path.stat().st_size // 2)
             act()
         write_state(folder, *args)
 
-    checkpoint.write_state = truncated
+    store.write_state = truncate_and_act
 
 
 def fit(storage: str, name: str, callbacks: Sequence[Any] = (), **options: Any) -> rk.Result:
-    """Train; the same in every process."""
+    """Train the same model on the same data in every process."""
     run = rk.Run(storage=storage, name=name, **{"checkpoint_every": 2, **options.pop("run", {})})
     dropout = options.pop("dropout", 0.3)
     options = {"epochs": EPOCHS, "validation_data": VALIDATION, "sample_weight": WEIGHT, "verbose": 0, **options}
@@ -198,7 +199,7 @@ def assert_same(result: rk.Result, expected: rk.Result, rtol: float = 1e-6) -> N
 
 
 def slow(step_s: float, only_epoch: int | None = None) -> Any:
-    """A callback that pauses after each step of all epochs, or of one."""
+    """Return a callback that pauses after each step of every epoch, or of one epoch."""
     import keras
 
     class Slow(keras.callbacks.Callback):  # type: ignore[misc]
@@ -213,13 +214,13 @@ def slow(step_s: float, only_epoch: int | None = None) -> Any:
 
 
 class DriverKiller(rk.DriverCallback):
-    """Kills the driver once a checkpoint was saved in the middle of an epoch."""
+    """Kills the driver after a checkpoint was saved in the middle of an epoch."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
 
-    def on_event(self, event: rk.events.Event) -> None:
-        if isinstance(event, rk.events.CheckpointSaved) and event.epoch == self._epoch and event.step:
+    def on_event(self, event: rk.Event) -> None:
+        if isinstance(event, rk.CheckpointSaved) and event.epoch == self._epoch and event.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -231,20 +232,20 @@ def train(
     driver_epoch: int | None = None,
     dropout: float = 0.3,
 ) -> None:
-    """Train the run "run" in a process that is killed.
+    """Train the run "run" in this process, which is killed.
 
     Args:
-        storage: The run's, where files for the points are created, too.
-        points: Where this process, the only worker, is killed; see `POINTS`.
-        workers: Number of worker processes.
-        driver_epoch: Epoch in which this process, the driver, is killed.
-        dropout: Rate of the model's Dropout layer; 0 for none.
+        storage: Storage of the run, and folder of the files for the points.
+        points: Points at which this process, the only worker, is killed; see `POINTS`.
+        workers: Number of workers.
+        driver_epoch: Epoch in which this process, the driver of several workers, is killed.
+        dropout: Rate of the model's Dropout layer; 0 for no such layer.
     """
     callbacks: list[Any] = [recorder(), *steering()]
     if points:
         callbacks.append(killer(points, storage))
     if driver_epoch is not None:
-        # workers outlive their driver for two seconds, in which they must not end the epoch
+        # workers outlive their driver by two seconds, in which they must not finish the epoch
         callbacks += [slow(1.5, driver_epoch), DriverKiller(driver_epoch)]
     fit(storage, "run", callbacks, scale=rk.Scale(workers=workers), dropout=dropout)
 

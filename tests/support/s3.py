@@ -1,4 +1,4 @@
-"""An S3 server on this machine, and a proxy before it that makes requests fail."""
+"""An S3 server on this machine, behind a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 FAULTS = ("unavailable", "dropped", "short", "garbled", "hangs", "expired", "denied", "applied")
-"""Answers 503; closes the connection; sends half of the body, or one with a changed byte; sends nothing; refuses
-credentials that expired, or any; does what was asked and then answers 503."""
+"""The proxy answers 503; closes the connection; sends half of the body; changes a byte of the body; never answers;
+answers that the credentials have expired; denies access; or executes the request and then answers 503."""
 
 _TIMEOUT_S = 60.0
 _ERRORS = {
@@ -29,14 +29,15 @@ _HOP_BY_HOP = {"connection", "expect", "keep-alive", "transfer-encoding"}
 
 @dataclass
 class Fault:
-    """A fault of the n-th to the m-th request of a kind, counted from 1.
+    """A fault of some of the requests that match a method and a path.
 
     Attributes:
         name: One of `FAULTS`.
-        method: Of the requests; "" for any.
-        path: Part of their path and query.
-        first, last: Which of them fail.
-        num_requests: How many there were so far.
+        method: HTTP method of the requests; "" for any.
+        path: Substring of their path and query.
+        first, last: The first and the last request to fail, counted from 1.
+        num_requests: Number of matching requests so far.
+        over: Set when the fault ends.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Fault:
     over: threading.Event = field(default_factory=threading.Event)
 
     def strikes(self, method: str, path: str) -> bool:
-        """Count a request; return whether it fails."""
+        """Count a request if it matches; return whether it fails."""
         if self.method not in ("", method) or self.path not in path:
             return False
         self.num_requests += 1
@@ -68,7 +69,7 @@ class S3:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes `s3://` URLs lead here. `AWS_MAX_ATTEMPTS` leaves repeating to those who call botocore."""
+        """The environment variables that make this server serve `s3://` URLs, without retries in botocore."""
         return {
             "AWS_ENDPOINT_URL": "http://{}:{}".format(*self._proxy.server_address),
             "AWS_ACCESS_KEY_ID": "testing",
@@ -82,7 +83,7 @@ class S3:
     def failing(
         self, name: str, *, method: str = "", path: str = "", first: int = 1, last: float = math.inf
     ) -> Iterator[Fault]:
-        """Make requests fail within the block; see `Fault`."""
+        """Make requests fail while the block runs; see `Fault`."""
         assert name in FAULTS
         fault = Fault(name, method, path, first, last)
         with self.lock:
@@ -116,7 +117,7 @@ class S3:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Forwards a request, or makes it fail."""
+    """Forwards requests to moto, or makes them fail."""
 
     protocol_version = "HTTP/1.1"
 
@@ -125,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def log_message(self, *args: Any) -> None:
-        """Write nothing."""
+        """Log nothing."""
 
     def _handle(self) -> None:
         body = self._body()
@@ -177,13 +178,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, num_sent: int) -> None:
         self.send_response(status)
-        sized = False
+        has_length = False
         for name, value in headers:
             if name.lower() in (*_HOP_BY_HOP, "date", "server"):
                 continue
-            sized = sized or name.lower() == "content-length"
+            has_length = has_length or name.lower() == "content-length"
             self.send_header(name, value)
-        if not sized and status not in (204, 304):
+        if not has_length and status not in (204, 304):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[:num_sent])

@@ -10,14 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import raykeras as rk
-from raykeras.columns import Layout
-from raykeras.plan import PassPlan
-from raykeras.sources import OpenSource
-from raykeras.specs import resolve
+from raykeras.data.batch_spec import BatchSpec
+from raykeras.data.plan import PassPlan
+from raykeras.data.resolve import resolve
+from raykeras.data.sources.base import OpenSource
 
 
-def small_source(folder: Path) -> tuple[OpenSource, Layout, Callable[[int], PassPlan]]:
-    """Return a source of eight row groups, its layout and its plan."""
+def small_source(folder: Path) -> tuple[OpenSource, BatchSpec, Callable[[int], PassPlan]]:
+    """Return an open source of 8 row groups of 8 rows, its batch spec, and a function that plans an epoch."""
     pq.write_table(pa.table({"x": np.arange(64.0)}), folder / "x.parquet", row_group_size=8)
     source = rk.parquet(folder, x="x")
     opened = source.open()

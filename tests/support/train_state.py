@@ -1,4 +1,4 @@
-"""The values of a checkpoint's `train_state.json`, as a small run writes them."""
+"""An example of the values in a checkpoint's `train_state.json`."""
 
 from __future__ import annotations
 

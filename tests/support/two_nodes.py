@@ -1,6 +1,6 @@
-"""An elastic run on a cluster of two nodes, of which the second is lost, comes back, and is drained.
+"""An elastic run on a cluster of two nodes: the second node is lost, comes back, and is drained.
 
-Prints the run's events as JSON lines, and its history as the last.
+Prints the events of the run as JSON lines, and the history as the last line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import raykeras as rk
 from tests.support.resuming import fit, slow
 
 EPOCHS = 12
-"""So many that training lasts until the node has come back."""
+"""Enough for training to last until the node has come back."""
 
 _STEP_S = 0.3
 _NODE_CPUS = 2
@@ -23,7 +23,7 @@ _DRAIN_S = 30
 
 
 class Nodes:
-    """A cluster whose second node can go and come back. Ends with the `with` block."""
+    """A cluster whose second node can be removed and added again, while the `with` block runs."""
 
     def __enter__(self) -> Nodes:
         from ray.cluster_utils import Cluster
@@ -40,13 +40,13 @@ class Nodes:
 
         self._closed.set()
         self._cluster.shutdown()
-        ray._common.utils.reset_ray_address()  # which other processes of this machine would find
+        ray._common.utils.reset_ray_address()  # otherwise, other processes on this machine would find the address
 
     def lose(self) -> None:
         self._cluster.remove_node(self._second, allow_graceful=False)
 
     def drain(self) -> None:
-        """Announce that the node goes, as a cloud does before it takes back a spot instance."""
+        """Announce that the node will be removed, as a cloud provider does for a spot instance."""
         from ray._raylet import GcsClient
         from ray.core.generated import autoscaler_pb2
 
@@ -57,10 +57,10 @@ class Nodes:
         assert accepted, message
 
     def come_back(self) -> None:
-        """Add a node, in a thread that stays, since the node would end with it."""
+        """Add a node from a thread that keeps running, because the node ends with the thread that started it."""
         import ray._private.utils
 
-        ray._private.utils.set_sigterm_handler = lambda handler: None  # which only the main thread may set
+        ray._private.utils.set_sigterm_handler = lambda handler: None  # only the main thread may set it
         threading.Thread(target=self._add_and_stay, daemon=True).start()
 
     def _add_and_stay(self) -> None:
@@ -72,19 +72,19 @@ class Nodes:
 
 
 class NodeLeaves(rk.DriverCallback):
-    """Loses the second node after a step of the second epoch; once it trains again, has it drained."""
+    """Removes the second node after a step of the second epoch, and drains it once it trains again."""
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes, self._times_left, self._is_back = nodes, 0, False
 
-    def on_event(self, event: rk.events.Event) -> None:
-        if isinstance(event, rk.events.BatchEnded):
+    def on_event(self, event: rk.Event) -> None:
+        if isinstance(event, rk.BatchEnded):
             if event.epoch == 1 and event.step == 2 and not self._times_left:
                 self._leave(self._nodes.lose)
             elif self._is_back and self._times_left == 1:
                 self._leave(self._nodes.drain)
             return
-        if isinstance(event, rk.events.RunRestarted):
+        if isinstance(event, rk.RunRestarted):
             self._is_back = event.workers == 2
             if self._times_left == 1 and not self._is_back:
                 self._nodes.come_back()

@@ -1,4 +1,4 @@
-"""Processes of their own."""
+"""System tests start and kill processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.support.fork_server import ForkServer
 
 @pytest.fixture(scope="session")
 def forked() -> Iterator[ForkServer]:
-    """Runs functions in processes that start with TensorFlow, both Keras and Ray imported."""
+    """Start a server that runs functions in forked processes, with TensorFlow, Keras, tf_keras and Ray imported."""
     with ForkServer() as server:
         yield server

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import raykeras as rk
-from raykeras.checkpoint import RunFolder
-from raykeras.cluster import Room
-from raykeras.world import _room, wait_for_room
+from raykeras.checkpoint.store import RunFolder
+from raykeras.data.streaming.resources import CpuBudget
+from raykeras.driver.elastic import capacity, wait_for_capacity
 from tests.support import two_nodes
 from tests.support.compare import assert_same_weights
 from tests.support.cpus import all_held_but
@@ -65,14 +65,14 @@ def hanging(folder: Path, rank: int) -> Any:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     run = {"hang_timeout_s": 6.0}
     result = fit(str(tmp_path), "run", [hanging(tmp_path, 1)], scale=TWO, dropout=0, run=run, on_event=seen.append)
     expected = fit(str(tmp_path), "undisturbed", dropout=0)
     assert result.epoch == expected.epoch
     for name, values in expected.history.items():
         np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)
-    failed = [event for event in seen if isinstance(event, rk.events.WorkerFailed)]
+    failed = [event for event in seen if isinstance(event, rk.WorkerFailed)]
     assert len(failed) == 1 and "no step for 6 s" in failed[0].cause
     stacks = {path.name: path.read_text() for path in Path(result.path, "stacks").iterdir()}
     assert "attempt-0-rank-1.txt" in stacks  # and that of rank 0, unless it was ended before
@@ -82,8 +82,8 @@ def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_capacity_beside_partially_used_cpu() -> None:
     """The workers and tasks that fit are counted, or they would never be scheduled."""
-    orders: Any = SimpleNamespace(widest=TWO, scale=TWO, room=Room(1.0))
+    job: Any = SimpleNamespace(requested_scale=TWO, scale=TWO, budget=CpuBudget(1.0))
     with all_held_but(2.75):
-        assert wait_for_room(orders) == 2
+        assert wait_for_capacity(job) == 2
     with all_held_but(2.0):
-        assert _room(orders, in_parts=True) == 1  # the other CPU is for reading
+        assert capacity(job, allow_partial_cpu=True) == 1  # the other CPU is for reading

@@ -23,7 +23,7 @@ import pytest
 import ray
 
 import raykeras as rk
-from raykeras.group import run_on_workers
+from raykeras.driver.worker_group import run_on_workers
 from tests.support.fork_server import ForkServer
 from tests.support.kept_workers import TWO, KeptWorkers
 from tests.support.resuming import POINTS, assert_same, events_of, fit, killer, loser, recorder, steering, train
@@ -62,7 +62,7 @@ def undisturbed(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFact
 
 
 def test_killed_workers_are_restarted(undisturbed: rk.Result, tmp_path: Path) -> None:
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     killers = [killer(points, str(tmp_path), rank) for rank, points in KILLED_BY_RANK.items()]
     result = fit(str(tmp_path), "run", [*steering(), *killers], scale=TWO, on_event=seen.append)
     assert_same(result, undisturbed)
@@ -73,7 +73,7 @@ def test_killed_workers_are_restarted(undisturbed: rk.Result, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("two_workers")
 def test_lost_workers_are_resumed_at_any_point(undisturbed: rk.Result, tmp_path: Path) -> None:
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     callbacks = [*steering(), loser(LOST, str(tmp_path))]
     result = fit(str(tmp_path), "run", callbacks, scale=TWO, on_event=seen.append)
     assert_same(result, undisturbed)
@@ -81,11 +81,11 @@ def test_lost_workers_are_resumed_at_any_point(undisturbed: rk.Result, tmp_path:
     assert [point for point, event in zip(LOST, failed, strict=True) if repr(point) not in event.cause] == []
 
 
-def assert_restarted(seen: list[rk.events.Event], num_times: int) -> list[Any]:
+def assert_restarted(seen: list[rk.Event], num_times: int) -> list[Any]:
     """Assert that failures and restarts were announced; return the failures."""
-    failed = [event for event in seen if isinstance(event, rk.events.WorkerFailed)]
+    failed = [event for event in seen if isinstance(event, rk.WorkerFailed)]
     assert len(failed) == num_times and all(event.next for event in failed)
-    restarted = [event for event in seen if isinstance(event, rk.events.RunRestarted)]
+    restarted = [event for event in seen if isinstance(event, rk.RunRestarted)]
     assert [event.attempt for event in restarted] == list(range(1, num_times + 1))
     return failed
 
@@ -98,12 +98,12 @@ def test_max_failures_without_progress(tmp_path: Path) -> None:
         def on_train_begin(self, logs: Any = None) -> None:
             raise rk.WorkerLostError("The worker of rank 1 was lost.")
 
-    seen: list[rk.events.Event] = []
+    seen: list[rk.Event] = []
     options: dict[str, Any] = {"scale": TWO, "run": {"max_failures": 1}, "on_event": seen.append}
     with pytest.raises(rk.WorkerLostError, match="failure 2 without a new checkpoint; `max_failures` is 1"):
         fit(str(tmp_path), "run", [Fails()], **options)
-    failed = [event.next for event in seen if isinstance(event, rk.events.WorkerFailed)]
-    assert failed == ["training begins again", "the run fails"]
+    failed = [event.next for event in seen if isinstance(event, rk.WorkerFailed)]
+    assert failed == ["training starts over", "the run fails"]
 
 
 def wait_to_be_ended(config: dict[str, Any]) -> None:

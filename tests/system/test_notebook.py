@@ -80,7 +80,7 @@ def test_interrupted_cell_saves_run_and_resumes(kernel: Kernel) -> None:
     for _ in range(_INTERRUPTS):
         reply = kernel.run("fit(100_000, verbose=1)", interrupt_after="loss")
         assert reply.get("ename") == "KeyboardInterrupt", kernel.output
-        assert "can go on from" in reply["evalue"]
+        assert "can be resumed from" in reply["evalue"]
         assert len("\n".join(reply["traceback"]).splitlines()) <= 15, reply["traceback"]
         assert "Error" not in kernel.output
         assert "ignored" not in kernel.output

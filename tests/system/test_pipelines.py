@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raykeras.cli import main
+from raykeras.cli.main import main
 from tests.support.fork_server import ForkServer
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"

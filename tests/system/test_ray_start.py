@@ -11,7 +11,7 @@ from tests.support.fork_server import ForkServer
 
 def connect_with_folder(folder: str) -> None:
     """Start Ray in a folder, and print the error."""
-    from raykeras.cluster import connect
+    from raykeras.driver.cluster import connect
 
     os.environ["RAY_TMPDIR"] = folder
     try:
@@ -26,5 +26,5 @@ def test_ray_that_does_not_start(forked: ForkServer, tmp_path: Path) -> None:
     ended = forked.run(connect_with_folder, str(folder))
     assert ended.exit_code == 0, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("ERROR")]
-    assert "Ray must start, within a limit of its own; it did not, twice: OSError: " in line
+    assert "Ray must start, or be reachable; it failed twice: OSError: " in line
     assert f"Its logs are in '{folder}/ray/session_latest/logs'" in line and line.endswith("`ray start --head`.")

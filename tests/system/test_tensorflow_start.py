@@ -15,7 +15,7 @@ def test_importing_tensorflow_restores_garbage_collector() -> None:
     """In a new interpreter; see also `tests/unit/test_quiet.py`."""
     script = """
     import gc
-    from raykeras.noise import import_tensorflow
+    from raykeras.core.quiet import import_tensorflow
     collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
     done = collections()
     import_tensorflow()
@@ -34,8 +34,8 @@ def check_idle_threads(started_by: str) -> None:
     from tensorflow.core.protobuf.config_pb2 import ConfigProto
     from tensorflow.python.eager.context import context
 
-    from raykeras.options import Scale
-    from raykeras.strategy import make_strategy
+    from raykeras.core.config import Scale
+    from raykeras.distribute.strategy import make_strategy
 
     tf.config.threading.set_inter_op_parallelism_threads(2)
     if started_by == "an operation":

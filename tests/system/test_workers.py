@@ -228,7 +228,7 @@ def test_exception_names_rank(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("two_workers")
 def test_model_mismatch_on_workers(tmp_path: Path) -> None:
-    with pytest.raises(rk.ModelError, match="takes 4 a row and column 'x' gives 3"):
+    with pytest.raises(rk.ModelError, match="takes 4 per row and column 'x' has 3"):
         rk.fit(model_of, X[:, :3], Y, verbose=0, scale=TWO, run=rk.Run(storage=str(tmp_path)))
 
 

@@ -12,7 +12,7 @@ HEAVY = {"ray", "tensorflow", "keras", "tf_keras"}
 
 @pytest.fixture(scope="session", autouse=True)
 def no_heavy_imports() -> Iterator[None]:
-    """Fails the session if a unit test imports a heavy package."""
-    before = HEAVY & set(sys.modules)  # where other tests run in this process, too
+    """Fail the session if a unit test imports a heavy package."""
+    before = HEAVY & set(sys.modules)  # other tests may run in this process, too
     yield
     assert not (HEAVY & set(sys.modules)) - before

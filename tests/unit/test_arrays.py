@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import raykeras as rk
-from raykeras.sources.arrays import from_arrays, open_npy
+from raykeras.data.sources.arrays import from_arrays, open_npy
 
 
 def test_npy_file_is_memory_mapped(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.held import is_held
-from raykeras.specs import resolve
+from raykeras.data.resolve import resolve
+from raykeras.data.streaming.cache import should_cache
 
 ROWS, ROW_BYTES = 20, 2 * 4 + 8 + 4  # two float32 features, an int64 label, a float32 weight
 FEATURES = ["f0", "f1"]
@@ -60,7 +60,7 @@ def test_which_sources_are_cached(
     monkeypatch.setenv("RAYKERAS_AUTO_CACHE_BYTES", str(limit))
     source = rk.parquet(path, **SPECS[spec], **options)
     opened = source.open()
-    assert is_held(source, opened, resolve(source, opened)) is expected
+    assert should_cache(source, opened, resolve(source, opened)) is expected
 
 
 def test_invalid_cache_option() -> None:
@@ -73,4 +73,4 @@ def test_invalid_cache_limit(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     source = rk.parquet(path, x="f0", y="y")
     opened = source.open()
     with pytest.raises(rk.OptionError, match=r"RAYKERAS_AUTO_CACHE_BYTES must be a number of bytes.*got '1GiB'"):
-        is_held(source, opened, resolve(source, opened))
+        should_cache(source, opened, resolve(source, opened))

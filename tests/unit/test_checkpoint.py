@@ -18,24 +18,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import raykeras as rk
-from raykeras import checkpoint
-from raykeras.archive import crc_of_archive, stored_member
-from raykeras.checkpoint import ARRAYS_FILE, MODEL_FILE, STATE_FILE, Checkpoint, RunFolder
-from raykeras.plain import NotPlainError, from_plain, to_plain
-from raykeras.train_state import dump_state, parse_state
+from raykeras.checkpoint import store
+from raykeras.checkpoint.serialization import NotSerializableError, from_json, to_json
+from raykeras.checkpoint.store import ARRAYS_FILE, MODEL_FILE, STATE_FILE, Checkpoint, RunFolder
+from raykeras.checkpoint.train_state import dump_state, parse_state
+from raykeras.checkpoint.zip_member import crc_of_archive, stored_member
 from tests.support.train_state import STATE
 
 
-def store(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
+def write_checkpoint(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
     """Write a checkpoint of a few hundred bytes."""
     rng = np.random.default_rng(epoch)
 
     def write(folder: str) -> None:
         Path(folder, MODEL_FILE).write_bytes(rng.bytes(300))
         Path(folder, ARRAYS_FILE).write_bytes(rng.bytes(200))
-        checkpoint.write_state(folder, {**STATE, "epoch": epoch, "logs": logs}, {})
+        store.write_state(folder, {**STATE, "epoch": epoch, "logs": logs}, {})
 
-    return checkpoint.store(run, checkpoint.checkpoint_name(epoch), write)
+    return store.store(run, store.checkpoint_name(epoch), write)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> RunFolder:
     """A run's folder with two checkpoints."""
     run = RunFolder(str(tmp_path / "run"))
     for epoch in (1, 2):
-        store(run, epoch)
+        write_checkpoint(run, epoch)
     return run
 
 
@@ -111,10 +111,10 @@ def test_failed_write_leaves_no_checkpoint(storage: str, tmp_path: Path) -> None
         raise OSError("no space left")
 
     with pytest.raises(rk.CheckpointError, match="no space left"):
-        checkpoint.store(run, "epoch-000009", write)
+        store.store(run, "epoch-000009", write)
     assert run.checkpoints() == []
     if storage == "local":
-        assert os.listdir(run / checkpoint.FOLDER) == []
+        assert os.listdir(run / store.FOLDER) == []
 
 
 @pytest.mark.parametrize("num_uploaded", [0, 1, 2])
@@ -132,7 +132,7 @@ def test_interrupted_upload_is_no_checkpoint(
     monkeypatch.setattr(memory, "put_file", interrupted)
     run = RunFolder(f"memory://{tmp_path.name}")
     with pytest.raises(rk.CheckpointError, match="connection lost"):
-        store(run, 1)
+        write_checkpoint(run, 1)
     assert run.checkpoints() == []
 
 
@@ -140,8 +140,8 @@ def test_interrupted_upload_is_no_checkpoint(
 def test_newest_and_best_checkpoints_are_kept(monitor: str, best: int | None, tmp_path: Path) -> None:
     run = RunFolder(str(tmp_path / "run"))
     for epoch, loss in enumerate([0.5, 0.2, 0.4, 0.3, 0.6], start=1):
-        store(run, epoch, val_loss=loss, val_accuracy=0.9 - 0.1 * epoch)
-        checkpoint.prune(run, 2, monitor)
+        write_checkpoint(run, epoch, val_loss=loss, val_accuracy=0.9 - 0.1 * epoch)
+        store.prune(run, 2, monitor)
     assert [kept.epoch for kept in run.checkpoints()] == [*([] if best is None else [best]), 4, 5]
 
 
@@ -178,7 +178,7 @@ def test_hostile_state_is_damaged_or_valid(data: st.DataObject) -> None:
     assert all("/" not in name and name[0] != "." and file["size"] >= 0 for name, file in parsed["files"].items())
     for name in parsed["extra"]:
         with contextlib.suppress(ValueError, KeyError):
-            from_plain(parsed[name], {})
+            from_json(parsed[name], {})
 
 
 @given(data=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
@@ -200,8 +200,8 @@ def test_arbitrary_bytes_are_no_state(data: bytes) -> None:
     ],
 )
 def test_plain_values_of_other_forms_are_refused(value: Any) -> None:
-    with pytest.raises(ValueError, match="It is no plain value"):
-        from_plain(value, {})
+    with pytest.raises(ValueError, match="It is not a serialised value"):
+        from_json(value, {})
 
 
 def test_plain_values_round_trip() -> None:
@@ -213,15 +213,15 @@ def test_plain_values_round_trip() -> None:
         "function": np.less,
     }
     arrays: dict[str, np.ndarray] = {}
-    back = from_plain(to_plain(values, arrays, "v"), arrays)
+    back = from_json(to_json(values, arrays, "v"), arrays)
     assert list(back) == list(values) and back["numbers"] == values["numbers"] and back["a", 1] == {"x", "y"}
     np.testing.assert_array_equal(back["arrays"][0], np.arange(3))
     assert back["arrays"][1] == np.float32(0.5) and back["arrays"][1].dtype == np.float32
     assert isinstance(back["arrays"][2], tuple) and back["arrays"][2][0].dtype == np.int8
     assert back["last"] == values["last"] and back["function"] is np.less
     for value in (object(), lambda: 0, [object()], np.array([object()])):
-        with pytest.raises(NotPlainError):
-            to_plain(value, {}, "v")
+        with pytest.raises(NotSerializableError):
+            to_json(value, {}, "v")
 
 
 @pytest.mark.parametrize("size", [0, 1, 77, 70_000])

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import raykeras as rk
-from raykeras.decode import decode
-from raykeras.sources import Field
-from raykeras.specs import resolve
+from raykeras.data.decode import decode
+from raykeras.data.resolve import resolve
+from raykeras.data.sources.base import Field
 
 
 def tensors(tmp_path: Path, columns: dict[str, Any], class_weight: Any = None, **specs: Any) -> tuple[Any, ...]:
@@ -24,10 +24,10 @@ def tensors(tmp_path: Path, columns: dict[str, Any], class_weight: Any = None, *
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     source = rk.parquet(tmp_path / "t.parquet", **specs)
     opened = source.open()
-    layout = resolve(source, opened, class_weight=class_weight)
-    decoded = layout.decode(opened.head(1 << 20, layout.columns), "here")
-    flat = layout.assemble(layout.apply_transform(decoded, (0,), "here"), "here")
-    return layout.structure(layout.unpack(layout.pack(flat)))
+    batch_spec = resolve(source, opened, class_weight=class_weight)
+    decoded = batch_spec.decode(opened.head(1 << 20, batch_spec.columns), "here")
+    flat = batch_spec.assemble(batch_spec.apply_transform(decoded, (0,), "here"), "here")
+    return batch_spec.structure(batch_spec.unpack(batch_spec.pack(flat)))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "bool"])
@@ -107,9 +107,9 @@ def test_null_without_statistics_is_found_on_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": pa.array([1.0, None])}), tmp_path / "t.parquet", write_statistics=False)
     source = rk.parquet(tmp_path / "t.parquet", x="a")
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
     with pytest.raises(rk.ColumnError, match="column 'a' has 1 in file f, row group 0"):
-        layout.decode(opened.head(2, ["a"]), "file f, row group 0")
+        batch_spec.decode(opened.head(2, ["a"]), "file f, row group 0")
 
 
 def test_class_weight_multiplies_with_sample_weight(tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_transform_errors(tmp_path: Path) -> None:
         ({"x": ["a", "s"]}, r"stacks 's', which is text"),
         ({"x": "a", "sample_weight": "s"}, "Weights must be numbers"),
         ({"x": "a", "y": {"p": "a"}, "sample_weight": {"q": "a"}}, r"got 'q'.*Outputs: p"),
-        ({"x": None}, "must say what x is"),
-        ({"x": "a", "pad": {"a": 3}}, "`pad` is for columns of lists"),
+        ({"x": None}, "must name the columns of x"),
+        ({"x": "a", "pad": {"a": 3}}, "`pad` is for list columns"),
     ],
 )
 def test_invalid_specs(tmp_path: Path, specs: dict[str, Any], message: str) -> None:

@@ -6,8 +6,9 @@ import io
 
 import pytest
 
-from raykeras import OptionError, events
-from raykeras.display import make_display
+from raykeras import OptionError
+from raykeras.core import events
+from raykeras.driver.progress import make_display
 
 RUN = [
     events.RunStarted(
@@ -27,7 +28,7 @@ RUN = [
         rows_per_s=12345.6,
         data_wait=0.031,
     ),
-    events.WorkerFailed(rank=1, cause="killed", node="n", next="training goes on from epoch 2, step 2"),
+    events.WorkerFailed(rank=1, cause="killed", node="n", next="training continues from epoch 2, step 2"),
     events.RunRestarted(epoch=1, step=2, workers=1, attempt=1),
     events.CheckpointDamaged(path="c", cause="c/model.keras is damaged"),
     events.StorageFailed(cause="away", retry_s=0.5),
@@ -52,10 +53,10 @@ def test_pipe_gets_one_line_per_epoch() -> None:
     assert shown("auto", io.StringIO()).splitlines() == [
         "2 workers × 2 replicas  1,500 rows, batch 32  runs/a",
         "epoch 1/2  1.9s  4 steps  loss 0.5000  accuracy 0.7500  val_loss 1.2000e-04  12,346 rows/s  data wait 3%",
-        "the worker of rank 1 failed on n: killed; training goes on from epoch 2, step 2",
-        "1 worker went on from epoch 2, step 2",
-        "a checkpoint is not used: c/model.keras is damaged",
-        "a checkpoint could not be written, again in 0.5 s: away",
+        "the worker of rank 1 failed on n: killed; training continues from epoch 2, step 2",
+        "1 worker resumed from epoch 2, step 2",
+        "skipped a damaged checkpoint: c/model.keras is damaged",
+        "could not write a checkpoint, retrying in 0.5 s: away",
         "completed; checkpoints in runs/a/checkpoints",
     ]
 

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 import raykeras as rk
-from raykeras.cli import main
-from raykeras.sources import footers
-from raykeras.specs import resolve
+from raykeras.cli.main import main
+from raykeras.data.resolve import resolve
+from raykeras.data.sources import parquet_footers
 
 encryption = pytest.importorskip("pyarrow.parquet.encryption")
 
@@ -61,7 +61,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_statistics_of_encrypted_column_abort_pyarrow(path: Path) -> None:
-    """When this fails, `raykeras.sources.encryption` can be removed."""
+    """When this fails, `raykeras.data.sources.parquet_encryption` can be removed."""
     code = f"import pyarrow.parquet as pq; pq.read_metadata({str(path)!r}).row_group(0).column(1)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode < 0
 
@@ -69,9 +69,9 @@ def test_statistics_of_encrypted_column_abort_pyarrow(path: Path) -> None:
 def test_columns_without_encryption_are_read(path: Path) -> None:
     source = rk.parquet(path, x={"x": "x", "code": "code"})
     opened = source.open()
-    layout = resolve(source, opened)
-    columns = opened.reader.read(opened.unit(1), 0, 4, layout.columns)
-    x, code = layout.assemble(layout.decode(columns, ""), "")
+    batch_spec = resolve(source, opened)
+    columns = opened.reader.read(opened.unit(1), 0, 4, batch_spec.columns)
+    x, code = batch_spec.assemble(batch_spec.decode(columns, ""), "")
     np.testing.assert_array_equal(x, np.arange(4, 8))
     np.testing.assert_array_equal(code, [[1, 2]] * 4)
 
@@ -102,7 +102,7 @@ def test_encrypted_footer_is_refused(tmp_path: Path) -> None:
 
 def test_encryption_is_cached(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYKERAS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(footers, "_LEAST_KEPT", 1)
+    monkeypatch.setattr(parquet_footers, "_MIN_CACHED_FILES", 1)
     for num_kept in (0, 1):
         opened = rk.parquet(path, x="x").open()
         assert opened.kept_footers == num_kept

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from raykeras import errors
+from raykeras.core import errors
+from raykeras.core.error_context import user_code_error
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def raised(function: Callable[[], Any]) -> errors.UserCodeError:
     try:
         function()
     except Exception as error:
-        return errors.user_code_error(error, 1)
+        return user_code_error(error, 1)
     raise AssertionError
 
 
@@ -128,7 +129,7 @@ IN_USER_CODE = """in user code:
 
 
 def test_message_of_traced_function_is_its_last_paragraph() -> None:
-    error = errors.user_code_error(ValueError(IN_USER_CODE.format(installed=sysconfig.get_path("purelib"))), None)
+    error = user_code_error(ValueError(IN_USER_CODE.format(installed=sysconfig.get_path("purelib"))), None)
     assert str(error).splitlines()[0] == "ValueError: No such label."
     assert "Give another one." in str(error)
     assert "in user code" not in str(error) and "tf_keras" not in str(error)

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from raykeras import events
-from raykeras.events import BatchEnded, EpochEnded, EpochStarted, Event, EventSender
+from raykeras.core import events
+from raykeras.core.events import BatchEnded, EpochEnded, EpochStarted, Event, EventSender
 
 
 def test_events_arrive_once_and_in_order() -> None:

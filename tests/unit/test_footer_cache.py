@@ -22,8 +22,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raykeras.sources import footer_cache, footers
-from raykeras.sources.footers import Footer, read_footers
+from raykeras.data.sources import parquet_footer_cache, parquet_footers
+from raykeras.data.sources.parquet_footers import Footer, read_footers
 
 COLUMNS = ["x", "y", "series", "elsewhere"]
 FUZZ = settings(max_examples=350, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -31,7 +31,7 @@ FUZZ = settings(max_examples=350, suppress_health_check=[HealthCheck.function_sc
 
 @pytest.fixture(autouse=True)
 def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(footers, "_LEAST_KEPT", 1)
+    monkeypatch.setattr(parquet_footers, "_MIN_CACHED_FILES", 1)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_other_tables_are_replaced(statement: str, whole: bytes, files: Any, cac
 
 def test_compression_bomb_takes_no_memory(whole: bytes, files: Any, cache: Path, uncached: list[Any]) -> None:
     bomb = zlib.compress(b"[" * (256 << 20))
-    assert len(bomb) < footer_cache.MAX_NBYTES
+    assert len(bomb) < parquet_footer_cache.MAX_NBYTES
     with opened(cache) as database:
         for row in rows(database):
             store(database, {**row, "known": bomb})
@@ -189,7 +189,7 @@ def test_compression_bomb_takes_no_memory(whole: bytes, files: Any, cache: Path,
 
 
 def test_too_large_footer_is_not_kept(files: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(footer_cache, "MAX_NBYTES", 10)
+    monkeypatch.setattr(parquet_footer_cache, "MAX_NBYTES", 10)
     assert [read(files)[1] for _ in range(2)] == [0, 0]
 
 

@@ -17,8 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 import raykeras as rk
-from raykeras.cli import main
-from raykeras.sources import OpenSource, footers
+from raykeras.cli.main import main
+from raykeras.data.sources import parquet_footers
+from raykeras.data.sources.base import OpenSource
 
 NUM_FILES = 70
 
@@ -62,14 +63,14 @@ def test_cached_footers_equal_fresh_ones(folder: Path, cache: Path) -> None:
 @pytest.mark.parametrize("waits", [False, True])
 def test_slow_storage_is_read_in_more_threads(waits: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thread keeps the memory of what it parsed, so local files are read by one."""
-    readers, read = set(), footers._read
+    readers, read = set(), parquet_footers._read
 
-    def watched(*arguments: Any) -> footers.Footer:
+    def watched(*arguments: Any) -> parquet_footers.Footer:
         readers.add(threading.get_ident())
         time.sleep(0.01 * waits)
         return read(*arguments)
 
-    monkeypatch.setattr(footers, "_read", watched)
+    monkeypatch.setattr(parquet_footers, "_read", watched)
     if not waits:  # nor for a CPU, as on a busy machine
         monkeypatch.setattr(time, "thread_time", time.perf_counter)
     rk.parquet(folder, x="x").open()
@@ -164,7 +165,7 @@ def test_inspect_and_fit_share_cache(folder: Path) -> None:
     rk.parquet(folder, x="x", y="y").open()
     shown = CliRunner().invoke(main, ["inspect", str(folder)]).output
     assert f"350 rows in {NUM_FILES} files" in shown
-    assert f"{NUM_FILES} files known from the last time" in " ".join(shown.split())
+    assert f"{NUM_FILES} footers from the cache" in " ".join(shown.split())
 
 
 def test_shrunk_file_is_named(folder: Path) -> None:

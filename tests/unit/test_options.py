@@ -54,8 +54,8 @@ def test_invalid_run(options: dict[str, Any], message: str) -> None:
 
 
 def test_every_gpu_is_a_replica() -> None:
-    assert Scale(workers=3, gpus_per_worker=4).num_replicas == 12
-    assert Scale(workers=3, replicas_per_worker=2).num_replicas == 6
+    assert Scale(workers=3, gpus_per_worker=4).total_replicas == 12
+    assert Scale(workers=3, replicas_per_worker=2).total_replicas == 6
 
 
 def test_options_are_frozen() -> None:
@@ -70,6 +70,6 @@ def test_checkpoint_interval_as_text() -> None:
 
 def test_workers_range() -> None:
     scale = Scale(workers=(2, 8), gpus_per_worker=4)
-    assert (scale.least, scale.workers, scale.num_replicas) == (2, 8, 32)
+    assert (scale.min_workers, scale.workers, scale.total_replicas) == (2, 8, 32)
     assert scale.of(3) == Scale(workers=3, gpus_per_worker=4)
-    assert Scale(workers=(2, 2)).least == 2
+    assert Scale(workers=(2, 2)).min_workers == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import re
 import subprocess
@@ -18,11 +19,11 @@ PACKAGE = Path(raykeras.__file__).parent
 README = PACKAGE.parent / "README.md"
 
 
-def modules() -> list[str]:
-    """Return the modules in the order of the README's tree."""
-    tree = README.read_text().split("raykeras/\n", 1)[1].split("pipelines/")[0]
-    names = [line.split("  ")[1] for line in tree.splitlines() if line.startswith("  ")]
-    return [name.strip().rstrip("/") for line in names for name in line.split(",")]
+PACKAGES = ["core", "compat", "data", "checkpoint", "distribute", "worker", "driver", "cli"]
+"""In dependency order; `data` and `checkpoint` do not import each other."""
+
+DATA = ["data.sources", "data", "data.streaming", "data.adapters", "data.inputs"]
+"""Parts of `data` in dependency order."""
 
 
 def test_public_names_exist_and_are_sorted() -> None:
@@ -36,7 +37,7 @@ def test_public_names_exist_and_are_sorted() -> None:
 
 def test_import_is_lazy() -> None:
     code = (
-        "import sys, raykeras, raykeras.cli, raykeras.plan, raykeras.events; "
+        "import sys, raykeras, raykeras.cli.main, raykeras.data.plan, raykeras.core.events; "
         "print([m for m in ('ray', 'tensorflow', 'keras', 'pyarrow') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
@@ -44,34 +45,59 @@ def test_import_is_lazy() -> None:
 
 
 def test_driver_imports_neither_keras_nor_tensorflow() -> None:
-    code = "import sys, raykeras.driver; print([m for m in ('tensorflow', 'keras', 'tf_keras') if m in sys.modules])"
+    code = (
+        "import sys, raykeras.driver.fit; print([m for m in ('tensorflow', 'keras', 'tf_keras') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
     assert done.stdout.strip() == "[]"
 
 
-def test_readme_lists_every_module() -> None:
-    expected = {path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__"} | {"sources"}
-    assert set(modules()) == expected
+def test_readme_lists_every_package() -> None:
+    tree = README.read_text().split("raykeras/\n", 1)[1].split("pipelines/")[0]
+    listed = [line.split()[0].replace("/", ".") for line in tree.splitlines()]
+    assert [name for name in listed if "." not in name] == PACKAGES
+    folders = [path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("*/__init__.py")]
+    assert set(listed) == {".".join(folder.parts) for folder in folders}
 
 
-def test_modules_import_only_those_above() -> None:
-    order = {name: i for i, name in enumerate(modules())}
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if name == "__init__":
-            continue
-        for imported in imports(path):
-            assert imported == name or order[imported] < order[name], f"{path.name} imports {imported}"
+def test_packages_import_only_earlier_ones() -> None:
+    for module, imported in imports():
+        package, other = module.split(".")[0], imported.split(".")[0]
+        is_earlier = PACKAGES.index(other) < PACKAGES.index(package)
+        assert package == other or (is_earlier and (other, package) != ("data", "checkpoint")), (
+            f"{module} imports {imported}"
+        )
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "raykeras":
-            found |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("raykeras."):
-            found.add(str(node.module).split(".")[1])
-    return found
+def test_parts_of_data_import_only_earlier_ones() -> None:
+    for module, imported in imports():
+        if module.startswith("data") and imported.startswith("data"):
+            assert part_of_data(imported) <= part_of_data(module), f"{module} imports {imported}"
+
+
+def part_of_data(module: str) -> int:
+    return max(i for i, part in enumerate(DATA) if module == part or module.startswith(f"{part}."))
+
+
+def test_modules_do_not_import_each_other() -> None:
+    edges: dict[str, set[str]] = {}
+    for module, imported in imports():
+        edges.setdefault(module, set()).add(imported)
+    tuple(graphlib.TopologicalSorter(edges).static_order())  # raises CycleError
+
+
+def imports() -> list[tuple[str, str]]:
+    """Return every import of a module of raykeras by another, also within functions."""
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    pairs = []
+    for module, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("raykeras."):
+                continue
+            base = str(node.module).removeprefix("raykeras.")
+            names = {f"{base}.{alias.name}" if f"{base}.{alias.name}" in modules else base for alias in node.names}
+            pairs += [(module, name) for name in sorted(names) if module not in ("__init__", name)]
+    return pairs
 
 
 def test_tests_named_in_documentation_exist() -> None:

@@ -16,8 +16,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFile
 
 import raykeras as rk
-from raykeras.sources import OpenSource, what_changed
-from raykeras.specs import resolve
+from raykeras.data.resolve import resolve
+from raykeras.data.sources.base import OpenSource, what_changed
 
 
 def write(path: Path, num_rows: int = 10, start: int = 0, group: int = 4, **columns: object) -> Path:
@@ -140,7 +140,7 @@ def test_first_changed_file_is_named(num_files: int, tmp_path: Path, monkeypatch
 def test_change_of_columns_or_rows_is_named(tmp_path: Path) -> None:
     source = rk.parquet(write(tmp_path / "a.parquet", 10), x="x")
     before = source.open()
-    assert what_changed(before.fingerprint_parts, before.slice(0, 3)) == "which rows are used changed"
+    assert what_changed(before.fingerprint_parts, before.slice(0, 3)) == "the selection of rows changed"
     write(tmp_path / "a.parquet", 10, more=pa.array(np.ones(10)))
     expected = f"the columns changed, first {str(tmp_path / 'a.parquet')!r}"
     assert what_changed(before.fingerprint_parts, source.open()) == expected
@@ -199,7 +199,7 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet")
     broken = write(tmp_path / "b.parquet")
     broken.write_bytes(broken.read_bytes()[:-20])
-    with pytest.raises(rk.SourceError, match=r"whole Parquet; '.*b\.parquet' is not"):
+    with pytest.raises(rk.SourceError, match=r"complete Parquet files; '.*b\.parquet' is not"):
         rk.parquet(tmp_path, x="x").open()
 
 
@@ -295,8 +295,8 @@ def test_varying_list_lengths_need_pad_or_ragged(tmp_path: Path) -> None:
     for source in (rk.parquet(path, x="series"),):
         with pytest.raises(rk.ColumnError, match=r"pad=\{'series': length\}"):
             opened = source.open()
-            layout = resolve(source, opened)
-            layout.decode(opened.head(3, ["series"]), "here")
+            batch_spec = resolve(source, opened)
+            batch_spec.decode(opened.head(3, ["series"]), "here")
     rk.parquet(path, x="series", pad={"series": 4}).open()
 
 
@@ -319,8 +319,10 @@ def test_lists_read_in_parts(tmp_path: Path) -> None:
         columns["text"].to_pylist()[460:890],
     ]
     source = rk.parquet(tmp_path, x={"image": "image", "text": "text"})
-    layout = resolve(source, opened)
-    image, _ = layout.assemble(layout.decode(opened.reader.read(opened.unit(1), 10, 440, layout.columns), ""), "")
+    batch_spec = resolve(source, opened)
+    image, _ = batch_spec.assemble(
+        batch_spec.decode(opened.reader.read(opened.unit(1), 10, 440, batch_spec.columns), ""), ""
+    )
     np.testing.assert_array_equal(image, images[460:890])
 
 

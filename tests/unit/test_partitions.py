@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.sources import OpenSource
-from raykeras.specs import resolve
+from raykeras.data.resolve import resolve
+from raykeras.data.sources.base import OpenSource
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
 
@@ -89,7 +89,7 @@ def test_undecodable_folder_is_refused(tmp_path: Path) -> None:
 )
 def test_null_is_filled(values: list[str], fill: Any, expected: list[Any], tmp_path: Path) -> None:
     write(tmp_path, *values)
-    message = rf"must have no nulls; 'key' of .*/0\.parquet is {NULL}. Give `fill=\{{'key': "
+    message = rf"must not contain nulls; 'key' of .*/0\.parquet is {NULL}. Pass `fill=\{{'key': "
     with pytest.raises(rk.SourceError, match=message):
         rk.parquet(tmp_path, x="key").open()
     with pytest.raises(rk.SourceError, match=message):  # as of the columns that are written beside predictions
@@ -97,19 +97,19 @@ def test_null_is_filled(values: list[str], fill: Any, expected: list[Any], tmp_p
     source = rk.parquet(tmp_path, x="key", fill={"key": fill})
     opened = source.open()
     assert sorted(column(opened)) == expected
-    layout = resolve(source, opened)
-    layout.assemble(layout.decode(opened.head(1, ["key"]), ""), "")
+    batch_spec = resolve(source, opened)
+    batch_spec.assemble(batch_spec.decode(opened.head(1, ["key"]), ""), "")
 
 
 @pytest.mark.parametrize(("values", "fill"), [([NULL, "3"], "a"), ([NULL, "3"], 0.5), ([NULL, "a"], 1)])
 def test_fill_of_other_type_is_refused(values: list[str], fill: Any, tmp_path: Path) -> None:
-    with pytest.raises(rk.SourceError, match="`fill` must have a value of the column's type; partition 'key' holds"):
+    with pytest.raises(rk.SourceError, match="`fill` must have a value of the column's type; partition 'key' contains"):
         rk.parquet(write(tmp_path, *values), x="key", fill={"key": fill}).open()
 
 
 def test_file_without_partition_is_named(tmp_path: Path) -> None:
     write(tmp_path, "1")
     pq.write_table(pa.table({"x": [1.0]}), tmp_path / "loose.parquet")
-    with pytest.raises(rk.SourceError, match=r"'key' is in the names of other folders, and not in .*/loose\.parquet"):
+    with pytest.raises(rk.SourceError, match=r"'key' is in the names of other folders, but not in .*/loose\.parquet"):
         rk.parquet(tmp_path, x="key").open()
     assert rk.parquet(tmp_path, x="x").open().num_rows == 2

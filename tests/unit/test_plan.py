@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raykeras.plan import PassPlan, default_num_shards, replica_cuts, window_rows_for
+from raykeras.data.plan import PassPlan, default_num_shards, replica_cuts, window_rows_for
 
 ORDERS = ["shuffled", "sharded", "source"]
 
@@ -113,8 +113,8 @@ def test_order_is_pinned(order: str, expected: list[list[int]]) -> None:
 
 
 @given(st.integers(0, 100), st.integers(1, 9))
-def test_replicas_share_rows_evenly(num_rows: int, num_replicas: int) -> None:
-    sizes = np.diff(replica_cuts(num_rows, num_replicas))
+def test_replicas_share_rows_evenly(num_rows: int, local_replicas: int) -> None:
+    sizes = np.diff(replica_cuts(num_rows, local_replicas))
     assert sizes.sum() == num_rows
     assert sizes.max() - sizes.min() <= 1
 

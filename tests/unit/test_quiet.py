@@ -13,12 +13,12 @@ import pytest
 def test_garbage_collector_is_restored(before: str) -> None:
     script = f"""
     import gc
-    from raykeras.noise import _garbage_kept
+    from raykeras.core.quiet import _gc_paused
     collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
     {before}
     was_enabled, num_frozen, num_old = gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects(generation=2))
     done = collections()
-    with _garbage_kept():
+    with _gc_paused():
         kept = [[] for _ in range(100_000)]
         assert collections() == done
     assert gc.isenabled() == was_enabled

@@ -8,9 +8,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from raykeras import storage_errors
-from raykeras.errors import CheckpointError
-from raykeras.storage_errors import is_garbled, is_temporary, retried
+from raykeras.core import storage_errors
+from raykeras.core.errors import CheckpointError
+from raykeras.core.storage_errors import is_garbled, is_temporary, retried
 from tests.support.s3 import S3
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raykeras.temporary import TemporaryFolder, remove_abandoned
+from raykeras.core.temporary import TemporaryFolder, remove_abandoned
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,8 @@ def test_folder_is_removed_after_use(folder: Path) -> None:
 
 def test_folder_of_killed_process_is_removed(folder: Path) -> None:
     code = (
-        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]; from raykeras.temporary import TemporaryFolder; "
+        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]; "
+        "from raykeras.core.temporary import TemporaryFolder; "
         "folder = TemporaryFolder('unkept'); open(folder.name + '/file', 'w').close(); print(folder.name, flush=True); "
         "sys.stdin.read()"
     )

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
-from raykeras.blocks import gather_tasks, read_windows
-from raykeras.held import Held
-from raykeras.plan import PassPlan
-from raykeras.sources import Source
-from raykeras.specs import resolve
+from raykeras.data.plan import PassPlan
+from raykeras.data.resolve import resolve
+from raykeras.data.sources.base import Source
+from raykeras.data.streaming.cache import CachedRows
+from raykeras.data.streaming.reader import gather_tasks, read_windows
 
 Columns = dict[str, np.ndarray]
 
@@ -31,10 +31,10 @@ TABLE = pa.table(
     }
 )
 CANNOT = {
-    "ragged": r"have 1\.25 values .*row group 1 and 1 in .*row group 0. Give `pad=\{'ragged': length\}`",
-    "uneven": r"'uneven' has a list of 1 values and others of 2 .*Give `pad=\{'uneven': length\}`",
+    "ragged": r"have 1\.25 values .*row group 1 and 1 in .*row group 0. Pass `pad=\{'ragged': length\}`",
+    "uneven": r"'uneven' has a list of 1 values and others of 2 .*Pass `pad=\{'uneven': length\}`",
     "when": r"'when' is timestamp\[ms\]",
-    "null": r"'null' has 1 in .*row group 1. Give `fill=\{'null': value\}`",
+    "null": r"'null' has 1 in .*row group 1. Pass `fill=\{'null': value\}`",
 }
 
 
@@ -46,13 +46,13 @@ def write(folder: Path, table: pa.Table = TABLE, name: str = "a.parquet", **opti
 def x_of(source: Source, held: bool = False) -> np.ndarray:
     """All of x, as a run of one rank reads it in source order."""
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
     plan = PassPlan(opened.unit_rows, global_batch_size=4, window_rows=4, order="source")
     if held:
-        opened, layout = Held(opened, layout).source(layout)
+        opened, batch_spec = CachedRows(opened, batch_spec).source(batch_spec)
     tasks = gather_tasks(((0, window) for window in plan.windows(0, 1)), opened, 1 << 30)
     reader = pickle.loads(pickle.dumps(opened.reader))
-    return np.concatenate([read_windows(reader, layout, task)[0] for task in tasks])
+    return np.concatenate([read_windows(reader, batch_spec, task)[0] for task in tasks])
 
 
 def unchanged(columns: Columns) -> Columns:
@@ -85,8 +85,8 @@ def test_unused_column_never_fails(transform: Any, write_statistics: bool, held:
 @pytest.mark.parametrize("name", CANNOT)
 def test_column_that_is_asked_for_says_why_not(name: str, write_statistics: bool, held: bool, tmp_path: Path) -> None:
     write(tmp_path, write_statistics=write_statistics)
-    asked = rf"`transform` 'asks.<locals>.asking' asked for column '{name}' in file .*a\.parquet, row group \d"
-    with pytest.raises(rk.ColumnError, match=rf"{asked}.*which it cannot have: .*{CANNOT[name]}"):
+    asked = rf"`transform` 'asks.<locals>.asking' requested column '{name}' in file .*a\.parquet, row group \d"
+    with pytest.raises(rk.ColumnError, match=rf"{asked}.*which cannot be used: .*{CANNOT[name]}"):
         x_of(rk.parquet(tmp_path, x="z", transform=asks(name)), held)
 
 
@@ -107,9 +107,9 @@ def test_columns_are_all_that_transform_gets(tmp_path: Path) -> None:
 
     source = rk.parquet(write(tmp_path), x="z", transform=sees)
     opened = source.open()
-    layout = resolve(source, opened)
+    batch_spec = resolve(source, opened)
     assert seen == {"x"}
-    assert layout.columns == ["uneven", "x"]  # only when it is read is it known that lengths differ
+    assert batch_spec.columns == ["uneven", "x"]  # only when it is read is it known that lengths differ
     seen.clear()
     source = rk.parquet(tmp_path, x="z", transform=sees, columns=["x", "null"], fill={"null": 0.0})
     assert resolve(source, source.open()).columns == ["x", "null"]
@@ -134,7 +134,7 @@ def test_unknown_columns_suggest_nearest(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(rk.ColumnError, match=r"got 'nul'. Did you mean 'null'\?"):
         x_of(rk.parquet(tmp_path, x="z", transform=doubled, columns=["x", "nul"]))
-    message = r"asked for column 'xx' in .*which is not among its columns. Did you mean 'x'\? Columns: x\."
+    message = r"requested column 'xx' in .*which is not among its columns. Did you mean 'x'\? Columns: x\."
     with pytest.raises(rk.ColumnError, match=message):
         x_of(rk.parquet(tmp_path, x="z", transform=asks("xx"), columns=["x"]))
 
@@ -166,14 +166,14 @@ def test_lists_of_other_lengths_in_another_row_group(tmp_path: Path) -> None:
     opened = rk.parquet(tmp_path, x="x").open()
     for transform, raised in ((doubled, False), (asks("l"), True)):
         source = rk.parquet(tmp_path, x="z", transform=transform)
-        layout = resolve(source, opened)
+        batch_spec = resolve(source, opened)
         plan = PassPlan(opened.unit_rows, global_batch_size=8, window_rows=8, order="source")
         task = next(gather_tasks(((0, window) for window in plan.windows(0, 1)), opened, 1 << 30))
         if raised:
-            with pytest.raises(rk.ColumnError, match=r"'l' has lists of 1 values and of 2. Give `pad=\{'l': length\}`"):
-                read_windows(opened.reader, layout, task)
+            with pytest.raises(rk.ColumnError, match=r"'l' has lists of 1 and of 2 values. Pass `pad=\{'l': length\}`"):
+                read_windows(opened.reader, batch_spec, task)
         else:
-            read_windows(opened.reader, layout, task)
+            read_windows(opened.reader, batch_spec, task)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +222,6 @@ def test_columns_of_an_archive(tmp_path: Path) -> None:
 
 def x_of_arrays(source: Source) -> np.ndarray:
     opened = source.open()
-    layout = resolve(source, opened)
-    columns = layout.decode(opened.head(100, layout.columns), "here")
-    return layout.assemble(layout.apply_transform(columns, (0,), "here"), "here")[0]
+    batch_spec = resolve(source, opened)
+    columns = batch_spec.decode(opened.head(100, batch_spec.columns), "here")
+    return batch_spec.assemble(batch_spec.apply_transform(columns, (0,), "here"), "here")[0]

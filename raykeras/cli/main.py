@@ -1,0 +1,241 @@
+"""The command line: `raykeras fit | evaluate | predict PIPELINE` and `raykeras inspect DATA`.
+
+Exit statuses: 0 success; 1 the user's code or a worker failed; 2 invalid arguments or insufficient resources;
+130 after Ctrl-C; 143 after SIGTERM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import click
+
+import raykeras as rk
+
+
+class CommandGroup(click.Group):
+    """A group that turns raykeras' exceptions into messages and exit statuses."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (rk.ValidationError, rk.ResourceError) as error:
+            _fail(error, 2)
+        except rk.RaykerasError as error:
+            _fail(error, 1)
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"raykeras: {str(interrupt) or 'interrupted'}", err=True)
+            sys.exit(130)
+
+
+def _fail(error: object, status: int) -> NoReturn:
+    click.echo(f"raykeras: error: {error}", err=True)
+    sys.exit(status)
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(rk.__version__, prog_name="raykeras")
+def main() -> None:
+    """Train Keras models with model.fit on a Ray cluster, from Parquet and NumPy data."""
+
+
+def _parameters(ctx: click.Context, option: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"must be key=value; got {value!r}.")
+        pairs[name] = text
+    return pairs
+
+
+def _workers(ctx: click.Context, option: click.Parameter, value: str | None) -> Any:
+    parts = [] if value is None else value.split("-")
+    if not all(part.isdigit() for part in parts) or len(parts) > 2:
+        raise click.BadParameter(f"must be a number, or a range such as 1-8; got {value!r}.")
+    numbers = [int(part) for part in parts]
+    return None if value is None else numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Combine several options into one decorator."""
+
+    def decorate(command: Any) -> Any:
+        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), command)
+
+    return decorate
+
+
+_PIPELINE = _options(
+    click.argument("pipeline", type=click.Path()),
+    click.option("-s", "--set", "parameters", multiple=True, metavar="KEY=VALUE", callback=_parameters,
+                 help="Set a parameter of the pipeline; may be repeated."),
+    click.option("--batch-size", type=int, help="Global batch size, in rows.  [default: the pipeline's]"),
+    click.option("--workers", callback=_workers, metavar="N|MIN-MAX",
+                 help="Number of workers, or a range if it may change during the run; 1 trains in this process."),
+    click.option("--gpus-per-worker", type=int, help="GPUs of each worker."),
+    click.option("--replicas-per-worker", type=int, help="Replicas on each worker; without GPUs, logical CPU devices."),
+    click.option("--cpus-per-worker", type=float, help="Logical CPUs that each worker reserves in Ray."),
+)  # fmt: skip
+
+
+_CHECKPOINT = click.option(
+    "--checkpoint", required=True, help="Folder of a checkpoint, or a .keras file; a path or an fsspec URL."
+)
+
+
+@main.command()
+@_PIPELINE
+@click.option("--epochs", type=int, help="Epoch at which to stop.  [default: the pipeline's]")
+@click.option(
+    "--verbose",
+    type=click.Choice(["auto", "0", "1", "2"]),
+    help="0: silent; 1: progress bar; 2: one line per epoch.",
+)
+@click.option("--storage", help='Folder or fsspec URL that contains all runs.  [default: "runs"]')
+@click.option("--name", help="Name of the run.  [default: the name of the pipeline and the time]")
+@click.option("--seed", type=int, help="Seed of the order of rows, the initial weights and random layers.")
+@click.option("--resume", metavar="RUN", help="Folder or fsspec URL of a run to resume; replaces --storage and --name.")
+@click.option("--weights-only", is_flag=True, default=None, help="Take only the weights from the run to resume.")
+@click.option(
+    "--checkpoint-every", metavar="WHEN", help='"epoch", a number of steps, a duration such as 10min, or "none".'
+)
+@click.option("--keep", type=int, help="Number of latest checkpoints to keep, in addition to the best one.")
+@click.option("--monitor", help="Metric that determines the best checkpoint.")
+@click.option(
+    "--max-failures", type=int, help="Number of failures, without a checkpoint in between, after which the run fails."
+)
+@click.option("--hang-timeout-s", type=float, help="Seconds without a step after which a worker is considered hung.")
+def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
+    """Train the model of PIPELINE, a Python file that defines a function `pipeline`."""
+    from raykeras.cli.pipeline import load_pipeline
+
+    loaded = load_pipeline(pipeline, parameters)
+    overrides = {name: value for name, value in options.items() if value is not None}
+    arguments: dict[str, Any] = {"validation_data": loaded.validation, **loaded.fit}
+    if "verbose" in overrides:
+        overrides["verbose"] = overrides["verbose"] if overrides["verbose"] == "auto" else int(overrides["verbose"])
+    if "checkpoint_every" in overrides:
+        when = overrides["checkpoint_every"]
+        overrides["checkpoint_every"] = None if when == "none" else int(when) if when.isdigit() else when
+    overrides |= _resume_options(overrides.pop("resume", None), overrides.pop("weights_only", False))
+    arguments["scale"] = _override(arguments.get("scale") or rk.Scale(), overrides)
+    arguments["run"] = _override(arguments.get("run") or rk.Run(), overrides)
+    if arguments["run"].name is None:
+        name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        arguments["run"] = dataclasses.replace(arguments["run"], name=name)
+    rk.fit(loaded.model, loaded.train, **{**arguments, **overrides})
+
+
+def _resume_options(path: str | None, weights_only: bool) -> dict[str, Any]:
+    """Return the fields of `Run` that resume the run in a folder."""
+    from raykeras.checkpoint.store import RunFolder
+
+    options = {"resume": "weights"} if weights_only else {}
+    if path is None:
+        return options
+    storage, _, name = path.rstrip("/").rpartition("/")
+    if not RunFolder.under(storage or ".", name).is_run():
+        raise rk.OptionError(
+            f"`--resume` takes the folder of a run, which `fit` prints at its start; got {path!r}, which holds no run."
+        )
+    return {**options, "storage": storage or ".", "name": name}
+
+
+@main.command()
+@_PIPELINE
+@_CHECKPOINT
+@click.option("--steps", type=int, help="Number of batches to evaluate, from the first.  [default: all]")
+def evaluate(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
+    """Evaluate a checkpoint of PIPELINE's model on its test data, and print the metrics as JSON."""
+    loaded, arguments = _inference_arguments(pipeline, parameters, options)
+    logs = rk.evaluate(_load_model(loaded, checkpoint), loaded.test, **arguments)
+    click.echo(json.dumps(logs))
+
+
+@main.command()
+@_PIPELINE
+@_CHECKPOINT
+@click.option("--output", required=True, help="Folder or fsspec URL for the Parquet files; must be new or empty.")
+@click.option(
+    "--column", "columns", multiple=True, help="Column of the data to write with the predictions; may be repeated."
+)
+def predict(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
+    """Predict PIPELINE's test data with a checkpoint of its model, and write the predictions as Parquet."""
+    loaded, arguments = _inference_arguments(pipeline, parameters, options)
+    click.echo(rk.predict(_load_model(loaded, checkpoint), loaded.test, **arguments))
+
+
+def _inference_arguments(
+    pipeline: str, parameters: dict[str, str], options: dict[str, Any]
+) -> tuple[rk.Pipeline, dict[str, Any]]:
+    """Return the pipeline, and the arguments of `evaluate` or `predict`."""
+    from raykeras.cli.pipeline import load_pipeline
+
+    loaded = load_pipeline(pipeline, parameters)
+    if loaded.test is None:
+        raise rk.OptionError(
+            f"`raykeras.Pipeline(test=...)` is the data that is evaluated or predicted; {pipeline} does not set it."
+        )
+    overrides = {name: value for name, value in options.items() if value is not None}
+    overrides.setdefault("batch_size", loaded.fit.get("batch_size", 32))
+    return loaded, {"scale": _override(loaded.fit.get("scale") or rk.Scale(), overrides), **overrides}
+
+
+def _load_model(loaded: rk.Pipeline, checkpoint: str) -> Any:
+    """Load a checkpoint's weights into the pipeline's model, so that custom classes need no registration."""
+    from raykeras.checkpoint.model_io import weights_into
+
+    return weights_into(loaded.model, checkpoint)
+
+
+def _as_source(data: str) -> Any:
+    if data.endswith(".npy"):
+        return rk.npy(data)
+    return rk.npy(data, x=()) if data.endswith(".npz") else rk.parquet(data)
+
+
+def _override(options: Any, overrides: dict[str, Any]) -> Any:
+    """Return a `Scale` or `Run` with the overrides of its fields, which are removed from `overrides`."""
+    if "workers" in overrides and isinstance(options, rk.Scale):
+        options = dataclasses.replace(options, least_workers=None)  # also override a range of the pipeline
+    names = {field.name for field in dataclasses.fields(options)} & set(overrides)
+    return dataclasses.replace(options, **{name: overrides.pop(name) for name in sorted(names)})
+
+
+@main.command()
+@click.argument("data")
+def inspect(data: str) -> None:
+    """Show the columns, files and rows of DATA as raykeras reads them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    start = time.perf_counter()
+    opened = _as_source(data).open()
+    seconds = time.perf_counter() - start
+    table = Table("column", "kind", "dtype", "shape", "bytes per row", box=None)
+    for field in opened.fields.values():
+        dtype = field.dtype.removeprefix("arrow:")
+        is_usable = not field.dtype.startswith("arrow:") and field.name not in opened.unusable
+        kind = field.kind if is_usable else "unusable"
+        nbytes = "" if kind == "unusable" or field.kind != "dense" else f"{field.row_nbytes:,}"
+        table.add_row(field.name, kind, dtype, "×".join(map(str, field.shape)) or "1", nbytes)
+    console = Console()
+    console.print(table)
+    units = opened.unit_rows
+    sizes = " to ".join(f"{size:,}" for size in sorted({int(units.min()), int(units.max())}))
+    console.print(
+        f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units of {sizes} rows each"
+    )
+    cached = f", {opened.kept_footers:,} footers from the cache" if opened.kept_footers else ""
+    console.print(f"metadata read in {seconds:.1f} s{cached}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""All uses of private names of Ray, Keras, tf_keras and TensorFlow."""

@@ -1,0 +1,42 @@
+"""Replace attributes of other packages temporarily."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+
+@contextlib.contextmanager
+def patched(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace `target.name` with `value` while the block runs."""
+    original = getattr(target, name)
+    setattr(target, name, value)
+    try:
+        yield
+    finally:
+        setattr(target, name, original)
+
+
+@contextlib.contextmanager
+def patched_method(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Replace the method `name` of the instance `target` while the block runs, bypassing its `__setattr__`."""
+    attributes = vars(target)
+    own = {name: attributes[name]} if name in attributes else {}
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        attributes.pop(name, None)
+        attributes.update(own)
+
+
+class Proxy:
+    """A module or object with some of its attributes replaced."""
+
+    def __init__(self, module: Any, **names: Any) -> None:
+        self._module = module
+        self.__dict__.update(names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

@@ -1,0 +1,289 @@
+"""The events of a run, as small immutable values that workers send to the driver.
+
+`EventSender` delivers them from a background thread, so that sending never blocks a step. Consecutive `BatchEnded`
+events that are pending are merged into the latest, whose `num_steps` counts the steps it stands for. All other events
+arrive exactly once and in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from raykeras.core.logs import Logs, as_json
+
+FLUSH_INTERVAL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base class of all events.
+
+    Attributes:
+        rank: Rank of the worker that sent it; None if the driver did.
+        epoch: Epoch, from 0; None outside an epoch.
+        step: Number of steps finished in the epoch; None outside an epoch.
+        time: Seconds since the Unix epoch on the sender's clock.
+    """
+
+    rank: int | None = None
+    epoch: int | None = None
+    step: int | None = None
+    time: float = field(default_factory=time.time)
+
+    @property
+    def kind(self) -> str:
+        """The name of the event's class."""
+        return type(self).__name__
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the event as JSON-compatible values, with its class name under "event"."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"logs": as_json(values["logs"])} if "logs" in values else {}
+        return {"event": self.kind, **values}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """Training is about to begin.
+
+    Attributes:
+        params: The parameters that Keras passes to callbacks, and more: epochs, steps, batch_size, num_rows.
+        workers: Number of workers.
+        replicas: Number of replicas over all workers.
+        initial_epoch: First epoch to train.
+        path: The run's folder.
+        initial_step: Number of steps of the first epoch that were trained before.
+    """
+
+    params: dict[str, Any]
+    workers: int
+    replicas: int
+    initial_epoch: int
+    path: str
+    initial_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochStarted(Event):
+    """An epoch begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchEnded(Event):
+    """One or more steps ended.
+
+    Attributes:
+        logs: Logs of the latest step, reduced over all replicas.
+        num_steps: Number of steps that the event stands for.
+        rows_per_s: Rows of the global batches per second, since the epoch began.
+        data_wait: Fraction of the epoch so far, 0 to 1, in which steps waited for data.
+    """
+
+    logs: Logs
+    num_steps: int = 1
+    rows_per_s: float = 0.0
+    data_wait: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochEnded(Event):
+    """An epoch ended, including its validation.
+
+    Attributes:
+        logs: Metrics by name, as passed to `on_epoch_end`; those of the validation begin with `val_`.
+        seconds: Wall-clock time of the epoch.
+        rows_per_s: Training rows per second, excluding validation.
+        data_wait: Fraction of the training time, 0 to 1, in which steps waited for data.
+    """
+
+    logs: Logs
+    seconds: float = 0.0
+    rows_per_s: float = 0.0
+    data_wait: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationEnded(Event):
+    """A validation pass inside `fit` ended.
+
+    Attributes:
+        logs: Metrics by name, without `val_`.
+    """
+
+    logs: Logs
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A checkpoint was saved.
+
+    Attributes:
+        path: The checkpoint's folder.
+        unserializable: Why Keras could not serialise the model, so that the checkpoint holds the weights only; empty
+            otherwise.
+    """
+
+    path: str
+    unserializable: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDamaged(Event):
+    """A checkpoint is damaged; the previous one is used.
+
+    Attributes:
+        path: The checkpoint's folder.
+        cause: What is wrong with it.
+    """
+
+    path: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageFailed(Event):
+    """A checkpoint could not be written; training continues, and the write is retried.
+
+    Attributes:
+        cause: Why the write failed.
+        retry_s: Seconds until the next attempt.
+    """
+
+    cause: str
+    retry_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactSaved(Event):
+    """A file that a callback wrote was saved in the run's folder.
+
+    Attributes:
+        path: Where it was saved.
+    """
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerFailed(Event):
+    """A worker failed.
+
+    Attributes:
+        cause: What happened, in one line.
+        node: Name of the node it ran on.
+        next: What the run does now.
+    """
+
+    cause: str
+    node: str
+    next: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRestarted(Event):
+    """Training continues from the newest checkpoint; later steps are repeated.
+
+    `epoch` and `step` are its position: the number of epochs finished, and of steps in the next one.
+
+    Attributes:
+        workers: Current number of workers.
+        attempt: How many times workers were started before.
+    """
+
+    workers: int
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldResized(Event):
+    """The number of workers changed.
+
+    Attributes:
+        workers: Current number of workers.
+        before: Previous number of workers.
+    """
+
+    workers: int
+    before: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded(Event):
+    """Training ended.
+
+    Attributes:
+        status: "completed", "failed" or "interrupted". An interrupted run can be resumed.
+        logs: Logs of the last epoch.
+    """
+
+    status: str
+    logs: Logs
+
+
+def merge(earlier: BatchEnded, later: BatchEnded) -> BatchEnded:
+    """Return the later of two events, counting the steps of both."""
+    return dataclasses.replace(later, num_steps=earlier.num_steps + later.num_steps)
+
+
+class EventSender:
+    """Sends events from a worker to the driver in the background. Thread-safe.
+
+    Args:
+        put: Delivers a list of events.
+        interval_s: Seconds between deliveries of `BatchEnded`; other events are delivered at once.
+    """
+
+    def __init__(self, put: Callable[[list[Event]], None], interval_s: float = FLUSH_INTERVAL_S) -> None:
+        self._put = put
+        self._interval_s = interval_s
+        self._pending: list[Event] = []
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._ship, name="raykeras-events", daemon=True)
+        self._thread.start()
+
+    def send(self, event: Event) -> None:
+        """Queue an event without blocking."""
+        with self._lock:
+            last = self._pending[-1] if self._pending else None
+            if isinstance(event, BatchEnded) and isinstance(last, BatchEnded) and last.epoch == event.epoch:
+                self._pending[-1] = merge(last, event)
+            else:
+                self._pending.append(event)
+        if not isinstance(event, BatchEnded):
+            self._wake.set()
+
+    def close(self) -> None:
+        """Deliver the remaining events.
+
+        Raises:
+            Exception: Whatever `put` raised, now or before.
+        """
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _ship(self) -> None:
+        while True:
+            self._wake.wait(self._interval_s)
+            self._wake.clear()
+            closed = self._closed
+            with self._lock:
+                batch, self._pending = self._pending, []
+            if batch:
+                try:
+                    self._put(batch)
+                except Exception as error:  # Raised by close(): a lost driver must not stop a step.
+                    self._failure = error
+                    return
+            if closed:
+                return

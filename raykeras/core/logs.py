@@ -1,0 +1,41 @@
+"""Convert the logs that Keras passes to callbacks to floats and arrays.
+
+Metrics with several values, such as `F1Score` with one per class, become arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+Logs = dict[str, Any]
+"""Metric name to a float or an array of numbers."""
+
+
+def plain_logs(logs: Mapping[str, Any] | None) -> Logs:
+    """Return logs as floats and arrays; values that are not numbers are dropped."""
+    plain: Logs = {}
+    for name, value in (logs or {}).items():
+        if isinstance(value, Mapping):  # Keras flattens these as well.
+            plain |= plain_logs(value)
+        elif (number := plain_number(value)) is not None:
+            plain[str(name)] = number
+    return plain
+
+
+def plain_number(value: Any) -> Any:
+    """Return a value as a float, or as an array if it holds several numbers; None if it is not numeric."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError):
+        return None
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        return None
+    return float(array.item()) if array.size == 1 else array
+
+
+def as_json(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the logs of `plain_logs` with lists in place of arrays."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in logs.items()}

@@ -1,0 +1,1 @@
+"""Sources of rows: Parquet files, NumPy arrays and Ray datasets."""

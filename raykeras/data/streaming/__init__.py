@@ -1,0 +1,1 @@
+"""Planned rows: read tasks, interleaving, the cache and the `tf.data` dataset."""

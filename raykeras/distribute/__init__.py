@@ -1,0 +1,1 @@
+"""Exact results on several replicas: strategies and loss weighting."""

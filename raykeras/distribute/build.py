@@ -1,0 +1,90 @@
+"""Create the variables of a model, its optimizer and its metrics before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from raykeras.compat.keras_api import KerasAPI
+from raykeras.data.batch_spec import BatchSpec
+from raykeras.data.tf_dataset import dtype_of
+from raykeras.distribute.model_checks import check_model
+from raykeras.distribute.strategy import scope
+
+_UNKNOWN_SIZE = 32  # of a dimension that varies between batches; large enough for a convolution
+
+
+def make_variables(model: Any, api: KerasAPI, batch_spec: BatchSpec, strategy: tf.distribute.Strategy | None) -> None:
+    """Create the variables that Keras would create in the first step of `fit`.
+
+    Args:
+        model: A compiled model.
+        api: The model's Keras package.
+        batch_spec: Spec of the training batches.
+        strategy: Strategy to create the variables under; None for a single replica.
+    """
+    batch: tuple[Any, ...] = zeros(batch_spec)
+    with scope(strategy):
+        if not api.is_legacy:
+            api.build_symbolically(model, batch)
+            return
+        if not api.has_call(model):
+            api.build_optimizer(model)
+            return
+        x, y = (*batch, None)[:2]
+        predicted = model(x, training=False)
+        with contextlib.suppress(AttributeError):  # a model with a custom `train_step` may lack these containers
+            if not model.compiled_loss._built:
+                model.compiled_loss.build(predicted)
+            if not model.compiled_metrics._built:
+                model.compiled_metrics.build(predicted, y)
+            outputs = zip(tf.nest.flatten(y), tf.nest.flatten(predicted), strict=False)
+            for metrics, (true, output) in zip(_by_output(model.compiled_metrics), outputs, strict=False):
+                for metric in metrics:
+                    # metrics such as F1Score create their variables in `build(y_true_shape, y_pred_shape)`
+                    if not metric.variables and len(inspect.signature(metric.build).parameters) == 2:
+                        metric.build(true.shape, output.shape)
+        api.build_optimizer(model)
+
+
+def zeros(batch_spec: BatchSpec) -> Any:
+    """Return a batch of one row of zeros with the shapes and dtypes of a spec."""
+    flat = []
+    for tensor in batch_spec.tensors:
+        shape = [_UNKNOWN_SIZE if size is None else size for size in tensor.shape]
+        dtype = dtype_of(tensor)
+        if tensor.kind == "ragged":
+            values = tf.zeros((1,), dtype)
+            flat.append(tf.RaggedTensor.from_row_splits(values, tf.constant([0, 1], tf.int64)))
+        elif dtype == tf.string:
+            flat.append(tf.fill((1, *shape), ""))
+        else:
+            flat.append(tf.zeros((1, *shape), dtype))
+    return batch_spec.structure(flat)
+
+
+def load_variables(model: Any, api: KerasAPI, values: Sequence[np.ndarray] | None, batch_spec: BatchSpec) -> None:
+    """Assign trained values to the variables of the user's model.
+
+    Args:
+        model: The model; its variables are created first if it is not built.
+        api: The model's Keras package.
+        values: Values of the model's and its optimizer's variables, in the order of `KerasAPI.variables`.
+        batch_spec: Spec of the batches that the values were trained on.
+    """
+    if not model.built:
+        make_variables(model, api, check_model(model, api, batch_spec), None)
+    api.build_optimizer(model)
+    for variable, value in zip(api.variables(model), values or (), strict=True):
+        variable.assign(value)
+
+
+def _by_output(compiled: Any) -> Iterator[list[Any]]:
+    """Yield the metrics of a tf_keras metrics container, one list per output."""
+    for pair in zip(compiled._metrics, compiled._weighted_metrics, strict=True):
+        yield [metric for metric in tf.nest.flatten(pair) if metric is not None]

@@ -1,0 +1,122 @@
+"""Make training on several replicas give the results of training on one.
+
+Keras averages per-replica means, which is wrong when replicas hold different numbers of rows. Here batches come as
+`(batch, number of rows of the global batch)`, and a replica's *share* is its rows divided by that number. The share
+weights each loss without communication between workers where possible:
+
+    mean over rows           multiplied by the share
+    mean over valid entries  (a mask) divided by the valid entries of all replicas
+    mean_with_sample_weight  divided by the weights of all replicas
+    sum over rows            unchanged
+    scalar from user code    a mean or a sum, as classified by `raykeras.distribute.loss_probe`
+
+A custom `train_step`, `test_step` or `compute_loss` gets the loss of the global batch, because it passes it to metrics
+and logs; the gradient is that of the replica's part.
+
+Keras 3 needs more with several workers (keras-team/keras#20585). `_maybe_symbolic_build` reduces a batch across workers
+to infer shapes; the model is built from the batch spec instead. `reduce_per_replica` cannot reduce scalars; it returns
+the metrics' results merged over all replicas, which also makes the logs of each step exact. Keras also clips gradients
+before it sums them over the replicas; here they are summed first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.patch import patched_method
+from raykeras.compat.tensorflow import replicas_joined
+from raykeras.core.errors import ModelError
+from raykeras.data.batch_spec import BatchSpec
+from raykeras.data.elements import unpacked
+from raykeras.distribute.exact_keras import patch_keras
+from raykeras.distribute.exact_tf_keras import losses_in_layers, patch_tf_keras
+from raykeras.distribute.loss_probe import probe_reductions
+from raykeras.distribute.weighting import ScalarLosses, current
+
+TESTED_KERAS = ("3.12", "3.15")
+TESTED_TF_KERAS = ("2.21",)
+
+
+@contextlib.contextmanager
+def exact(
+    model: Any,
+    api: KerasAPI,
+    batch_spec: BatchSpec,
+    strategy: tf.distribute.Strategy | None,
+    sample: Sequence[Any],
+) -> Iterator[None]:
+    """Keep `model.fit` and `model.evaluate` exact under a strategy while the block runs; do nothing without one.
+
+    Args:
+        model: A compiled model whose variables belong to `strategy`.
+        api: The model's Keras package.
+        batch_spec: Spec of the batches.
+        strategy: None for a single replica.
+        sample: Tensors of a few rows to probe scalar losses with, in the order of `batch_spec.tensors`.
+
+    Raises:
+        ModelError: If this version of Keras is untested, or a loss cannot be exact on several replicas.
+    """
+    if strategy is None:
+        yield
+        return
+    tested = TESTED_TF_KERAS if api.is_legacy else TESTED_KERAS
+    if not api.version.startswith(tuple(f"{v}." for v in tested)):
+        raise ModelError(
+            f"Several replicas need a version of {api.name} that raykeras was tested with: {', '.join(tested)}; got "
+            f"{api.version}. Install `{api.name}=={tested[-1]}.*`, or train on one replica."
+        )
+    if not api.has_call(model):  # its losses cannot be probed
+        raise _unweighted_loss()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(replicas_joined())
+        losses = ScalarLosses()
+        if api.is_legacy:
+            patch_tf_keras(stack, model, losses)
+        else:
+            patch_keras(stack, model, batch_spec, strategy, losses)
+        with strategy.scope():
+            losses.scalars = probe_reductions(model, sample, batch_spec.structure, strategy, _set_share)
+        for name in ("train_step", "test_step"):
+            stack.enter_context(patched_method(model, name, _with_share(getattr(model, name), name)))
+        yield
+
+
+def building(api: KerasAPI, strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a model can be built under a strategy."""
+    return losses_in_layers() if api.is_legacy and strategy is not None else contextlib.nullcontext()
+
+
+def _set_share(share: float | None) -> None:
+    current.share = None if share is None else tf.constant(share)
+
+
+def _with_share(step: Any, name: str) -> Any:
+    """Return a step that takes `(batch, global_rows)` and sets this replica's share while `step(batch)` runs."""
+
+    def share_step(data: Any) -> Any:
+        batch, global_rows = unpacked(data)
+        rows = tf.shape(next(x for x in tf.nest.flatten(batch) if x is not None))[0]
+        current.share = tf.cast(rows, tf.float32) / tf.cast(global_rows, tf.float32)
+        current.num_losses, current.num_added, current.weighed, current.whole = 0, 0, False, False
+        try:
+            result = step(batch)
+        finally:
+            current.share = None
+        if name == "train_step" and not current.weighed:
+            raise _unweighted_loss()
+        return result
+
+    return share_step
+
+
+def _unweighted_loss() -> ModelError:
+    return ModelError(
+        "With several replicas, a custom `train_step` must compute its loss with `self.compute_loss(x, y, y_pred, "
+        "sample_weight)`, which weights it by the replica's rows; this one does not. Call it, or train on one replica."
+    )

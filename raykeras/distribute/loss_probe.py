@@ -1,0 +1,184 @@
+"""Classify scalar losses as means or sums over the rows of a batch.
+
+A scalar from user code does not say what it is, but it can be probed: over the same rows twice, a mean stays and a sum
+doubles, and both follow from their values over two halves of the rows, which a loss over pairs of rows does not. On
+several replicas a mean counts by the replica's share of the rows, a sum by one.
+
+A Keras loss that a layer calls is already weighted by the share: its value halves when the same rows are declared to be
+half of a batch. A scalar that is zero at first, such as the divergence of a variational model whose last layers start
+at zero, is probed again with perturbed weights and rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import tensorflow as tf
+
+from raykeras.core.errors import ModelError
+
+Kind = Literal["mean", "sum", "part"]
+"""A mean or a sum over a replica's rows, or a mean that Keras has already weighted by the replica's share."""
+
+Answer = tuple[float, float, float, float, float]
+"""A scalar over some rows, over the rows twice, over the rows as half of a batch, and over each of their halves."""
+
+_TOLERANCE = 1e-3  # relative; for float32 over a few rows
+_ZERO = 1e-12  # absolute; smaller values count as zero
+_NOISE_STDDEV = 0.1
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The kinds of the scalar losses of a step.
+
+    Attributes:
+        losses: Kinds of the compiled losses that return a scalar, in the order of the outputs.
+        added: Kinds of the losses of `add_loss` and of regularizers, in the order of `model.losses`.
+    """
+
+    losses: tuple[Kind, ...] = ()
+    added: tuple[Kind, ...] = ()
+
+
+@dataclass
+class Record:
+    """The scalars that a step computes, in order."""
+
+    losses: list[Any] = field(default_factory=list)
+    added: list[Any] = field(default_factory=list)
+
+
+_current = threading.local()  # a strategy runs each replica in a separate thread
+
+
+def current_record() -> Record | None:
+    """Return the record for the scalars of this thread's step; None outside `probe_reductions`."""
+    return getattr(_current, "record", None)
+
+
+def probe_reductions(
+    model: Any,
+    sample: Sequence[Any],
+    structure: Callable[[Sequence[Any]], Any],
+    strategy: Any,
+    set_share: Callable[[float | None], None],
+) -> Scalars:
+    """Classify the scalar losses of a model by computing them over different sets of rows.
+
+    Args:
+        model: A built and compiled model.
+        sample: Tensors of a few rows, in the order of the batch spec.
+        structure: Arranges such tensors as Keras' (x, y, sample_weight).
+        strategy: The strategy whose scope the model was built in.
+        set_share: Sets the share of the batch, 0 to 1, that the calling replica's rows are; None after the step.
+
+    Raises:
+        ModelError: If a scalar is neither a mean nor a sum.
+    """
+    probe = functools.partial(_probe, model, structure=structure, strategy=strategy, set_share=set_share)
+    losses, added = probe(sample)
+    if any(abs(once) <= _ZERO for once, *_ in (*losses, *added)):
+        rng = np.random.default_rng(0)
+        with _perturbed(model, strategy, rng):
+            perturbed = probe([_perturb(tensor, rng) for tensor in sample])
+        losses, added = (
+            [b if abs(a[0]) <= _ZERO and np.isfinite(b).all() else a for a, b in zip(first, second, strict=True)]
+            for first, second in zip((losses, added), perturbed, strict=True)
+        )
+    return Scalars(
+        tuple(_kind(values, "compiled loss", i) for i, values in enumerate(losses)),
+        tuple(_kind(values, "`add_loss`", i) for i, values in enumerate(added)),
+    )
+
+
+def _probe(
+    model: Any, sample: Sequence[Any], *, structure: Any, strategy: Any, set_share: Any
+) -> tuple[list[Answer], list[Answer]]:
+    """Return the values of each compiled loss and of each added loss over the probed rows."""
+    middle = int(sample[0].shape[0]) // 2
+    if not middle:  # a single row
+        sample, middle = [tf.concat([t, t], 0) for t in sample], 1
+    sample = [t[: 2 * middle] for t in sample]
+    doubled = [tf.concat([t, t], 0) for t in sample]
+    first, second = [t[:middle] for t in sample], [t[middle:] for t in sample]
+    probes = ((sample, 1.0), (doubled, 1.0), (sample, 0.5), (first, 1.0), (second, 1.0))
+    records = [_compute(model, structure(rows), strategy, share, set_share) for rows, share in probes]
+    return (
+        list(zip(*(record.losses for record in records), strict=True)),
+        list(zip(*(record.added for record in records), strict=True)),
+    )
+
+
+@contextlib.contextmanager
+def _perturbed(model: Any, strategy: Any, rng: np.random.Generator) -> Iterator[None]:
+    """Keep a little noise on the weights while the block runs."""
+    with strategy.scope():
+        original = [(weight, weight.numpy()) for weight in model.trainable_weights]
+        try:
+            for weight, value in original:
+                weight.assign(value + rng.normal(0, _NOISE_STDDEV, value.shape).astype(value.dtype))
+            yield
+        finally:
+            for weight, value in original:
+                weight.assign(value)
+
+
+def _perturb(tensor: Any, rng: np.random.Generator) -> Any:
+    """Return a float tensor with a little noise; others, such as classes or text, unchanged."""
+    flat = tensor.flat_values if isinstance(tensor, tf.RaggedTensor) else tensor
+    if not flat.dtype.is_floating:
+        return tensor
+    noisy = flat + tf.cast(rng.normal(0, _NOISE_STDDEV, flat.shape), flat.dtype)
+    return tensor.with_flat_values(noisy) if isinstance(tensor, tf.RaggedTensor) else noisy
+
+
+def _compute(
+    model: Any, batch: tuple[Any, ...], strategy: Any, share: float, set_share: Callable[[float | None], None]
+) -> Record:
+    """Return the scalars of a batch from one replica; the others of this worker compute the same."""
+    x, y = batch[0], batch[1] if len(batch) > 1 else None
+
+    def step() -> tuple[list[Any], list[Any]]:
+        set_share(share)
+        try:
+            with _recording() as record:
+                model.compute_loss(x, y, model(x, training=False), None)
+        finally:
+            set_share(None)
+        return record.losses, record.added
+
+    losses, added = strategy.experimental_local_results(strategy.run(step))[0]
+    return Record([np.asarray(v) for v in losses], [np.asarray(v) for v in added])
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[Record]:
+    _current.record = Record()
+    try:
+        yield _current.record
+    finally:
+        _current.record = None
+
+
+def _kind(values: Answer, source: str, index: int) -> Kind:
+    once, twice, half, first, second = values
+    if abs(once) > _ZERO and np.isclose(once, 2 * half, rtol=_TOLERANCE):
+        return "part"
+    tolerance = _TOLERANCE * max(abs(first), abs(second)) + _ZERO
+    if np.isclose(once, twice, rtol=_TOLERANCE, atol=_ZERO) and abs(once - (first + second) / 2) <= tolerance:
+        return "mean"
+    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=_ZERO) and abs(once - first - second) <= tolerance:
+        return "sum"
+    raise ModelError(
+        "With several replicas, a scalar loss must be a mean or a sum over the rows of a batch, so that the replicas' "
+        f"losses can be combined; scalar {index} from {source} is {once:g} over some rows, {twice:g} over the same "
+        f"rows twice, and {first:g} and {second:g} over their halves. Return one value per row, or train on one "
+        "replica."
+    )

@@ -1,0 +1,94 @@
+"""Create the tf.distribute strategy of a worker, and distribute datasets under it.
+
+The strategy depends on the scale:
+
+    one replica                    none
+    one worker, several replicas   MirroredStrategy over its GPUs, or over logical CPU devices
+    several workers                MultiWorkerMirroredStrategy over the devices of all workers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from typing import Any
+
+import tensorflow as tf
+
+from raykeras.compat.patch import patched
+from raykeras.compat.tensorflow import cpu_replicas, rest_idle_threads
+from raykeras.core.config import Scale
+from raykeras.core.errors import OptionError, ResourceError
+
+# Two strategies of one process must not share collective keys, as TensorFlow remembers the dtype of each key for the
+# life of the process. TensorFlow's tests leave the same distance.
+_collective_key_bases = itertools.count(100_000, 100_000)
+
+
+def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
+    """Return the strategy of this worker; with several workers TF_CONFIG must be set.
+
+    Args:
+        scale: Workers, GPUs and replicas of the run.
+
+    Returns:
+        None for a single replica.
+
+    Raises:
+        ResourceError: If this worker sees too few GPUs.
+        OptionError: If logical CPU devices are needed after TensorFlow has been initialized.
+    """
+    if scale.gpus_per_worker:
+        gpus = tf.config.list_physical_devices("GPU")
+        if len(gpus) < scale.gpus_per_worker:
+            raise ResourceError(
+                f"A worker with `gpus_per_worker={scale.gpus_per_worker}` must see that many GPUs; TensorFlow sees "
+                f"{len(gpus)}. Install `raykeras[gpu]` on the nodes, or use fewer GPUs."
+            )
+        for gpu in gpus:
+            with contextlib.suppress(RuntimeError):  # already in use by this process
+                tf.config.experimental.set_memory_growth(gpu, True)
+    else:
+        rest_idle_threads()
+        if scale.local_replicas > 1:
+            _make_logical_cpus(scale.local_replicas)
+    if scale.total_replicas == 1:
+        return None
+    if scale.workers == 1:
+        kind = "GPU" if scale.gpus_per_worker else "CPU"
+        with patched(tf.distribute.MirroredStrategy, "_collective_key_base", next(_collective_key_bases)):
+            return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.local_replicas)])
+    with cpu_replicas(0 if scale.gpus_per_worker else scale.local_replicas):
+        return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset) -> Any:
+    """Return a dataset as `fit` takes it; replicas get its elements in turn, and no element is split."""
+    if strategy is None:
+        dataset.as_numpy_iterator = _refuse_to_iterate
+        return dataset
+    return strategy.distribute_datasets_from_function(lambda _: dataset)
+
+
+def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
+    """Return the strategy's scope, or a null context for None."""
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def _refuse_to_iterate() -> Any:
+    """Replace `as_numpy_iterator`, with which MLflow's autolog would read all data to hash it."""
+    raise TypeError("raykeras reads its data only once, for training; call autolog with `log_datasets=False`")
+
+
+def _make_logical_cpus(count: int) -> None:
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    try:
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
+    except RuntimeError:
+        existing = len(tf.config.list_logical_devices("CPU"))
+        if existing < count:
+            raise OptionError(
+                f"`replicas_per_worker={count}` needs that many logical CPU devices, which TensorFlow creates only "
+                f"when it is initialized; in this process it already is, with {existing}. Pass a function that builds "
+                "the model, and call `fit` before anything else uses TensorFlow."
+            ) from None

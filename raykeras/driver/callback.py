@@ -1,0 +1,54 @@
+"""Callbacks that run in the driver, on the event stream."""
+
+from __future__ import annotations
+
+from raykeras.core import events
+from raykeras.core.events import Event
+from raykeras.core.logs import Logs
+
+
+class DriverCallback:
+    """Base class of callbacks that run in the driver, on the event stream.
+
+    Pass instances in the `callbacks` of `fit`, together with Keras callbacks. A driver callback sees the events of the
+    chief (rank 0), never delays a training step, and may use objects that exist only in the driver's process. Values of
+    logs are floats, or arrays for metrics that have several values.
+    """
+
+    def on_train_begin(self, logs: Logs) -> None: ...
+
+    def on_train_end(self, logs: Logs) -> None: ...
+
+    def on_epoch_begin(self, epoch: int, logs: Logs) -> None: ...
+
+    def on_epoch_end(self, epoch: int, logs: Logs) -> None: ...
+
+    def on_train_batch_end(self, batch: int, logs: Logs) -> None:
+        """Called at the end of a training batch; one call may stand for several batches.
+
+        Args:
+            batch: Index of the batch within the epoch, from 0; of several batches, that of the last one.
+            logs: Metrics of the epoch so far.
+        """
+
+    def on_test_end(self, logs: Logs) -> None: ...
+
+    def on_event(self, event: Event) -> None:
+        """Called with every event, before the hook for that event."""
+
+    def dispatch(self, event: Event) -> None:
+        """Call the hooks for an event."""
+        self.on_event(event)
+        epoch = event.epoch or 0
+        if isinstance(event, events.RunStarted):
+            self.on_train_begin({})
+        elif isinstance(event, events.EpochStarted):
+            self.on_epoch_begin(epoch, {})
+        elif isinstance(event, events.BatchEnded):
+            self.on_train_batch_end((event.step or 1) - 1, dict(event.logs))
+        elif isinstance(event, events.ValidationEnded):
+            self.on_test_end(dict(event.logs))
+        elif isinstance(event, events.EpochEnded):
+            self.on_epoch_end(epoch, dict(event.logs))
+        elif isinstance(event, events.RunEnded):
+            self.on_train_end(dict(event.logs))

@@ -1,0 +1,133 @@
+"""Connect to Ray, or start it, and check that it can run the workers.
+
+A data task requests one logical CPU, or a fraction where no node has a whole CPU to spare: otherwise the task is never
+scheduled. The spare CPUs are visible only while no data task runs, so they are measured once, before the first read;
+with several workers, rank 0 measures them again once all workers are placed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from typing import Any
+
+from raykeras.compat.ray_data import ReadAhead, ReadLimits, configure
+from raykeras.compat.ray_state import max_cluster_resources, start_autoscaling_coordinator
+from raykeras.core.config import Scale
+from raykeras.core.errors import ResourceError
+from raykeras.core.quiet import quiet
+from raykeras.data.streaming.resources import CpuBudget, plan_budget, spare_cpus_per_task
+
+
+def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
+    """Connect to a Ray cluster, or start Ray on this machine if there is none.
+
+    Args:
+        scale: Number of workers and the resources of each.
+        in_process: Whether the only worker is this process.
+
+    Returns:
+        The logical CPUs of each worker and of each data task.
+
+    Raises:
+        ResourceError: If Ray does not start, or can never provide the workers, CPUs or GPUs.
+    """
+    import ray
+
+    started = False
+    if not ray.is_initialized():
+        started = _start(scale)
+    if in_process:
+        budget = CpuBudget(cpus_per_task=1.0 if started else spare_cpus_per_task())
+        if started:
+            # requests all CPUs, so that the first read task waits for this process instead of starting another one
+            ray.remote(num_cpus=ray.cluster_resources()["CPU"])(_import_reader).remote()
+    import ray.data  # sets log levels on import
+
+    quiet()
+    if in_process:
+        return budget
+    start_autoscaling_coordinator()
+    limit = max_cluster_resources() or ray.cluster_resources()
+    num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
+    cpus_per_worker = scale.cpus_per_worker
+    if cpus_per_worker is None:
+        # leave a CPU for data tasks, which are never scheduled if workers hold all of them
+        share = (num_cpus - 1) / scale.workers
+        cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
+    _check_resources(scale, cpus_per_worker, num_cpus, num_gpus, started)
+    return plan_budget(cpus_per_worker, scale.workers)
+
+
+def _start(scale: Scale) -> bool:
+    """Connect to the cluster of RAY_ADDRESS or `ray start`, or start Ray, with one retry.
+
+    Returns:
+        Whether Ray was started.
+
+    Raises:
+        ResourceError: If both attempts fail.
+    """
+    import ray
+
+    try:
+        return _init_ray(scale)
+    except Exception:  # Ray raises a bare `Exception` if a node takes too long to start
+        ray.shutdown()
+    try:
+        return _init_ray(scale)
+    except Exception as error:
+        ray.shutdown()
+        logs = os.path.join(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "session_latest", "logs")
+        raise ResourceError(
+            f"Ray must start, or be reachable; it failed twice: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'} Its logs are in {logs!r}. "
+            "Free CPUs and memory, or start Ray beforehand with `ray start --head`."
+        ) from error
+
+
+def _init_ray(scale: Scale) -> bool:
+    """Connect to a cluster, or start Ray; return whether it was started."""
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    workers_cpus = math.ceil(scale.workers * (scale.cpus_per_worker or 1))
+    try:
+        ray.init(
+            num_cpus=(os.cpu_count() or 1) + workers_cpus,
+            include_dashboard=False,
+            # consumed rows stay in the object store for this long; the default is 1 s
+            _system_config={"free_objects_period_milliseconds": 100},
+            **options,
+        )
+    except ValueError:  # an existing cluster does not accept `num_cpus`
+        ray.init(**options)
+        return False
+    return True
+
+
+def _import_reader() -> None:
+    """Import what a read task needs, which takes a second, in a process that Ray then reuses for read tasks."""
+    from ray.data import DataContext
+
+    import raykeras.data.sources.parquet  # noqa: F401
+
+    configure(DataContext.get_current().copy(), ReadLimits(), ReadAhead())
+
+
+def _check_resources(scale: Scale, cpus_per_worker: float, num_cpus: float, num_gpus: float, started: bool) -> None:
+    where = "this machine" if started else "the cluster, at its maximum size,"
+    for resource, per_worker, available in (
+        ("CPUs", cpus_per_worker, num_cpus - 1),
+        ("GPUs", scale.gpus_per_worker, num_gpus),
+    ):
+        if scale.min_workers * per_worker > available:
+            reserved = ", not counting one that is reserved for reading data" if resource == "CPUs" else ""
+            max_workers = int(available // per_worker) if per_worker else 0
+            raise ResourceError(
+                f"{scale.min_workers} workers with {per_worker:g} {resource} each need "
+                f"{scale.min_workers * per_worker:g}; {where} has {max(available, 0):g}{reserved}. Try "
+                f"`workers={max(1, max_workers)}`, or a larger cluster."
+            )

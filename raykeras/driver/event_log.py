@@ -1,0 +1,278 @@
+"""The driver's end of the event stream: the dispatch of events to handlers, and the log of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import os
+import queue
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from raykeras.checkpoint.store import RunFolder
+from raykeras.core import events
+from raykeras.core.errors import redacted
+from raykeras.core.events import Event
+from raykeras.core.logs import as_json, plain_number
+from raykeras.core.storage_errors import is_temporary, retried
+from raykeras.core.temporary import TemporaryFolder
+from raykeras.worker.coordinator import RunCoordinator
+
+LAST_WAIT_S = 60.0
+"""How long the last upload of the log may delay the end of a run."""
+
+
+_EVENTS, _HISTORY = "events.jsonl", "history.csv"
+
+
+_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+
+
+_TAIL_NBYTES = 1 << 20
+
+
+class RunLog:
+    """An event handler that writes `events.jsonl` and `history.csv` of a run, and continues existing ones.
+
+    On remote storage, which cannot append, the files are written to a temporary folder and uploaded by a thread after
+    each epoch and at the end. A failure to write the log never fails the run.
+
+    Args:
+        folder: Folder of the run.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._temporary = None if folder.is_local else TemporaryFolder("log")
+        self._local = self._temporary.name if self._temporary else folder.path
+        self._failure: Exception | None = None
+        if self._temporary:
+            retried(self._download)
+        path = os.path.join(self._local, _EVENTS)
+        _drop_partial_line(path)
+        self._history = _read_history(os.path.join(self._local, _HISTORY))
+        self._events = open(path, "a")  # noqa: SIM115
+        self._uploader = _Uploader(folder, self._local) if self._temporary else None
+
+    def __call__(self, event: Event) -> None:
+        try:
+            self._write(event)
+        except OSError as error:  # for example, the disk is full
+            self._failure = self._failure or error
+
+    def close(self) -> None:
+        """Upload the rest. If the log is incomplete, warn once and name the local copy. Never raises."""
+        try:
+            self._events.close()
+        except OSError as error:
+            self._failure = self._failure or error
+        local_copy = self._local
+        if self._uploader is not None and self._temporary is not None:
+            failure = self._uploader.close()
+            if failure is not None:
+                self._failure = self._failure or failure
+                local_copy = tempfile.mkdtemp(prefix="raykeras-kept-log-")
+                os.rename(self._local, local_copy)
+            self._temporary.cleanup()
+        if self._failure is not None:
+            message = (
+                f"The events of the run in {self._folder.path!r} could not all be written there: "
+                f"{type(self._failure).__name__}: {self._failure} Those that were written are in {local_copy!r}. The "
+                "run itself is not affected."
+            )
+            warnings.warn(redacted(message), stacklevel=3)
+
+    def _write(self, event: Event) -> None:
+        self._events.write(redacted(json.dumps(event.as_dict(), default=str)) + "\n")
+        if not isinstance(event, events.BatchEnded):
+            self._events.flush()
+        if isinstance(event, events.RunStarted | events.RunRestarted):  # later epochs are trained again
+            first = event.initial_epoch if isinstance(event, events.RunStarted) else event.epoch or 0
+            self._history = [row for row in self._history if int(row["epoch"]) < first]
+        if isinstance(event, events.EpochEnded):
+            self._history.append({"epoch": event.epoch, **as_json(event.logs)})
+            self._write_history()
+            if self._uploader is not None:
+                self._uploader.request()
+
+    def _write_history(self) -> None:
+        names = list(dict.fromkeys(name for row in self._history for name in row))
+        path = os.path.join(self._local, _HISTORY)
+        with open(f"{path}.partial", "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self._history)
+        os.replace(f"{path}.partial", path)  # atomic, since the file may be uploading
+
+    def _download(self) -> None:
+        for name in (_EVENTS, _HISTORY):
+            if self._folder.fs.exists(self._folder / name):
+                self._folder.fs.get_file(self._folder / name, os.path.join(self._local, name))
+
+
+class _Uploader:
+    """A thread that uploads the log of a run on request.
+
+    Args:
+        folder: Folder of the run.
+        local: Local folder that contains the log.
+    """
+
+    def __init__(self, folder: RunFolder, local: str) -> None:
+        self._folder, self._local = folder, local
+        self._changed = threading.Condition()
+        self._is_requested = False
+        self._deadline: float | None = None  # of the last upload, once `close` has requested it
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="raykeras-upload", daemon=True)
+        self._thread.start()
+
+    def request(self) -> None:
+        """Request an upload, and return at once."""
+        with self._changed:
+            self._is_requested = True
+            self._changed.notify_all()
+
+    def close(self) -> Exception | None:
+        """Upload once more, for at most `LAST_WAIT_S`; return the failure, or None."""
+        with self._changed:
+            self._is_requested, self._deadline = True, time.monotonic() + LAST_WAIT_S
+            self._changed.notify_all()
+        self._thread.join(LAST_WAIT_S)
+        if self._thread.is_alive():
+            return self._failure or TimeoutError(f"The upload took more than {LAST_WAIT_S:.0f} s.")
+        return self._failure
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_requested)
+                self._is_requested, is_last = False, self._deadline is not None
+            self._upload()
+            if is_last:
+                return
+
+    def _upload(self) -> None:
+        """Upload the files. Retry temporary failures; at the end of a run, until the deadline."""
+        for pause_s in itertools.chain(_PAUSES_S, itertools.repeat(_PAUSES_S[-1])):
+            try:
+                for name in filter(os.path.exists, (os.path.join(self._local, name) for name in (_EVENTS, _HISTORY))):
+                    self._folder.fs.put_file(name, self._folder / os.path.basename(name))
+            except Exception as error:
+                self._failure = error
+            else:
+                self._failure = None
+                return
+            with self._changed:
+                if not is_temporary(self._failure):
+                    return
+                if self._deadline is None:
+                    self._changed.wait_for(lambda: self._deadline is not None, pause_s)
+                elif time.monotonic() < self._deadline:
+                    self._changed.wait(_PAUSES_S[0])
+                else:
+                    return
+
+
+def _read_history(path: str) -> list[dict[str, Any]]:
+    """Return the valid rows of a `history.csv`; none if the file does not exist."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", errors="replace") as file:
+        rows = csv.DictReader(line.replace("\0", "") for line in file)
+        try:
+            return [row for row in rows if _is_valid(row)]
+        except csv.Error:
+            return []
+
+
+def _is_valid(row: dict[Any, Any]) -> bool:
+    """Return whether a row has an epoch, and numbers or nothing for each metric."""
+    try:
+        values = [json.loads(value) if value.startswith("[") else float(value) for value in row.values() if value != ""]
+        return int(row["epoch"]) >= 0 and all(plain_number(value) is not None for value in values)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return False
+
+
+def _drop_partial_line(path: str) -> None:
+    """Remove an incomplete last line from a file, so that nothing is appended to it."""
+    if not os.path.exists(path):
+        return
+    with open(path, "r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_NBYTES))
+        tail = file.read()
+        if not tail.endswith(b"\n"):
+            file.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
+
+
+class EventDispatcher:
+    """A thread that calls every handler with each event, once and in order.
+
+    A handler that raises is not called again.
+
+    Args:
+        handlers: Functions of an event.
+
+    Attributes:
+        queue: Accepts lists of events.
+    """
+
+    def __init__(self, handlers: Sequence[Callable[[Event], None]]) -> None:
+        self.queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
+        self._handlers = list(handlers)
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._dispatch, name="raykeras-dispatch", daemon=True)
+        self._thread.start()
+
+    def send(self, event: Event) -> None:
+        """Enqueue an event of the driver."""
+        self.queue.put([event])
+
+    def close(self, last: Event) -> None:
+        """Dispatch all events in the queue and a last one, and end the thread."""
+        self.queue.put([last])
+        self.queue.put(None)
+        self._thread.join()
+
+    def raise_failure(self) -> None:
+        """Raise the first exception of a handler, if there was one."""
+        if self._failure is not None:
+            raise self._failure
+
+    def _dispatch(self) -> None:
+        while (batch := self.queue.get()) is not None:
+            for event in batch:
+                for handler in list(self._handlers):
+                    try:
+                        handler(event)
+                    except Exception as error:
+                        self._handlers.remove(handler)
+                        self._failure = self._failure or error
+
+
+@contextlib.contextmanager
+def forwarding(coordinator: RunCoordinator, dispatcher: EventDispatcher) -> Iterator[None]:
+    """Forward events from the coordinator to the dispatcher while the block runs, and the rest of them at its end."""
+
+    def forward() -> None:
+        with contextlib.suppress(Exception):  # the coordinator's node was lost
+            while (batch := coordinator.get()) is not None:
+                dispatcher.queue.put(batch)
+
+    thread = threading.Thread(target=forward, name="raykeras-forward", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            coordinator.end()
+        thread.join()
+        coordinator.close()

@@ -1,0 +1,164 @@
+"""Start the workers of one training attempt, and wait for them to finish."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from typing import Any
+
+from raykeras.checkpoint.model_io import is_model, load_model, pack_model, save_model
+from raykeras.compat.keras_api import api_of
+from raykeras.core.errors import WorkerLostError
+from raykeras.core.quiet import import_tensorflow
+from raykeras.data.inputs import for_workers
+from raykeras.driver.elastic import watched_capacity
+from raykeras.driver.event_log import EventDispatcher, forwarding
+from raykeras.driver.interrupt import Interrupt
+from raykeras.driver.worker_group import run_here, run_on_workers
+from raykeras.worker.callback_placement import named, pack, restore_callbacks
+from raykeras.worker.coordinator import LocalStepBarrier, RunCoordinator
+from raykeras.worker.entry import Packed, checkpoint_writer, event_sender, train_on_worker, watched_steps
+from raykeras.worker.job import Outcome, TrainJob
+
+
+def fit_here(
+    job: TrainJob, model: Any, callbacks: list[Any], dispatcher: EventDispatcher, interrupt: Interrupt
+) -> tuple[Outcome, Any]:
+    """Train with one worker in this process.
+
+    Args:
+        job: The job to run.
+        model: A compiled model, or a function that builds one.
+        callbacks: Keras callbacks.
+        dispatcher: Receives the events.
+        interrupt: Handles signals.
+
+    Returns:
+        The outcome, and the trained model; None in its place if the model cannot be used outside of its strategy.
+    """
+    import_tensorflow()
+    from raykeras.worker import train
+    from raykeras.worker.session import WorkerContext
+
+    api, _ = pack_model(model, lazily=True)
+    # variables must be created inside the strategy scope; Keras 3 models: see `raykeras.distribute.mirroring`
+    rebuild = is_model(model) and api.is_legacy and job.scale.local_replicas > 1
+    saved = save_model(model, api) if rebuild else None
+    models: list[Any] = []
+
+    def build_and_keep() -> Any:
+        if saved is not None:
+            built = load_model(saved, api)
+        elif is_model(model):
+            built = model
+        else:  # called directly and not from a pickle, so that breakpoints and closures work
+            built = model()
+        models.append(built)
+        return built
+
+    def work() -> Outcome:
+        step_control = LocalStepBarrier()
+        with contextlib.ExitStack() as stack:
+            send = stack.enter_context(event_sender(dispatcher.queue.put))
+            heartbeat = stack.enter_context(watched_steps(job, 0, lambda text: None, None))
+            writer = stack.enter_context(checkpoint_writer(job, send))
+            context = WorkerContext(
+                rank=0,
+                callbacks=contextlib.nullcontext(named(callbacks)),
+                send=send,
+                writer=writer,
+                step_control=step_control,
+                heartbeat=heartbeat,
+                return_variables=rebuild,
+            )
+            stack.enter_context(interrupt.reaching(step_control.call))
+            return train.run(job, context, api=api, build=build_and_keep)
+
+    outcome = run_here(work)
+    if outcome.variables is not None:
+        from raykeras.distribute.build import load_variables
+
+        load_variables(model, api, outcome.variables, job.train.batch_spec)
+        return outcome, model
+    is_bound_to_strategy = job.scale.local_replicas > 1 and api_of(models[-1]).is_legacy
+    return outcome, None if is_bound_to_strategy else models[-1]
+
+
+def pack_for_workers(model: Any, callbacks: list[Any]) -> Packed:
+    """Pickle a model and callbacks for worker processes.
+
+    Raises:
+        ValidationError: If one of them cannot be sent to the workers.
+    """
+    from ray import cloudpickle
+
+    return Packed(*pack_model(model), pack(callbacks, cloudpickle.dumps), is_model(model))
+
+
+def fit_on_workers(
+    job: TrainJob, model: Any, callbacks: list[Any], packed: Packed, dispatcher: EventDispatcher, interrupt: Interrupt
+) -> tuple[Outcome, Any]:
+    """Train with worker processes.
+
+    Args:
+        job: The job to run.
+        model: The user's model, or the function that builds it. A compiled model receives the trained variables.
+        callbacks: Keras callbacks, which receive the attributes of the chief's.
+        packed: The pickled model and callbacks.
+        dispatcher: Receives the events.
+        interrupt: Handles signals.
+
+    Returns:
+        The chief's outcome, and the model if it was trained in place.
+
+    Raises:
+        WorkerLostError: If a worker is lost or hangs.
+        RaykerasError: If a worker raises an exception.
+    """
+    import ray
+    from ray import cloudpickle
+
+    scale, budget, coordinator = job.scale, job.budget, RunCoordinator(job.scale.workers)
+    with contextlib.ExitStack() as stack:
+        train, validation = (
+            stack.enter_context(for_workers(spec, scale.workers, budget.cpus_per_task))
+            for spec in (job.train, job.validation)
+        )
+        shared = dataclasses.replace(job, train=train, validation=validation)
+        stack.enter_context(forwarding(coordinator, dispatcher))
+        stack.enter_context(interrupt.reaching(coordinator.call))
+        stack.enter_context(watched_capacity(job, coordinator))
+        try:
+            outcome = run_on_workers(
+                train_on_worker,
+                # in the object store, because object references inside a pickle are never released
+                {"task": ray.put((shared, packed, "tensorflow" in sys.modules)), "coordinator": coordinator},
+                scale=scale,
+                cpus_per_worker=budget.cpus_per_worker,
+                folder=job.folder,
+                waits=job.requested_scale.min_workers == job.requested_scale.workers,
+            )
+        except WorkerLostError as error:
+            raise _with_notes(error, coordinator) from None
+    restore_callbacks(callbacks, outcome.callback_states, cloudpickle.loads)
+    if packed.in_place:
+        from raykeras.distribute.build import load_variables  # imports TensorFlow
+
+        load_variables(model, packed.api, outcome.variables, job.train.batch_spec)
+    return outcome, model if packed.in_place else None
+
+
+def _with_notes(error: WorkerLostError, coordinator: RunCoordinator) -> WorkerLostError:
+    """Return the error with what the workers reported to the coordinator: their nodes, and a hang."""
+    try:
+        notes = coordinator.notes()
+    except Exception:  # the coordinator's node was lost
+        return error
+    rank = next((rank for rank, facts in sorted(notes.items()) if "wrong" in facts), error.rank)
+    facts = notes.get(-1 if rank is None else rank, {})
+    result = error
+    if "wrong" in facts:
+        result = WorkerLostError(f"The worker of rank {rank} hangs: {facts['wrong']}.")
+    result.rank, result.node, result.reason = rank, facts.get("node", ""), facts.get("wrong", error.reason)
+    return result

@@ -1,0 +1,85 @@
+"""The result of `fit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raykeras.checkpoint.model_io import weights_into
+from raykeras.checkpoint.store import Checkpoint, RunFolder, is_better
+from raykeras.core.errors import CheckpointError
+from raykeras.data.sources.base import listed
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        history: A dict from each metric's name to its values at successive epochs, as `History.history` in Keras. A
+            value is a float, or an array for a metric that has several values.
+        epoch: Indices of the trained epochs, from 0.
+        params: As `History.params` in Keras.
+        path: Folder of the run.
+        live_model: The trained model, if it is in this process.
+        build: The function that builds the model, if `fit` was called with one.
+    """
+
+    history: dict[str, list[Any]]
+    epoch: list[int]
+    params: Mapping[str, Any]
+    path: str
+    live_model: Any = field(default=None, repr=False)
+    build: Callable[[], Any] | None = field(default=None, repr=False)
+
+    def model(self, **options: Any) -> Any:
+        """Return the trained model, compiled, with its optimizer.
+
+        A model that was trained in this process is returned as it is, except for tf_keras on several replicas.
+        Otherwise, the function passed to `fit` builds a model, which receives the weights of the newest checkpoint;
+        custom classes therefore need no registration. Without such a function, or with `options`, the model is loaded
+        from the newest checkpoint.
+
+        Args:
+            **options: Arguments for `keras.models.load_model`, such as `custom_objects`. Ignored if the model is in
+                this process.
+
+        Raises:
+            CheckpointError: If the model must be loaded and the checkpoint holds only its weights.
+        """
+        if self.live_model is not None:
+            return self.live_model
+        newest = self.checkpoints[-1]
+        if self.build is not None and not options:
+            return weights_into(self.build, newest.path)()
+        return newest.load_model(**options)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of the run, oldest first."""
+        return RunFolder(self.path).checkpoints()
+
+    def best_checkpoint(self, monitor: str = "val_loss") -> Checkpoint:
+        """Return the checkpoint with the best value of a metric.
+
+        Args:
+            monitor: Name of the metric. Higher is better for accuracy, AUC, precision, recall and F1; lower is better
+                for others.
+
+        Raises:
+            CheckpointError: If no checkpoint has this metric.
+        """
+        best: tuple[float, Checkpoint] | None = None
+        names: set[str] = set()
+        for checkpoint in self.checkpoints:
+            logs = checkpoint.state["logs"]
+            names |= set(logs)
+            value = logs.get(monitor)
+            if isinstance(value, int | float) and (best is None or is_better(monitor, value, best[0])):
+                best = (value, checkpoint)
+        if best is None:
+            raise CheckpointError(
+                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Metrics: {listed(sorted(names))}."
+            )
+        return best[1]

@@ -1,0 +1,168 @@
+"""Run a function on all workers, and raise the most informative of their exceptions.
+
+A single worker runs in this process, in Ray Train's local mode. Several workers are processes, started by
+`raykeras.compat.ray_train`; the driver then never imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from raykeras.checkpoint.store import RunFolder
+from raykeras.compat.ray_state import num_gpus_here
+from raykeras.core.config import Scale
+from raykeras.core.error_context import root_cause
+from raykeras.core.errors import RaykerasError, UserCodeError, WorkerLostError
+
+_LOST_CONTACT = tuple(
+    f"tensorflow.python.framework.errors_impl.{name}Error"
+    for name in ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
+)
+"""Exceptions of a collective after another worker is lost."""
+
+
+def runs_here(scale: Scale) -> bool:
+    """Return whether there is one worker and it can be this process."""
+    return bool(scale.workers == 1) and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
+
+
+def run_here(work: Callable[[], Any]) -> Any:
+    """Run `work` in this process, as Ray Train's only worker; return its value."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    trainer = DataParallelTrainer(
+        work,
+        scaling_config=ScalingConfig(num_workers=0),
+        run_config=RunConfig(name="raykeras", storage_path=tempfile.gettempdir()),
+    )
+    return trainer.fit().return_value
+
+
+def run_on_workers(
+    work: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    *,
+    scale: Scale,
+    cpus_per_worker: float,
+    folder: RunFolder | None = None,
+    waits: bool = True,
+) -> Any:
+    """Run `work(config)` on every worker.
+
+    Args:
+        work: Module-level function, so that it is pickled by name.
+        config: Argument of `work`. Must be picklable.
+        scale: Number of workers and the GPUs of each.
+        cpus_per_worker: Logical CPUs of each worker.
+        folder: Folder for Ray Train's files, on storage that all workers can reach.
+        waits: Whether to wait indefinitely until the cluster can place the workers.
+
+    Returns:
+        The value that `work` returns on rank 0.
+
+    Raises:
+        RaykerasError: If a worker raises an exception or is lost.
+    """
+    import fsspec
+    import pyarrow.fs
+    from ray.exceptions import RayError, RayTaskError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+
+    from raykeras.compat.ray_train import TensorFlowBackendConfig, WorkersTrainer
+
+    filesystem, storage = None, folder.path if folder else tempfile.gettempdir()
+    if folder and not folder.is_local:
+        fs, storage = fsspec.core.url_to_fs(folder.path)
+        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    trainer = WorkersTrainer(
+        work,
+        train_loop_config=config,
+        backend_config=TensorFlowBackendConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=scale.workers,
+            use_gpu=scale.gpus_per_worker > 0,
+            resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name=f".ray_train_{uuid.uuid4().hex}",  # unique, or Ray Train would restore an earlier run
+            storage_path=storage,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if waits else 0
+            ),
+        ),
+    )
+    try:
+        return _in_thread(trainer.fit).return_value
+    except WorkerGroupError as error:
+        raise worst(error.worker_failures) from None
+    except PreemptionError as error:
+        raise _worker_lost(f"A node of the run was preempted: {error}") from None
+    except ControllerError as error:
+        raise _worker_lost(f"Ray Train's controller failed: {error.controller_failure}") from error
+    except RayTaskError as error:
+        raise RaykerasError(f"Ray Train failed: {error}") from error
+    except RayError as error:  # the controller's node was lost
+        raise _worker_lost(f"Ray Train's controller was lost: {error}") from error
+
+
+def _worker_lost(message: str) -> WorkerLostError:
+    error = WorkerLostError(message)
+    error.reason = message.splitlines()[0]
+    return error
+
+
+def _in_thread(function: Callable[[], Any]) -> Any:
+    """Call a function in a thread, because Ray Train would handle Ctrl-C itself in the main thread."""
+    result: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            result["value"] = function()
+        except BaseException as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=run, name="raykeras-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if "error" in result:
+        raise result["error"]
+    return result["value"]
+
+
+def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
+    """Return the most informative exception: when one worker fails, the others fail as a consequence.
+
+    Errors of raykeras and of the user's code come first, then lost workers, and last workers that lost contact.
+
+    Args:
+        failures: The exception of each failed worker, by rank. At least one.
+    """
+    ranked: list[tuple[int, int, RaykerasError]] = []
+    for rank, failure in sorted(failures.items()):
+        error = root_cause(failure)
+        is_consequence = isinstance(error, UserCodeError) and error.cause.startswith(_LOST_CONTACT)
+        if isinstance(error, RaykerasError) and not is_consequence:
+            ranked.append((0, rank, error))
+            continue
+        lost = WorkerLostError(f"The worker of rank {rank} was lost: {_first_line(failure)}")
+        lost.rank, lost.reason = rank, _first_line(failure)
+        if is_consequence:
+            lost = WorkerLostError(f"The worker of rank {rank} lost contact with another worker: {_first_line(error)}")
+            lost.rank, lost.reason = None, _first_line(error)
+        ranked.append((2 if is_consequence else 1, rank, lost))
+    return min(ranked, key=lambda entry: entry[:2])[2]
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the line of a message that gives the cause: Ray's line with "because", or the first one."""
+    text = str(getattr(error, "health_check_failure", error)).strip()
+    lines = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    return next((line for line in lines if "because" in line), lines[0])

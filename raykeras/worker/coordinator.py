@@ -1,0 +1,273 @@
+"""Coordinate the workers of a run through one actor: joint actions, events for the driver, and notes on workers.
+
+The steps and the ends of epochs are *step boundaries*, which all workers pass in the same order. When one worker, or
+the driver, wants an action, other workers may already be in the next step and wait in a collective for it. So it starts
+a *round*: a thread of each worker answers with the first boundary at which that worker can still act, and all workers
+act at the latest of these. Nothing is sent before a round starts, so that a step costs nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from typing import Literal
+
+from raykeras.core.errors import WorkerLostError
+from raykeras.core.events import Event
+
+StepAction = Literal["save", "stop", "leave"]
+"""Save a checkpoint; stop as `model.stop_training` does; or save a checkpoint and end this attempt."""
+
+_STRENGTH: Mapping[StepAction | None, int] = {None: 0, "save": 1, "stop": 2, "leave": 3}
+
+
+class RunCoordinator:
+    """Handle of the actor that the driver and the workers of a run share. Picklable.
+
+    Args:
+        num_ranks: Number of workers.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        import ray
+
+        self._actor = ray.remote(num_cpus=0)(CoordinatorActor).remote(num_ranks)
+
+    def put(self, batch: list[Event]) -> None:
+        """Add events for the driver."""
+        import ray
+
+        ray.get(self._actor.put.remote(batch))
+
+    def get(self) -> list[Event] | None:
+        """Wait for the next events and return them; None at their end."""
+        import ray
+
+        return ray.get(self._actor.get.remote())
+
+    def end(self) -> None:
+        """Mark the end of the events."""
+        import ray
+
+        ray.get(self._actor.put.remote(None))
+
+    def note(self, rank: int, **facts: str) -> None:
+        """Record facts about a worker, such as its node or what is wrong with it."""
+        import ray
+
+        ray.get(self._actor.note.remote(rank, facts))
+
+    def notes(self) -> dict[int, dict[str, str]]:
+        """Return the recorded facts of all workers, by rank."""
+        import ray
+
+        return dict(ray.get(self._actor.notes.remote()))
+
+    def call(self, action: StepAction) -> None:
+        """Request an action of all workers."""
+        import ray
+
+        ray.get(self._actor.call.remote(action))
+
+    def await_round(self, round_: int) -> None:
+        """Return once a round has started.
+
+        Args:
+            round_: Number of the round, from 0.
+        """
+        import ray
+
+        ray.get(self._actor.await_round.remote(round_))
+
+    def agree(self, round_: int, rank: int, boundary: int, action: StepAction | None) -> tuple[int, StepAction]:
+        """Answer a round, and wait until all workers have.
+
+        Args:
+            round_: Number of the round, from 0.
+            rank: Rank of the worker that answers.
+            boundary: The first step boundary at which this worker can act.
+            action: The action that it requests, or None.
+
+        Returns:
+            The first step boundary at which all workers can act, and the strongest of the requested actions.
+        """
+        import ray
+
+        return tuple(ray.get(self._actor.agree.remote(round_, rank, boundary, action)))
+
+    def close(self) -> None:
+        """Kill the actor."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+class StepBarrier:
+    """Makes one of several workers act at the same step boundaries as the others.
+
+    Args:
+        coordinator: Coordinator of the run.
+        rank: Rank of this worker.
+    """
+
+    def __init__(self, coordinator: RunCoordinator, rank: int) -> None:
+        self._coordinator, self._rank = coordinator, rank
+        self._boundary = 0  # number of the next step boundary
+        self._round = _Round(0)
+        self._action: StepAction | None = None
+        self._has_stopped = False
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, name="raykeras-step-barrier", daemon=True).start()
+
+    def check(self, action: StepAction | None) -> set[StepAction]:
+        """Return the actions to take at this step boundary; wait for the other workers only if a round has started.
+
+        Args:
+            action: The action that this worker requests, or None.
+
+        Raises:
+            WorkerLostError: If the coordinator's actor is gone.
+        """
+        if self._has_stopped:  # a callback of one worker may request something else at the end of the epoch
+            return {"stop"}
+        actions: set[StepAction] = set()
+        while True:
+            with self._lock:
+                self._action = stronger(self._action, action)
+                round_, boundary, action = self._round, self._boundary, None
+                if not round_.is_called and self._action is None:
+                    self._boundary += 1
+                    return actions
+                must_answer, round_.is_called = not round_.is_called, True
+            if must_answer:
+                self._answer(round_, boundary, self._action)
+            round_.is_over.wait()
+            if round_.reply is None:
+                raise WorkerLostError("The run's workers could not agree on a step: the coordinator's actor is gone.")
+            agreed_boundary, agreed_action = round_.reply
+            with self._lock:
+                if boundary < agreed_boundary:
+                    self._boundary += 1
+                    return actions
+                actions.add(agreed_action)
+                self._has_stopped |= agreed_action == "stop"
+                self._action = None if stronger(self._action, agreed_action) == agreed_action else self._action
+                self._round = _Round(round_.number + 1)
+            threading.Thread(target=self._listen, name="raykeras-step-barrier", daemon=True).start()
+
+    def _listen(self) -> None:
+        """Answer the current round when another worker or the driver has started it."""
+        round_ = self._round
+        try:
+            self._coordinator.await_round(round_.number)
+        except Exception:  # the run is over
+            return
+        with self._lock:
+            if round_.is_called:
+                return
+            round_.is_called, boundary = True, self._boundary
+        self._answer(round_, boundary, None)
+
+    def _answer(self, round_: _Round, boundary: int, action: StepAction | None) -> None:
+        try:
+            round_.reply = self._coordinator.agree(round_.number, self._rank, boundary, action)
+        except Exception:  # `check` raises
+            round_.reply = None
+        round_.is_over.set()
+
+
+class LocalStepBarrier:
+    """`StepBarrier` for a single worker in the driver's process. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._actions: set[StepAction] = set()
+
+    def call(self, action: StepAction) -> None:
+        """Request an action from another thread."""
+        self._actions.add(action)
+
+    def check(self, action: StepAction | None) -> set[StepAction]:
+        """Return the actions to take at this step boundary.
+
+        Args:
+            action: The action that the worker requests, or None.
+        """
+        if action is None and not self._actions:
+            return set()
+        actions, self._actions = self._actions, set()
+        return actions | ({action} if action else set())
+
+
+class CoordinatorActor:
+    """The actor behind `RunCoordinator`; its methods are the same."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._events: asyncio.Queue[list[Event] | None] = asyncio.Queue()
+        self._rounds: list[_RoundState] = []
+        self._notes: dict[int, dict[str, str]] = {}
+
+    async def note(self, rank: int, facts: dict[str, str]) -> None:
+        self._notes.setdefault(rank, {}).update(facts)
+
+    async def notes(self) -> dict[int, dict[str, str]]:
+        return self._notes
+
+    async def put(self, batch: list[Event] | None) -> None:
+        self._events.put_nowait(batch)
+
+    async def get(self) -> list[Event] | None:
+        return await self._events.get()
+
+    async def call(self, action: StepAction) -> None:
+        num_complete = sum(round_.is_complete.is_set() for round_ in self._rounds)
+        self._round(num_complete).add(action)
+
+    async def await_round(self, number: int) -> None:
+        await self._round(number).is_called.wait()
+
+    async def agree(self, number: int, rank: int, boundary: int, action: StepAction | None) -> tuple[int, StepAction]:
+        round_ = self._round(number)
+        if action is not None:
+            round_.add(action)
+        round_.boundaries.setdefault(rank, boundary)
+        if len(round_.boundaries) == self._num_ranks:
+            round_.is_complete.set()
+        await round_.is_complete.wait()
+        assert round_.action is not None
+        return max(round_.boundaries.values()), round_.action
+
+    def _round(self, number: int) -> _RoundState:
+        while len(self._rounds) <= number:
+            self._rounds.append(_RoundState())
+        return self._rounds[number]
+
+
+def stronger(one: StepAction | None, other: StepAction | None) -> StepAction | None:
+    """Return the stronger of two actions; None is the weakest."""
+    return one if _STRENGTH[one] >= _STRENGTH[other] else other
+
+
+class _RoundState:
+    """A round in the coordinator's actor; `boundaries` are the workers' answers by rank."""
+
+    def __init__(self) -> None:
+        self.action: StepAction | None = None
+        self.boundaries: dict[int, int] = {}
+        self.is_called, self.is_complete = asyncio.Event(), asyncio.Event()
+
+    def add(self, action: StepAction) -> None:
+        if not self.is_complete.is_set():
+            self.action = stronger(self.action, action)
+        self.is_called.set()
+
+
+class _Round:
+    """A round on one worker; `reply` is None if the coordinator's actor is gone."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.is_called = False
+        self.is_over = threading.Event()
+        self.reply: tuple[int, StepAction] | None = None

@@ -1,0 +1,251 @@
+"""Prepare Keras' `fit` on one worker, and collect its outcome: callbacks, resumption, checkpoints and events."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from raykeras.checkpoint.snapshot import (
+    Restored,
+    check_signature,
+    restore,
+    restore_metrics,
+    restore_weights,
+    signature_of,
+    variables_of,
+)
+from raykeras.checkpoint.store import Checkpoint
+from raykeras.checkpoint.writer import AsyncCheckpointWriter
+from raykeras.compat.keras_api import KerasAPI
+from raykeras.core import events
+from raykeras.core.events import Event
+from raykeras.core.logs import plain_logs, plain_number
+from raykeras.data.adapters.dataset import BatchStream
+from raykeras.data.adapters.epochs import BatchesSpec
+from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.spec import RowsSpec
+from raykeras.worker import callbacks as callbacks_
+from raykeras.worker.callback_placement import Artifacts, go_on_writing, is_no_state
+from raykeras.worker.callbacks import StepControl, heartbeat_callback, step_control_callback
+from raykeras.worker.checkpointer import CheckpointManager
+from raykeras.worker.job import Outcome, TrainJob
+from raykeras.worker.resume import CallbackStates, resuming_list
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerContext:
+    """What connects one worker to the rest of the run.
+
+    Attributes:
+        rank: Rank of this worker.
+        callbacks: Context that yields the user's callbacks that run here, by name.
+        send: Sends events; None on all ranks but the chief.
+        writer: Writes checkpoints; None on all ranks but the chief.
+        step_control: Decides what to do at each step boundary.
+        artifacts: Stores the files that callbacks write here; None if they stay where they are.
+        heartbeat: Called after each step; None if the steps are not watched.
+        states: Pickles the callbacks' attributes for the driver; None if the driver has the callbacks.
+        return_variables: Whether to return the variables to the driver.
+    """
+
+    rank: int
+    callbacks: contextlib.AbstractContextManager[Mapping[str, Any]]
+    send: Callable[[Event], None] | None
+    writer: AsyncCheckpointWriter | None
+    step_control: StepControl
+    artifacts: Artifacts | None = None
+    heartbeat: Callable[[], None] | None = None
+    states: Callable[[Sequence[Any]], list[dict[str, bytes]]] | None = None
+    return_variables: bool = False
+
+
+class TrainingSession:
+    """One call of Keras' `fit` on one worker.
+
+    Args:
+        job: Job of the run.
+        context: Connects this worker to the rest of the run.
+        api: The model's Keras package.
+        model: A compiled model, and a built one if the job has a checkpoint to continue from.
+        callbacks: The user's callbacks that run here, by name.
+        train: Stream of the training data.
+        train_data: Spec of the training data.
+        first_step: Step, counted over all passes, at which training begins.
+        counts: As for `resuming_list`.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        context: WorkerContext,
+        api: KerasAPI,
+        model: Any,
+        callbacks: Mapping[str, Any],
+        train: Stream | BatchStream,
+        train_data: RowsSpec | BatchesSpec,
+        first_step: int,
+        counts: bool,
+    ) -> None:
+        self._counts = counts
+        self._job, self._context, self._api, self._model = job, context, api, model
+        self._callbacks, self._train, self._first_step = callbacks, train, first_step
+        self._send = context.send or _discard
+        self._batch_rows = _batch_rows(train_data)
+        history_type = api.module.callbacks.History
+        histories = [callback for callback in callbacks.values() if isinstance(callback, history_type)]
+        self._history = histories[0] if histories else history_type()
+        self._adds_history = not histories
+        self._states = CallbackStates({**callbacks, "History": self._history}, is_no_state)
+        self._params = {"epochs": job.epochs, "steps": job.num_steps, "verbose": 0}
+        signature = signature_of(model, api)
+        self._manager = CheckpointManager(job, model, api, context.writer, signature, self._extra)
+        self._restored = self._restore(signature)
+
+    @property
+    def initial_epoch(self) -> int:
+        """The `initial_epoch` for `fit`; with a checkpoint of a stopped training, one that leaves no epoch to train."""
+        epoch, step = self._job.start
+        stopped = self._restored is not None and self._restored.state["stopped"]
+        return max(epoch, self._job.epochs) if stopped and not step else epoch
+
+    def callback_list(self) -> Any:
+        """Announce the start to the driver, and return the callbacks for `fit`: the user's, then internal ones."""
+        job, context, api = self._job, self._context, self._api
+        epoch, step = job.start
+        position = {"rank": context.rank, "epoch": epoch, "step": step}
+        if job.attempt:
+            workers = job.scale.workers
+            self._send(events.RunRestarted(**position, workers=workers, attempt=job.attempt))
+        else:
+            self._send(
+                events.RunStarted(
+                    rank=context.rank,
+                    params={**self._params, **job.train.params},
+                    workers=job.scale.workers,
+                    replicas=job.scale.total_replicas,
+                    initial_epoch=epoch,
+                    initial_step=step,
+                    path=job.folder.path,
+                )
+            )
+        send_events = callbacks_.event_callback(
+            api,
+            self._send,
+            rank=context.rank,
+            batch_rows=self._batch_rows,
+            waited_s=self._train.waited_s,
+            position=(epoch, step),
+            first_step=self._first_step,
+        )
+        internal = [send_events]
+        if self._adds_history:
+            internal.insert(0, self._history)
+        if isinstance(self._train, BatchStream):
+            internal.insert(0, self._train.ending_callback(api))
+        if context.artifacts is not None:
+            internal.append(callbacks_.epoch_end_callback(api, lambda epoch, logs: self._store_artifacts(epoch)))
+        internal.append(
+            step_control_callback(api, context.step_control, self._manager, self._first_step, (epoch, step))
+        )
+        if context.heartbeat is not None:
+            internal.append(heartbeat_callback(api, context.heartbeat))
+        state = self._restored.state if self._restored is not None else {}
+        return resuming_list(
+            api,
+            [*self._callbacks.values(), *internal],
+            self._model,
+            params=self._params,
+            steps_of=self._steps_of,
+            epoch=epoch,
+            step=step,
+            counts=self._counts,
+            is_over=bool(step) and bool(state["stopped"]),
+            restore_states=self._restore_states,
+            restore_metrics=self._restore_metrics,
+            logs={name: np.asarray(value) for name, value in state.get("step_logs", {}).items()},
+        )
+
+    def preempted(self) -> Outcome:
+        """Finish a training that continues later, and return its outcome."""
+        self._close_writer()
+        return self._outcome(preempted=True)
+
+    def ended(self) -> Outcome:
+        """Save the end of a training, and return its outcome."""
+        epochs = self._history.epoch
+        last_epoch = epochs[-1] if epochs else self._job.epochs - 1
+        last_logs = {name: values[-1] for name, values in self._history.history.items() if values}
+        self._manager.save_last(last_epoch, plain_logs(last_logs), stopped=bool(epochs))
+        self._close_writer()
+        self._store_artifacts(last_epoch)
+        return self._outcome(preempted=False)
+
+    def _restore(self, signature: Mapping[str, Any]) -> Restored | None:
+        resumption = self._job.resumption
+        if resumption is None:
+            return None
+        checkpoint = Checkpoint(resumption.checkpoint)
+        if resumption.weights_only:
+            restore_weights(self._model, self._api, checkpoint)
+            return None
+        model_signature = {**signature, "variables": variables_of(self._model)}
+        check_signature(checkpoint, checkpoint.state["signature"], model_signature)
+        restored = restore(self._model, self._api, checkpoint)
+        self._manager.begin_at(resumption.epoch, resumption.step, self._first_step)
+        go_on_writing(self._callbacks.values() if self._context.rank == 0 else (), resumption.epoch)
+        return restored
+
+    def _extra(self) -> dict[str, Any]:
+        return {"callbacks": self._states.changed()}
+
+    def _restore_states(self) -> None:
+        if self._restored is not None:
+            self._states.restore_states(self._restored.extra["callbacks"])
+
+    def _restore_metrics(self) -> None:
+        assert self._restored is not None
+        restore_metrics(self._model, self._api, self._restored, self._context.rank)
+
+    def _steps_of(self, epoch: int) -> int | None:
+        first, step = self._job.start
+        if epoch == first and isinstance(self._train, BatchStream) and self._train.is_epoch_over:
+            return step
+        return self._job.steps_of(epoch)
+
+    def _close_writer(self) -> None:
+        if self._context.writer is not None:
+            self._context.writer.close()
+
+    def _outcome(self, preempted: bool) -> Outcome:
+        context = self._context
+        # on all ranks, because reading some variables merges them from all
+        variables = [np.asarray(v) for v in self._api.variables(self._model)] if context.return_variables else None
+        callbacks = list(self._callbacks.values())
+        return Outcome(
+            history={name: [plain_number(v) for v in values] for name, values in self._history.history.items()},
+            epoch=list(self._history.epoch),
+            params=self._params,
+            callback_states=context.states(callbacks) if context.states is not None and context.rank == 0 else [],
+            variables=variables if context.rank == 0 else None,
+            preempted=preempted,
+        )
+
+    def _store_artifacts(self, epoch: int) -> None:
+        for path in self._context.artifacts.collect() if self._context.artifacts is not None else ():
+            self._send(events.ArtifactSaved(rank=self._context.rank, epoch=epoch, path=path))
+
+
+def _batch_rows(data: RowsSpec | BatchesSpec) -> Callable[[int], int]:
+    """Return a function that maps a step to the number of rows of its global batch; to 0 for the user's batches."""
+    if isinstance(data, BatchesSpec):
+        return lambda step: 0
+    plan = data.plan(0)
+    return lambda step: plan.batch_num_rows(step % plan.num_steps)
+
+
+def _discard(event: Event) -> None:
+    """Send nothing, as on all ranks but the chief."""

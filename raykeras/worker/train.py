@@ -1,0 +1,288 @@
+"""Run one worker's part of a training or an evaluation: strategy, model, streams, and Keras' `fit` or `evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from raykeras.compat.keras3 import is_countable
+from raykeras.compat.keras_api import KerasAPI, api_of
+from raykeras.core.config import Scale
+from raykeras.core.error_context import root_cause, user_code_error
+from raykeras.core.errors import ModelError, RaykerasError
+from raykeras.core.logs import Logs, plain_logs
+from raykeras.data.adapters.dataset import BatchStream
+from raykeras.data.adapters.epochs import BatchesSpec
+from raykeras.data.batch_spec import BatchSpec
+from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.resources import CpuBudget, reading
+from raykeras.data.streaming.spec import RankInput, RowsSpec
+from raykeras.distribute.build import make_variables
+from raykeras.distribute.exact import building, exact
+from raykeras.distribute.executions import counted_executions, steps_left, without_xla
+from raykeras.distribute.mirroring import is_made_elsewhere, mirrored
+from raykeras.distribute.model_checks import check_execution, check_model
+from raykeras.distribute.strategy import distribute, make_strategy, scope
+from raykeras.worker.callbacks import TrainingPreempted
+from raykeras.worker.job import EvaluationJob, Outcome, TrainJob
+from raykeras.worker.session import TrainingSession, WorkerContext
+
+
+def run(job: TrainJob, context: WorkerContext, *, api: KerasAPI, build: Callable[[], Any]) -> Outcome:
+    """Run a training job on this worker.
+
+    Args:
+        job: The job, the same for all ranks.
+        context: Connects this worker to the rest of the run.
+        api: The Keras package that `build` uses.
+        build: Returns the compiled model.
+
+    Raises:
+        RaykerasError: If the job cannot be run; a `UserCodeError` for an exception in the user's code.
+    """
+    with contextlib.ExitStack() as stack, _translated_errors(context.rank) as streams, context.callbacks as callbacks:
+        return _run(job, context, api, build, callbacks, streams, stack)
+
+
+def evaluate(
+    job: EvaluationJob, *, rank: int, api: KerasAPI, build: Callable[[], Any], callbacks: Sequence[Any] = ()
+) -> tuple[Logs, list[Any]]:
+    """Run an evaluation job on this worker; every row counts once.
+
+    Args:
+        job: The job, the same for all ranks.
+        rank: Rank of this worker.
+        api: The Keras package that `build` uses.
+        build: Returns the compiled model.
+        callbacks: Keras callbacks.
+
+    Returns:
+        The logs that `Model.evaluate` returns, over all rows, and their values in the order in which it lists them;
+        the same on all ranks.
+
+    Raises:
+        RaykerasError: As for `run`.
+    """
+    data, scale = job.data, job.scale
+    with contextlib.ExitStack() as stack, _translated_errors(rank) as streams:
+        strategy = make_strategy(scale)
+        api.seed(job.seed)
+        model, api = _build_model(build, api, strategy, stack)
+        stack.enter_context(without_xla(model, scale))
+        with scope(strategy):
+            check_execution(model, scale)
+            _lower_steps_per_execution(model, api, strategy)
+            data = data.with_spec(check_model(model, api, data.batch_spec))
+        stream = open_stream(data, scale, job.budget, rank, num_steps=data.num_steps)
+        streams.append(stream)
+        stream.begin()
+        rows = [] if strategy is None else stream.sample()
+        dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
+        executions = _executions(model, api, strategy, None, data.num_steps)
+        with exact(model, api, data.batch_spec, strategy, rows), executions:
+            options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
+            logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True, **options)
+    return plain_logs(logs), api.in_order(model, logs)
+
+
+@contextlib.contextmanager
+def _translated_errors(rank: int) -> Iterator[list[Stream | BatchStream]]:
+    """Turn exceptions of the block into RaykerasErrors; yield a list whose streams are closed when the block ends."""
+    streams: list[Stream | BatchStream] = []
+    try:
+        yield streams
+    except RaykerasError:
+        raise
+    except Exception as raised:
+        # tf.data passes on only the text of an exception in a stream
+        error = next((stream.failure for stream in streams if stream.failure is not None), raised)
+        cause = root_cause(error)
+        if isinstance(cause, RaykerasError):
+            raise cause from None
+        raise user_code_error(error, rank) from error
+    finally:
+        for stream in streams:
+            with contextlib.suppress(Exception):
+                stream.close()
+
+
+def _run(
+    job: TrainJob,
+    context: WorkerContext,
+    api: KerasAPI,
+    build: Callable[[], Any],
+    callbacks: Mapping[str, Any],
+    streams: list[Stream | BatchStream],
+    stack: contextlib.ExitStack,
+) -> Outcome:
+    scale = job.scale
+    strategy = make_strategy(scale)
+    api.seed(job.run.seed)
+    model, api = _build_model(build, api, strategy, stack)
+    stack.enter_context(without_xla(model, scale))
+    with scope(strategy):
+        check_execution(model, scale)
+        train_data = job.train.with_spec(check_model(model, api, job.train.batch_spec))
+        validation_data = job.validation
+        if validation_data is not None:
+            validation_data = validation_data.with_spec(_validation_spec(model, api, validation_data.batch_spec))
+    if api.is_legacy and isinstance(job.train, RowsSpec):
+        job = dataclasses.replace(job, train=dataclasses.replace(job.train, ends_epochs=False))
+    test_steps = None if validation_data is None else validation_data.num_steps
+    _lower_steps_per_execution(model, api, strategy)
+
+    open_input = functools.partial(
+        open_stream,
+        scale=scale,
+        budget=job.budget,
+        rank=context.rank,
+        num_streams=1 if job.validation is None else 2,
+    )
+    epoch, step = job.start
+    first_step = job.steps_before(epoch) + step  # an epoch's row order does not depend on where a run begins
+    last_step = None if job.num_steps is None else job.steps_before(max(job.epochs, epoch + 1))
+    train = open_input(train_data, num_steps=last_step, first_step=first_step)
+    streams.append(train)
+    train.begin()  # while the model is compiled
+    data, steps, counts = _train_dataset(job, train, model, api)
+    validation: dict[str, Any] = {}
+    if validation_data is not None:
+        stream = open_input(validation_data, num_steps=None)
+        streams.append(stream)
+        validation = {
+            "validation_data": distribute(strategy, stream.pass_dataset(validation_data.num_steps)),
+            "validation_steps": validation_data.num_steps,
+            "validation_freq": job.validation_freq,
+        }
+    if job.resumption is not None or job.trains_nothing:
+        make_variables(model, api, train_data.batch_spec, strategy)  # a checkpoint needs all variables
+    rows = [] if strategy is None else train.sample()
+    known_steps = _known_steps(job, model, api)
+    executions = _executions(model, api, strategy, known_steps, test_steps, start=(epoch, step), steps_of=job.steps_of)
+    with exact(model, api, train_data.batch_spec, strategy, rows), executions:
+        session = TrainingSession(job, context, api, model, callbacks, train, train_data, first_step, counts)
+        try:
+            model.fit(
+                distribute(strategy, data),
+                epochs=job.epochs,
+                initial_epoch=session.initial_epoch,
+                steps_per_epoch=steps,
+                callbacks=session.callback_list(),
+                verbose=0,
+                shuffle=False,
+                **validation,
+            )
+        except TrainingPreempted:
+            return session.preempted()
+    return session.ended()
+
+
+def _build_model(
+    build: Callable[[], Any], api: KerasAPI, strategy: Any, stack: contextlib.ExitStack
+) -> tuple[Any, KerasAPI]:
+    """Return the model and its Keras package; a model created elsewhere is mirrored until the stack closes."""
+    with scope(strategy), building(api, strategy):
+        model = build()
+    api = api_of(model)
+    if is_made_elsewhere(model, api, strategy):
+        stack.enter_context(mirrored(model, api, strategy))
+    return model, api
+
+
+def _validation_spec(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:
+    try:
+        return check_model(model, api, batch_spec)
+    except ModelError as error:
+        raise ModelError(f"Validation data: {error}") from None
+
+
+def _train_dataset(
+    job: TrainJob, train: Stream | BatchStream, model: Any, api: KerasAPI
+) -> tuple[Any, int | None, bool]:
+    """Return the dataset and `steps_per_epoch` for `fit`, and `counts` for `TrainingSession`."""
+    num_steps = job.num_steps
+    if num_steps is None:
+        return train.pass_dataset(None), None, False
+    if job.ends_with_pass:
+        return train.endless_dataset(), num_steps, True
+    if job.may_end_with_pass and isinstance(train, BatchStream) and not api.is_legacy:
+        return train.ending_dataset(num_steps), num_steps, False
+    in_middle = job.start[1] > 0
+    # Keras 3 must see the end of the data here, since whole executions would run on into the next epoch
+    if _known_steps(job, model, api) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
+        return train.pass_dataset(num_steps), None, in_middle
+    return train.endless_dataset(), num_steps, in_middle and api.is_legacy
+
+
+def open_stream(
+    data: RowsSpec | BatchesSpec,
+    scale: Scale,
+    budget: CpuBudget,
+    rank: int,
+    num_steps: int | None,
+    first_step: int = 0,
+    num_streams: int = 1,
+) -> Stream | BatchStream:
+    """Return the stream of one rank.
+
+    Args:
+        data: Spec of the data.
+        scale: Scale of the run.
+        budget: Logical CPUs of the workers and of the tasks that read data.
+        rank: Rank of this worker.
+        num_steps: Step, counted over all passes, at which the stream ends; None for no limit.
+        first_step: Step, counted over all passes, at which the stream begins.
+        num_streams: Number of streams of this worker that share the budget.
+    """
+    if isinstance(data, BatchesSpec):
+        num_steps = None if num_steps is None else num_steps - first_step
+        return BatchStream(data, rank, scale.workers, scale.local_replicas, num_steps)
+    opened, batch_spec = (data.opened, data.batch_spec) if data.cache is None else data.cache.source(data.batch_spec)
+    rank_input = RankInput(
+        opened=opened,
+        batch_spec=batch_spec,
+        plan=data.plan,
+        rank=rank,
+        num_ranks=scale.workers,
+        local_replicas=scale.local_replicas,
+        num_steps=num_steps,
+        first_step=first_step,
+        reading=None if data.in_memory else reading(budget, scale.workers, num_streams),
+    )
+    return Stream(rank_input)
+
+
+def _known_steps(job: TrainJob, model: Any, api: KerasAPI) -> int | None:
+    """Return the number of steps of each epoch if it is certain and Keras' functions run the steps; else None."""
+    is_generator = isinstance(job.train, BatchesSpec) and job.train.batches.kind == "generator"
+    may_end = is_generator or (job.may_end_with_pass and not api.is_legacy)
+    return None if may_end or not (api.is_legacy or is_countable(model)) else job.num_steps
+
+
+def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any) -> None:
+    """Set `steps_per_execution` to 1 for custom functions, whose loop Keras 3 cannot run under a strategy."""
+    if strategy is not None and not api.is_legacy and not is_countable(model):
+        model.steps_per_execution = 1
+
+
+def _executions(
+    model: Any,
+    api: KerasAPI,
+    strategy: Any,
+    train_steps: int | None,
+    test_steps: int | None = None,
+    *,
+    start: tuple[int, int] = (0, 0),
+    steps_of: Callable[[int], int | None] = lambda epoch: None,
+) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which `steps_per_execution` runs exactly the steps of each epoch and evaluation."""
+    if api.is_legacy:
+        return contextlib.nullcontext()
+    if strategy is None or not is_countable(model):
+        test_steps = None  # without a strategy, a callback may evaluate other data
+    train_left = None if train_steps is None else steps_left(steps_of, start)
+    test_left = None if test_steps is None else steps_left(lambda _: test_steps)
+    return counted_executions(model, strategy, train_left=train_left, test_left=test_left)
