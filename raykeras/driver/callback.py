@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from raykeras.core import events
+from raykeras.core.errors import OptionError
 from raykeras.core.events import Event
 from raykeras.core.logs import Logs
+from raykeras.worker.callback_placement import unwrapped
 
 
 class DriverCallback:
@@ -52,3 +56,40 @@ class DriverCallback:
             self.on_epoch_end(epoch, dict(event.logs))
         elif isinstance(event, events.RunEnded):
             self.on_train_end(dict(event.logs))
+
+
+def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
+    """Return the driver callbacks and the Keras callbacks.
+
+    Raises:
+        OptionError: If one of them is not a callback object.
+    """
+    if callbacks is None:
+        return [], []
+    callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback, inner in zip(callbacks, unwrapped(callbacks), strict=True):
+        if isinstance(inner, type) or not hasattr(inner, "on_epoch_end"):
+            raise OptionError(f"`callbacks` must be callback objects; got {callback!r}.")
+    return (
+        [c for c in callbacks if isinstance(c, DriverCallback)],
+        [c for c in callbacks if not isinstance(c, DriverCallback)],
+    )
+
+
+def only_keras_callbacks(callbacks: Any, function: str) -> list[Any]:
+    """Return the callbacks of a function that sends no events.
+
+    Args:
+        callbacks: As the user passed them.
+        function: The function's name.
+
+    Raises:
+        OptionError: If one of them is a `DriverCallback` or no callback object.
+    """
+    driver_callbacks, keras_callbacks = split_callbacks(callbacks)
+    if driver_callbacks:
+        raise OptionError(
+            f"`callbacks` of `{function}` must be Keras callbacks, since only `fit` sends events; got a "
+            f"{type(driver_callbacks[0]).__name__}, which is a DriverCallback. Use a Keras callback."
+        )
+    return keras_callbacks

@@ -25,8 +25,8 @@ from raykeras.data.inputs import (
     validation_spec,
 )
 from raykeras.data.streaming.resources import CpuBudget
+from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
-from raykeras.driver.fit import split_callbacks
 from raykeras.driver.worker_group import run_here, run_on_workers, runs_here
 from raykeras.worker.callback_placement import pack, restore_callbacks, unwrapped
 from raykeras.worker.entry import evaluate_on_worker
@@ -96,7 +96,7 @@ def evaluate(
     read_ahead([spec])
     budget = CpuBudget() if in_process and in_memory([spec]) else connect(scale, in_process=in_process)
     job = EvaluationJob(spec, scale, seed, budget)
-    _, keras_callbacks = split_callbacks(callbacks)
+    keras_callbacks = only_keras_callbacks(callbacks, "evaluate")
     if in_process:
         logs, values = _evaluate_here(job, model, keras_callbacks)
     else:

@@ -38,7 +38,7 @@ from raykeras.data.inputs import (
 )
 from raykeras.data.sources.base import listed, nearest
 from raykeras.data.streaming.resources import CpuBudget
-from raykeras.driver.callback import DriverCallback
+from raykeras.driver.callback import split_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.event_log import EventDispatcher, RunLog
 from raykeras.driver.interrupt import Interrupt
@@ -48,7 +48,6 @@ from raykeras.driver.restarts import resumed
 from raykeras.driver.restarts import train as train_run
 from raykeras.driver.result import Result
 from raykeras.driver.worker_group import runs_here
-from raykeras.worker.callback_placement import unwrapped
 from raykeras.worker.entry import Packed
 from raykeras.worker.job import Outcome, TrainJob
 
@@ -363,24 +362,6 @@ def _run_folder(run: Run) -> RunFolder:
         f"A new run needs an empty folder; {folder.path!r} holds "
         + ("a run, and `resume` is None." if folder.is_run() else "files that are not a run.")
         + " Choose another `name`, or remove the folder."
-    )
-
-
-def split_callbacks(callbacks: Any) -> tuple[list[DriverCallback], list[Any]]:
-    """Return the driver callbacks and the Keras callbacks.
-
-    Raises:
-        OptionError: If one of them is not a callback object.
-    """
-    if callbacks is None:
-        return [], []
-    callbacks = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-    for callback, inner in zip(callbacks, unwrapped(callbacks), strict=True):
-        if isinstance(inner, type) or not hasattr(inner, "on_epoch_end"):
-            raise OptionError(f"`callbacks` must be callback objects; got {callback!r}.")
-    return (
-        [c for c in callbacks if isinstance(c, DriverCallback)],
-        [c for c in callbacks if not isinstance(c, DriverCallback)],
     )
 
 

@@ -33,9 +33,9 @@ from raykeras.data.sources.arrays import ArrayReader
 from raykeras.data.sources.base import OpenSource
 from raykeras.data.streaming.read_tasks import planned_dataset
 from raykeras.data.streaming.resources import reading
+from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.evaluate import with_fixed_workers
-from raykeras.driver.fit import split_callbacks
 from raykeras.driver.output import Output, open_output
 from raykeras.driver.worker_group import runs_here
 from raykeras.worker.predictor import (
@@ -205,7 +205,7 @@ def predict(
     batch_size = check_positive("batch_size", 32 if batch_size is None else batch_size)
     if steps is not None:
         check_positive("steps", steps)
-    _, keras_callbacks = split_callbacks(callbacks)
+    keras_callbacks = only_keras_callbacks(callbacks, "predict")
     if keras_callbacks and not _predicts_here(scale):
         raise OptionError(
             f"`callbacks` of `predict` need the model in this process; got {scale}. Leave `scale` or `callbacks` out."

@@ -210,27 +210,26 @@ def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
 
 @contextlib.contextmanager
 def placed(
-    callbacks: Sequence[Any], rank: int, artifacts: str, from_chief: Callable[[Any], Any]
+    callbacks: Sequence[Any], artifacts: str | None, from_chief: Callable[[Any], Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the callbacks that run on one of several workers, by name, with their files redirected.
 
     Args:
         callbacks: The user's callbacks, unpickled in this process.
-        rank: Rank of this worker.
-        artifacts: The chief's folder for relative paths.
+        artifacts: Folder for relative paths on the chief; None on all other workers.
         from_chief: Returns on every worker the value passed on the chief; all workers must call it.
     """
     with TemporaryFolder("unkept") as unkept:
         chosen = {}
         for index, (name, inner) in enumerate(named(callbacks).items()):
             placement = placement_of(callbacks[index])
-            if rank and placement == "chief":
+            if artifacts is None and placement == "chief":
                 continue
             if placement != "every":
-                _redirect(inner, os.path.join(unkept, str(index)) if rank else artifacts, keep_absolute=not rank)
+                _redirect(inner, artifacts or os.path.join(unkept, str(index)), keep_absolute=artifacts is not None)
             if hasattr(inner, "backup_dir"):
-                files = from_chief({} if rank else _read_files(inner.backup_dir))
-                if rank:
+                files = from_chief({} if artifacts is None else _read_files(inner.backup_dir))
+                if artifacts is None:
                     _write_files(inner.backup_dir, files)
             chosen[name] = inner
         yield chosen

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Literal
 
@@ -181,11 +182,11 @@ class LocalStepBarrier:
     """`StepBarrier` for a single worker in the driver's process. Thread-safe."""
 
     def __init__(self) -> None:
-        self._actions: set[StepAction] = set()
+        self._requests: deque[StepAction] = deque()
 
     def call(self, action: StepAction) -> None:
         """Request an action from another thread."""
-        self._actions.add(action)
+        self._requests.append(action)
 
     def check(self, action: StepAction | None) -> set[StepAction]:
         """Return the actions to take at this step boundary.
@@ -193,10 +194,10 @@ class LocalStepBarrier:
         Args:
             action: The action that the worker requests, or None.
         """
-        if action is None and not self._actions:
-            return set()
-        actions, self._actions = self._actions, set()
-        return actions | ({action} if action else set())
+        actions = {action} if action else set()
+        while self._requests:
+            actions.add(self._requests.popleft())
+        return actions
 
 
 class CoordinatorActor:

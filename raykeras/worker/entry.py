@@ -125,20 +125,21 @@ def train_on_worker(config: dict[str, Any]) -> Outcome | None:
     coordinator.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
     if not in_memory([job.train, job.validation]):
         job = dataclasses.replace(job, budget=discover_budget(job.budget, rank))
-    artifacts = Artifacts(job.folder)
+    artifacts = Artifacts(job.folder) if rank == 0 else None
     with contextlib.ExitStack() as stack:
-        stack.callback(artifacts.close)
+        if artifacts is not None:
+            stack.callback(artifacts.close)
         send = stack.enter_context(event_sender(coordinator.put)) if rank == 0 else None
         heartbeat = stack.enter_context(
             watched_steps(job, rank, lambda text: coordinator.note(rank, wrong=text), end_process)
         )
         context = WorkerContext(
             rank=rank,
-            callbacks=placed(callbacks, rank, artifacts.path, broadcast_from_rank_zero),
+            callbacks=placed(callbacks, artifacts.path if artifacts else None, broadcast_from_rank_zero),
             send=send,
             writer=stack.enter_context(checkpoint_writer(job, send)) if send else None,
             step_control=StepBarrier(coordinator, rank),
-            artifacts=artifacts if rank == 0 else None,
+            artifacts=artifacts,
             heartbeat=heartbeat,
             states=lambda chief_callbacks: states_of(chief_callbacks, driver_has_keras),
             return_variables=packed.in_place,

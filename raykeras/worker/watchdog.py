@@ -6,6 +6,7 @@ so that the run can restart.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -66,15 +67,14 @@ class Watchdog:
             text = f"no step for {limit_s:g} s; stacks of all its threads in {path}"
             stacks = _stacks()
             print(f"raykeras: {text}\n{stacks}", file=sys.stderr, flush=True)
-            try:
+            with contextlib.suppress(Exception):  # of the storage, or of a coordinator that is gone
+                self._tell(text)
                 self._folder.fs.makedirs(self._folder / FOLDER, exist_ok=True)
                 with self._folder.fs.open(path, "w") as file:
                     file.write(stacks)
-                self._tell(text)
-            finally:
-                if self._leave is not None:
-                    time.sleep(_GRACE_S)
-                    self._leave()
+            if self._leave is not None:
+                time.sleep(_GRACE_S)
+                self._leave()
             self._heartbeat_at = time.monotonic()  # report again only after the same time
 
 

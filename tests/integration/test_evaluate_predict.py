@@ -118,6 +118,9 @@ def test_predict_calls_callbacks_as_in_one_prediction(source: rk.Source) -> None
         assert mine.calls == expected.calls
     rk.predict(build, source, batch_size=BATCH, callbacks=streamed)
     assert [call[0] for call in streamed.calls[1:-1]] == list(range(len(streamed.calls) - 2))
+    for function in (rk.evaluate, rk.predict):
+        with pytest.raises(rk.OptionError, match="since only `fit` sends events; got a DriverCallback"):
+            function(model, X, callbacks=[rk.DriverCallback()])
     with pytest.raises(rk.OptionError, match="`callbacks` of `predict` need the model in this process"):
         rk.predict(build, X, callbacks=[mine], scale=TWO)
 
