@@ -1,17 +1,25 @@
-"""Keras callbacks that a worker adds to the user's: they send events, save, and stop when all workers do."""
+"""Keras callbacks that a worker adds to the user's: they send events, save, and stop when all workers do.
+
+Keras is imported lazily, and may be either package: `of_keras` gives the classes their base class.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.core import events
 from raykeras.core.events import Event
-from raykeras.core.logs import Logs, plain_logs
+from raykeras.core.logs import plain_logs
 from raykeras.worker.checkpointer import CheckpointManager
 from raykeras.worker.coordinator import StepAction
+
+if TYPE_CHECKING:
+    from keras.callbacks import Callback as _Callback
+else:
+    _Callback = object
 
 BATCH_INTERVAL_S = 0.05
 """Batches within this time share an event, because reading a step's logs waits for the step."""
@@ -27,20 +35,10 @@ class TrainingPreempted(BaseException):
     """Ends `fit` on all workers after the same step, once its checkpoint is saved; training continues elsewhere."""
 
 
-def event_callback(
-    api: KerasAPI,
-    send: Callable[[Event], None],
-    *,
-    rank: int,
-    batch_rows: Callable[[int], int],
-    waited_s: Callable[[int, float], float],
-    position: tuple[int, int] = (0, 0),
-    first_step: int = 0,
-) -> Any:
-    """Return the callback that turns Keras' hooks into events.
+class EventCallback(_Callback):
+    """Turns Keras' hooks into events.
 
     Args:
-        api: The Keras package that calls it.
         send: Takes each event; must return at once.
         rank: Rank of this worker.
         batch_rows: Maps a step, counted over all passes, to the number of rows of its global batch.
@@ -49,164 +47,180 @@ def event_callback(
         first_step: The same, as a step counted over all passes.
     """
 
-    class EventCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
-        _supports_tf_logs = True  # otherwise tf_keras waits for the logs of every step
+    _supports_tf_logs = True  # otherwise tf_keras waits for the logs of every step
+    _end: float  # of the last step
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._step = first_step  # counted over all passes
-            self._begin_epoch(*position)
+    def __init__(
+        self,
+        send: Callable[[Event], None],
+        *,
+        rank: int,
+        batch_rows: Callable[[int], int],
+        waited_s: Callable[[int, float], float],
+        position: tuple[int, int] = (0, 0),
+        first_step: int = 0,
+    ) -> None:
+        super().__init__()
+        self._send, self._rank, self._batch_rows, self._waited_s = send, rank, batch_rows, waited_s
+        self._position = position
+        self._step = first_step  # counted over all passes
+        self._begin_epoch(*position)
 
-        def _begin_epoch(self, epoch: int, step: int) -> None:
-            self._epoch, self._in_epoch, self._num_sent = epoch, step, step
-            self._rows, self._waited = 0, 0.0
-            self._begin = self._end = self._sent_at = time.perf_counter()
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._begin_epoch(*self._position)
 
-        def on_train_begin(self, logs: Any = None) -> None:
-            self._begin_epoch(*position)
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._begin_epoch(epoch, 0)
+        self._send(events.EpochStarted(rank=self._rank, epoch=epoch, step=0))
 
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self._begin_epoch(epoch, 0)
-            send(events.EpochStarted(rank=rank, epoch=epoch, step=0))
-
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            for _ in range(steps_done(batch, self.params["steps"]) - self._in_epoch):
-                self._waited += waited_s(self._step, self._end)
-                self._rows += batch_rows(self._step)
-                self._step += 1
-                self._in_epoch += 1
-            now = self._end = time.perf_counter()
-            self._logs = logs
-            if now - self._sent_at >= BATCH_INTERVAL_S:
-                self._send_batches()
-
-        def on_test_begin(self, logs: Any = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        for _ in range(steps_done(batch, self.params["steps"]) - self._in_epoch):
+            self._waited += self._waited_s(self._step, self._end)
+            self._rows += self._batch_rows(self._step)
+            self._step += 1
+            self._in_epoch += 1
+        self._end, self._logs = time.perf_counter(), logs
+        if self._end - self._sent_at >= BATCH_INTERVAL_S:
             self._send_batches()
 
-        def on_test_end(self, logs: Any = None) -> None:
-            send(events.ValidationEnded(rank=rank, epoch=self._epoch, step=self._in_epoch, logs=plain_logs(logs)))
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._send_batches()
 
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            self._send_batches()
-            rate, wait = self._rates()
-            send(
-                events.EpochEnded(
-                    rank=rank,
-                    epoch=epoch,
-                    step=self._in_epoch,
-                    logs=plain_logs(logs),
-                    seconds=time.perf_counter() - self._begin,
-                    rows_per_s=rate,
-                    data_wait=wait,
-                )
+    def on_test_end(self, logs: Any = None) -> None:
+        self._send(
+            events.ValidationEnded(rank=self._rank, epoch=self._epoch, step=self._in_epoch, logs=plain_logs(logs))
+        )
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._send_batches()
+        rate, wait = self._rates()
+        self._send(
+            events.EpochEnded(
+                rank=self._rank,
+                epoch=epoch,
+                step=self._in_epoch,
+                logs=plain_logs(logs),
+                seconds=time.perf_counter() - self._begin,
+                rows_per_s=rate,
+                data_wait=wait,
             )
+        )
 
-        def _rates(self) -> tuple[float, float]:
-            """Return rows per second, and the share of the time in which steps waited for data."""
-            seconds = max(self._end - self._begin, 1e-9)
-            return self._rows / seconds, min(1.0, self._waited / seconds)
+    def _begin_epoch(self, epoch: int, step: int) -> None:
+        self._epoch, self._in_epoch, self._num_sent = epoch, step, step
+        self._rows, self._waited = 0, 0.0
+        self._begin = self._end = self._sent_at = time.perf_counter()
 
-        def _send_batches(self) -> None:
-            """Send one event for the steps since the last one."""
-            if self._in_epoch == self._num_sent:
-                return
-            self._sent_at = self._end
-            rate, wait = self._rates()
-            send(
-                events.BatchEnded(
-                    rank=rank,
-                    epoch=self._epoch,
-                    step=self._in_epoch,
-                    logs=plain_logs(self._logs),
-                    num_steps=self._in_epoch - self._num_sent,
-                    rows_per_s=rate,
-                    data_wait=wait,
-                )
+    def _rates(self) -> tuple[float, float]:
+        """Return rows per second, and the share of the time in which steps waited for data."""
+        seconds = max(self._end - self._begin, 1e-9)
+        return self._rows / seconds, min(1.0, self._waited / seconds)
+
+    def _send_batches(self) -> None:
+        """Send one event for the steps since the last one."""
+        if self._in_epoch == self._num_sent:
+            return
+        self._sent_at = self._end
+        rate, wait = self._rates()
+        self._send(
+            events.BatchEnded(
+                rank=self._rank,
+                epoch=self._epoch,
+                step=self._in_epoch,
+                logs=plain_logs(self._logs),
+                num_steps=self._in_epoch - self._num_sent,
+                rows_per_s=rate,
+                data_wait=wait,
             )
-            self._num_sent = self._in_epoch
+        )
+        self._num_sent = self._in_epoch
 
-    return EventCallback()
 
-
-def step_control_callback(
-    api: KerasAPI, step_control: StepControl, manager: CheckpointManager, first_step: int, position: tuple[int, int]
-) -> Any:
-    """Return the callback that saves, stops or leaves as all workers agreed.
+class StepControlCallback(_Callback):
+    """Saves, stops or leaves as all workers agreed.
 
     It must come after all callbacks that may stop training or change the model.
 
     Args:
-        api: The Keras package that calls it.
         step_control: Decides what to do at each step boundary.
         manager: Saves checkpoints.
         first_step: Step, counted over all passes, at which training begins.
         position: The same, as epoch and step in it.
     """
 
-    class StepControlCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
-        _supports_tf_logs = True  # otherwise tf_keras waits for the logs of every step
+    _supports_tf_logs = True
 
-        def __init__(self) -> None:
-            super().__init__()
-            self._epoch, self._in_epoch = position
-            self._total = first_step
+    def __init__(
+        self, step_control: StepControl, manager: CheckpointManager, first_step: int, position: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self._step_control, self._manager = step_control, manager
+        self._epoch, self._in_epoch = position
+        self._total = first_step
 
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self._epoch, self._in_epoch = epoch, 0
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch, self._in_epoch = epoch, 0
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            steps = self.params["steps"]
-            done = steps_done(batch, steps)
-            self._total, self._in_epoch = self._total + done - self._in_epoch, done
-            stopped, actions = self._agree()
-            is_due = manager.is_due_by_steps(self._total) or actions & {"save", "leave"}
-            if is_due and steps is not None:  # a resumed run must know how many steps are left
-                manager.save_step(self._epoch, done, plain_logs(logs), stopped=stopped)
-            if "leave" in actions:
-                raise TrainingPreempted
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        steps = self.params["steps"]
+        done = steps_done(batch, steps)
+        self._total, self._in_epoch = self._total + done - self._in_epoch, done
+        stopped, actions = self._agree()
+        is_due = self._manager.is_due_by_steps(self._total) or actions & {"save", "leave"}
+        if is_due and steps is not None:  # a resumed run must know how many steps are left
+            self._manager.save_step(self._epoch, done, plain_logs(logs), stopped=stopped)
+        if "leave" in actions:
+            raise TrainingPreempted
 
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            stopped, actions = self._agree()
-            manager.save_epoch(epoch, plain_logs(logs), stopped=stopped, must="leave" in actions)
-            if "leave" in actions:
-                raise TrainingPreempted
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        stopped, actions = self._agree()
+        self._manager.save_epoch(epoch, plain_logs(logs), stopped=stopped, must="leave" in actions)
+        if "leave" in actions:
+            raise TrainingPreempted
 
-        def _agree(self) -> tuple[bool, set[StepAction]]:
-            """Return whether training stops here, and the actions that all workers take."""
-            wanted = bool(self.model.stop_training)
-            action: StepAction | None = "stop" if wanted else "save" if manager.is_due_by_time else None
-            actions = step_control.check(action)
-            stops = "stop" in actions
-            if stops != wanted:  # setting an attribute of a tf_keras model is slow
-                self.model.stop_training = stops
-            return stops or (wanted and "leave" in actions), actions
-
-    return StepControlCallback()
-
-
-def epoch_end_callback(api: KerasAPI, function: Callable[[int, Logs], None]) -> Any:
-    """Return a callback that calls a function with each finished epoch and its logs."""
-
-    class EpochEndCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            function(epoch, plain_logs(logs))
-
-    return EpochEndCallback()
+    def _agree(self) -> tuple[bool, set[StepAction]]:
+        """Return whether training stops here, and the actions that all workers take."""
+        wanted = bool(self.model.stop_training)
+        action: StepAction | None = "stop" if wanted else "save" if self._manager.is_due_by_time else None
+        actions = self._step_control.check(action)
+        stops = "stop" in actions
+        if stops != wanted:  # setting an attribute of a tf_keras model is slow
+            self.model.stop_training = stops
+        return stops or (wanted and "leave" in actions), actions
 
 
-def heartbeat_callback(api: KerasAPI, heartbeat: Callable[[], None]) -> Any:
-    """Return a callback that calls `heartbeat` after each step of training and validation."""
+class EpochEndCallback(_Callback):
+    """Calls a function with each finished epoch."""
 
-    class HeartbeatCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
-        _supports_tf_logs = True
+    _supports_tf_logs = True
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            heartbeat()
+    def __init__(self, function: Callable[[int], None]) -> None:
+        super().__init__()
+        self._function = function
 
-        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-            heartbeat()
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._function(epoch)
 
-    return HeartbeatCallback()
+
+class HeartbeatCallback(_Callback):
+    """Calls a function after each step of training and validation."""
+
+    _supports_tf_logs = True
+
+    def __init__(self, heartbeat: Callable[[], None]) -> None:
+        super().__init__()
+        self._heartbeat = heartbeat
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._heartbeat()
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._heartbeat()
+
+
+def of_keras(api: KerasAPI, callback: type) -> Any:
+    """Return a class of this module with the `Callback` class of a Keras package as its base."""
+    return type(callback.__name__, (callback, api.module.callbacks.Callback), {})
 
 
 def steps_done(batch: int, steps: int | None) -> int:

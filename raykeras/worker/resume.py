@@ -7,12 +7,18 @@ epoch ends where it would have ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from raykeras.checkpoint.serialization import NotSerializableError, from_json, to_json
 from raykeras.compat.keras_api import KerasAPI
+
+if TYPE_CHECKING:
+    from keras.callbacks import CallbackList as _CallbackList
+else:
+    _CallbackList = object
 
 _Arrays = dict[str, np.ndarray]
 
@@ -65,129 +71,162 @@ class CallbackStates:
         return serialized
 
 
+class ResumableTraining(Protocol):
+    """What a resuming list of callbacks asks of a training."""
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """As Keras passes them to callbacks."""
+
+    def steps_of(self, epoch: int) -> int | None:
+        """Return the number of steps of an epoch; None if unknown."""
+
+    def restore_states(self) -> None:
+        """Set the attributes of callbacks, which have all begun training."""
+
+    def restore_metrics(self) -> None:
+        """Set the metrics' variables, which Keras has reset."""
+
+
+@dataclass(frozen=True)
+class EpochStart:
+    """Where the first epoch of a training begins.
+
+    Attributes:
+        epoch: The first epoch.
+        step: Number of its steps that are done; 0 to begin the epoch.
+        is_over: Whether the epoch has no more steps, although it had fewer than others.
+        logs: Logs of the last step that is done.
+    """
+
+    epoch: int
+    step: int
+    is_over: bool = False
+    logs: Mapping[str, Any] = field(default_factory=dict)
+
+
 def resuming_list(
     api: KerasAPI,
     callbacks: list[Any],
     model: Any,
-    *,
-    params: Mapping[str, Any],
-    steps_of: Callable[[int], int | None],
-    epoch: int,
-    step: int,
-    is_over: bool,
-    counts: bool,
-    restore_states: Callable[[], None],
-    restore_metrics: Callable[[], None],
-    logs: Mapping[str, Any],
+    training: ResumableTraining,
+    start: EpochStart,
+    counts_steps: bool,
 ) -> Any:
-    """Return the `CallbackList` for `fit(initial_epoch=epoch)`.
+    """Return the `CallbackList` for `fit(initial_epoch=start.epoch)`.
 
     Args:
         api: The model's Keras package.
         callbacks: All callbacks, in the order in which they are called.
         model: The model being trained.
-        params: As Keras passes them to callbacks.
-        steps_of: Maps an epoch to its number of steps; to None if unknown.
-        epoch: The first epoch.
-        step: Number of steps of the first epoch that are done; 0 to begin the epoch.
-        is_over: Whether the first epoch has no more steps, although it had fewer than others.
-        counts: Whether to end epochs here, because Keras does not know their number of steps.
-        restore_states: Called when all callbacks have begun training; sets their attributes.
-        restore_metrics: Called where the first epoch would begin, when Keras has reset the metrics.
-        logs: Logs of the last step that is done.
+        training: Restores what Keras resets.
+        start: Where the first epoch begins.
+        counts_steps: Whether to end epochs here, because Keras does not know their number of steps.
     """
-
-    base: Any = api.module.callbacks.CallbackList
-
     # also a list, because code that overrides or patches `Model.fit` may append to what is a list in Keras
-    class Resuming(base, list):
-        def __init__(self) -> None:
-            base.__init__(self, callbacks, add_history=False, add_progbar=False, model=model, **params)
-            list.append(self, _forwarding(api, self))
-            self._num_steps = steps_of(epoch)
-            self._num_before = step  # steps of this epoch before this process
-            self._begins_epoch = step == 0
-            self._model_function: Any = None  # the model's train function while another one replaces it
-            self._stop_training: bool | None = None  # the callbacks' value while this class sets it to end an epoch
-            self._quick_hooks = {hook: api.quick_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
+    bases = (_ResumingList, api.module.callbacks.CallbackList, list)
+    return type("ResumingList", bases, {})(api, callbacks, model, training, start, counts_steps)
 
-        def __iter__(self) -> Iterator[Any]:
-            return list.__iter__(self)  # tf_keras' class defines it too
 
-        def _call(self, hook: str, batch: int, logs: Any) -> None:
-            """Call a hook of all callbacks; wait for the step's logs only if a callback reads them."""
-            quick = self._quick_hooks[hook]
-            if quick is None:
-                getattr(super(), hook)(batch, logs)
-            else:
-                for function in quick:
-                    function(batch, logs)
+class _ResumingList(_CallbackList):
+    """Calls the hooks of callbacks as if the training had not been interrupted."""
 
-        def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
-            self._call("on_test_batch_begin", batch, logs)
+    def __init__(
+        self,
+        api: KerasAPI,
+        callbacks: list[Any],
+        model: Any,
+        training: ResumableTraining,
+        start: EpochStart,
+        counts_steps: bool,
+    ) -> None:
+        super().__init__(callbacks, add_history=False, add_progbar=False, model=model, **training.params)
+        list.append(self, _forwarding(api, self))
+        self._api, self._training, self._start, self._counts_steps = api, training, start, counts_steps
+        self._num_steps = training.steps_of(start.epoch)
+        self._num_before = start.step  # steps of this epoch before this process
+        self._begins_epoch = start.step == 0
+        self._model_function: Any = None  # the model's train function while another one replaces it
+        self._stop_training: bool | None = None  # the callbacks' value while this class sets it to end an epoch
+        self._quick_hooks = {hook: api.quick_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
+        self._steps_per_execution = api.steps_per_execution(model)
 
-        def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
-            self._call("on_test_batch_end", batch, logs)
+    def __iter__(self) -> Iterator[Any]:
+        return list.__iter__(self)  # tf_keras' class defines it too
 
-        def on_train_begin(self, logs: Any = None) -> None:
-            super().on_train_begin(logs)
-            restore_states()
-            if is_over or (step and step == self._num_steps):  # only the end of the epoch is left
-                self._model_function = self.model.train_function
-                self.model.train_function = lambda iterator: dict(last_logs)
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._call("on_test_batch_begin", batch, logs)
 
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self._num_steps = steps_of(epoch)
-            if self._begins_epoch:
-                super().on_epoch_begin(epoch, logs)
-            else:
-                restore_metrics()
-            self._begins_epoch = True
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._call("on_test_batch_end", batch, logs)
 
-        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-            if self._model_function is None:
-                self._limit_execution(batch)
-                self._call("on_train_batch_begin", batch + self._num_before, logs)
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        self._training.restore_states()
+        start = self._start
+        if start.is_over or (start.step and start.step == self._num_steps):  # only the end of the epoch is left
+            self._model_function = self.model.train_function
+            self.model.train_function = lambda iterator: dict(start.logs)
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            if self._model_function is not None:
-                self.model.train_function, self._model_function = self._model_function, None
-                self._end_epoch()
-                self._stop_training = is_over
-                return
-            batch += self._num_before
-            if api.is_legacy and self._num_steps is not None:
-                batch = min(batch, self._num_steps - 1)
-            self._call("on_train_batch_end", batch, logs)
-            if (self._num_before or counts) and self._num_steps is not None and batch + 1 >= self._num_steps:
-                self._end_epoch()
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._num_steps = self._training.steps_of(epoch)
+        if self._begins_epoch:
+            super().on_epoch_begin(epoch, logs)
+        else:
+            self._training.restore_metrics()
+        self._begins_epoch = True
 
-        def _limit_execution(self, batch: int) -> None:
-            """Limit an execution of tf_keras to the steps left; for Keras 3 see `raykeras.distribute.executions`."""
-            if (
-                api.is_legacy
-                and steps_per_execution > 1
-                and (self._num_before or counts)
-                and self._num_steps is not None
-            ):
-                left = self._num_steps - batch - self._num_before
-                self.model._steps_per_execution.assign(min(steps_per_execution, left))
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._model_function is None:
+            self._limit_execution(batch)
+            self._call("on_train_batch_begin", batch + self._num_before, logs)
 
-        def _end_epoch(self) -> None:
-            """End Keras' loop over steps, which counts all steps of an epoch and not those that are left."""
-            self._stop_training, self.model.stop_training = self.model.stop_training, True
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self._model_function is not None:
+            self.model.train_function, self._model_function = self._model_function, None
+            self._end_epoch()
+            self._stop_training = self._start.is_over
+            return
+        batch += self._num_before
+        if self._api.is_legacy and self._num_steps is not None:
+            batch = min(batch, self._num_steps - 1)
+        self._call("on_train_batch_end", batch, logs)
+        if self._ends_epochs and self._num_steps is not None and batch + 1 >= self._num_steps:
+            self._end_epoch()
 
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            if self._stop_training is not None:
-                self.model.stop_training, self._stop_training = self._stop_training, None
-                if api.is_legacy:
-                    self.model._steps_per_execution.assign(steps_per_execution)
-            self._num_before = 0
-            super().on_epoch_end(epoch, logs)
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._stop_training is not None:
+            self.model.stop_training, self._stop_training = self._stop_training, None
+            if self._api.is_legacy:
+                self.model._steps_per_execution.assign(self._steps_per_execution)
+        self._num_before = 0
+        super().on_epoch_end(epoch, logs)
 
-    last_logs = dict(logs)
-    steps_per_execution = api.steps_per_execution(model)
-    return Resuming()
+    @property
+    def _ends_epochs(self) -> bool:
+        """Whether Keras, which counts the steps of a whole epoch, would go beyond this one."""
+        return bool(self._num_before) or self._counts_steps
+
+    def _call(self, hook: str, batch: int, logs: Any) -> None:
+        """Call a hook of all callbacks; wait for the step's logs only if a callback reads them."""
+        quick = self._quick_hooks[hook]
+        if quick is None:
+            getattr(super(), hook)(batch, logs)
+        else:
+            for function in quick:
+                function(batch, logs)
+
+    def _limit_execution(self, batch: int) -> None:
+        """Limit an execution of tf_keras to the steps left; for Keras 3 see `raykeras.distribute.executions`."""
+        if not self._api.is_legacy or self._steps_per_execution == 1:
+            return
+        if self._ends_epochs and self._num_steps is not None:
+            left = self._num_steps - batch - self._num_before
+            self.model._steps_per_execution.assign(min(self._steps_per_execution, left))
+
+    def _end_epoch(self) -> None:
+        """End Keras' loop over steps."""
+        self._stop_training, self.model.stop_training = self.model.stop_training, True
 
 
 def _forwarding(api: KerasAPI, callbacks: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +31,10 @@ from raykeras.data.streaming.dataset import Stream
 from raykeras.data.streaming.spec import RowsSpec
 from raykeras.worker import callbacks as callbacks_
 from raykeras.worker.callback_placement import Artifacts, go_on_writing, is_no_state
-from raykeras.worker.callbacks import StepControl, heartbeat_callback, step_control_callback
+from raykeras.worker.callbacks import StepControl
 from raykeras.worker.checkpointer import CheckpointManager
 from raykeras.worker.job import Outcome, TrainJob
-from raykeras.worker.resume import CallbackStates, resuming_list
+from raykeras.worker.resume import CallbackStates, EpochStart, resuming_list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,23 @@ class WorkerContext:
     return_variables: bool = False
 
 
+@dataclass(frozen=True)
+class TrainInput:
+    """The training data of one worker.
+
+    Attributes:
+        stream: The stream that `fit` reads.
+        spec: Spec of the data.
+        first_step: Step, counted over all passes, at which the stream begins.
+        counts_steps: As for `resuming_list`.
+    """
+
+    stream: Stream | BatchStream
+    spec: RowsSpec | BatchesSpec
+    first_step: int
+    counts_steps: bool
+
+
 class TrainingSession:
     """One call of Keras' `fit` on one worker.
 
@@ -72,10 +90,7 @@ class TrainingSession:
         api: The model's Keras package.
         model: A compiled model, and a built one if the job has a checkpoint to continue from.
         callbacks: The user's callbacks that run here, by name.
-        train: Stream of the training data.
-        train_data: Spec of the training data.
-        first_step: Step, counted over all passes, at which training begins.
-        counts: As for `resuming_list`.
+        train: The training data.
     """
 
     def __init__(
@@ -85,22 +100,17 @@ class TrainingSession:
         api: KerasAPI,
         model: Any,
         callbacks: Mapping[str, Any],
-        train: Stream | BatchStream,
-        train_data: RowsSpec | BatchesSpec,
-        first_step: int,
-        counts: bool,
+        train: TrainInput,
     ) -> None:
-        self._counts = counts
         self._job, self._context, self._api, self._model = job, context, api, model
-        self._callbacks, self._train, self._first_step = callbacks, train, first_step
+        self._callbacks, self._train = callbacks, train
         self._send = context.send or _discard
-        self._batch_rows = _batch_rows(train_data)
         history_type = api.module.callbacks.History
         histories = [callback for callback in callbacks.values() if isinstance(callback, history_type)]
         self._history = histories[0] if histories else history_type()
         self._adds_history = not histories
         self._states = CallbackStates({**callbacks, "History": self._history}, is_no_state)
-        self._params = {"epochs": job.epochs, "steps": job.num_steps, "verbose": 0}
+        self.params = {"epochs": job.epochs, "steps": job.num_steps, "verbose": 0}
         signature = signature_of(model, api)
         self._manager = CheckpointManager(job, model, api, context.writer, signature, self._extra)
         self._restored = self._restore(signature)
@@ -114,60 +124,35 @@ class TrainingSession:
 
     def callback_list(self) -> Any:
         """Announce the start to the driver, and return the callbacks for `fit`: the user's, then internal ones."""
-        job, context, api = self._job, self._context, self._api
-        epoch, step = job.start
-        position = {"rank": context.rank, "epoch": epoch, "step": step}
-        if job.attempt:
-            workers = job.scale.workers
-            self._send(events.RunRestarted(**position, workers=workers, attempt=job.attempt))
-        else:
-            self._send(
-                events.RunStarted(
-                    rank=context.rank,
-                    params={**self._params, **job.train.params},
-                    workers=job.scale.workers,
-                    replicas=job.scale.total_replicas,
-                    initial_epoch=epoch,
-                    initial_step=step,
-                    path=job.folder.path,
-                )
-            )
-        send_events = callbacks_.event_callback(
-            api,
-            self._send,
-            rank=context.rank,
-            batch_rows=self._batch_rows,
-            waited_s=self._train.waited_s,
-            position=(epoch, step),
-            first_step=self._first_step,
-        )
-        internal = [send_events]
-        if self._adds_history:
-            internal.insert(0, self._history)
-        if isinstance(self._train, BatchStream):
-            internal.insert(0, self._train.ending_callback(api))
-        if context.artifacts is not None:
-            internal.append(callbacks_.epoch_end_callback(api, lambda epoch, logs: self._store_artifacts(epoch)))
-        internal.append(
-            step_control_callback(api, context.step_control, self._manager, self._first_step, (epoch, step))
-        )
-        if context.heartbeat is not None:
-            internal.append(heartbeat_callback(api, context.heartbeat))
+        self._announce()
+        epoch, step = self._job.start
         state = self._restored.state if self._restored is not None else {}
-        return resuming_list(
-            api,
-            [*self._callbacks.values(), *internal],
-            self._model,
-            params=self._params,
-            steps_of=self._steps_of,
-            epoch=epoch,
-            step=step,
-            counts=self._counts,
+        start = EpochStart(
+            epoch,
+            step,
             is_over=bool(step) and bool(state["stopped"]),
-            restore_states=self._restore_states,
-            restore_metrics=self._restore_metrics,
             logs={name: np.asarray(value) for name, value in state.get("step_logs", {}).items()},
         )
+        callbacks = [*self._callbacks.values(), *self._internal_callbacks()]
+        return resuming_list(self._api, callbacks, self._model, self, start, self._train.counts_steps)
+
+    def steps_of(self, epoch: int) -> int | None:
+        """Return the number of steps of an epoch; None if unknown."""
+        first, step = self._job.start
+        stream = self._train.stream
+        if epoch == first and isinstance(stream, BatchStream) and stream.is_epoch_over:
+            return step
+        return self._job.steps_of(epoch)
+
+    def restore_states(self) -> None:
+        """Set the attributes of callbacks as they were in the checkpoint, if there is one."""
+        if self._restored is not None:
+            self._states.restore_states(self._restored.extra["callbacks"])
+
+    def restore_metrics(self) -> None:
+        """Set the metrics' variables as they were in the checkpoint."""
+        assert self._restored is not None
+        restore_metrics(self._model, self._api, self._restored, self._context.rank)
 
     def preempted(self) -> Outcome:
         """Finish a training that continues later, and return its outcome."""
@@ -195,26 +180,55 @@ class TrainingSession:
         model_signature = {**signature, "variables": variables_of(self._model)}
         check_signature(checkpoint, checkpoint.state["signature"], model_signature)
         restored = restore(self._model, self._api, checkpoint)
-        self._manager.begin_at(resumption.epoch, resumption.step, self._first_step)
+        self._manager.begin_at(resumption.epoch, resumption.step, self._train.first_step)
         go_on_writing(self._callbacks.values() if self._context.rank == 0 else (), resumption.epoch)
         return restored
 
     def _extra(self) -> dict[str, Any]:
         return {"callbacks": self._states.changed()}
 
-    def _restore_states(self) -> None:
-        if self._restored is not None:
-            self._states.restore_states(self._restored.extra["callbacks"])
+    def _announce(self) -> None:
+        job, rank = self._job, self._context.rank
+        epoch, step = job.start
+        if job.attempt:
+            workers = job.scale.workers
+            self._send(events.RunRestarted(rank=rank, epoch=epoch, step=step, workers=workers, attempt=job.attempt))
+            return
+        self._send(
+            events.RunStarted(
+                rank=rank,
+                params={**self.params, **job.train.params},
+                workers=job.scale.workers,
+                replicas=job.scale.total_replicas,
+                initial_epoch=epoch,
+                initial_step=step,
+                path=job.folder.path,
+            )
+        )
 
-    def _restore_metrics(self) -> None:
-        assert self._restored is not None
-        restore_metrics(self._model, self._api, self._restored, self._context.rank)
-
-    def _steps_of(self, epoch: int) -> int | None:
-        first, step = self._job.start
-        if epoch == first and isinstance(self._train, BatchStream) and self._train.is_epoch_over:
-            return step
-        return self._job.steps_of(epoch)
+    def _internal_callbacks(self) -> list[Any]:
+        context, train, position = self._context, self._train, self._job.start
+        make = functools.partial(callbacks_.of_keras, self._api)
+        internal = [train.stream.ending_callback(self._api)] if isinstance(train.stream, BatchStream) else []
+        if self._adds_history:
+            internal.append(self._history)
+        internal.append(
+            make(callbacks_.EventCallback)(
+                self._send,
+                rank=context.rank,
+                batch_rows=_batch_rows(train.spec),
+                waited_s=train.stream.waited_s,
+                position=position,
+                first_step=train.first_step,
+            )
+        )
+        if context.artifacts is not None:
+            internal.append(make(callbacks_.EpochEndCallback)(self._store_artifacts))
+        control = make(callbacks_.StepControlCallback)
+        internal.append(control(context.step_control, self._manager, train.first_step, position))
+        if context.heartbeat is not None:
+            internal.append(make(callbacks_.HeartbeatCallback)(context.heartbeat))
+        return internal
 
     def _close_writer(self) -> None:
         if self._context.writer is not None:
@@ -228,7 +242,7 @@ class TrainingSession:
         return Outcome(
             history={name: [plain_number(v) for v in values] for name, values in self._history.history.items()},
             epoch=list(self._history.epoch),
-            params=self._params,
+            params=self.params,
             callback_states=context.states(callbacks) if context.states is not None and context.rank == 0 else [],
             variables=variables if context.rank == 0 else None,
             preempted=preempted,

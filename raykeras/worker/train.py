@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ from raykeras.distribute.model_checks import check_execution, check_model
 from raykeras.distribute.strategy import distribute, make_strategy, scope
 from raykeras.worker.callbacks import TrainingPreempted
 from raykeras.worker.job import EvaluationJob, Outcome, TrainJob
-from raykeras.worker.session import TrainingSession, WorkerContext
+from raykeras.worker.session import TrainingSession, TrainInput, WorkerContext
 
 
 def run(job: TrainJob, context: WorkerContext, *, api: KerasAPI, build: Callable[[], Any]) -> Outcome:
@@ -118,52 +117,36 @@ def _run(
     streams: list[Stream | BatchStream],
     stack: contextlib.ExitStack,
 ) -> Outcome:
-    scale = job.scale
-    strategy = make_strategy(scale)
+    strategy = make_strategy(job.scale)
     api.seed(job.run.seed)
     model, api = _build_model(build, api, strategy, stack)
-    stack.enter_context(without_xla(model, scale))
+    stack.enter_context(without_xla(model, job.scale))
     with scope(strategy):
-        check_execution(model, scale)
-        train_data = job.train.with_spec(check_model(model, api, job.train.batch_spec))
-        validation_data = job.validation
-        if validation_data is not None:
-            validation_data = validation_data.with_spec(_validation_spec(model, api, validation_data.batch_spec))
-    if api.is_legacy and isinstance(job.train, RowsSpec):
-        job = dataclasses.replace(job, train=dataclasses.replace(job.train, ends_epochs=False))
-    test_steps = None if validation_data is None else validation_data.num_steps
+        check_execution(model, job.scale)
+        job = _with_checked_specs(job, model, api)
     _lower_steps_per_execution(model, api, strategy)
 
-    open_input = functools.partial(
-        open_stream,
-        scale=scale,
-        budget=job.budget,
-        rank=context.rank,
-        num_streams=1 if job.validation is None else 2,
-    )
-    epoch, step = job.start
-    first_step = job.steps_before(epoch) + step  # an epoch's row order does not depend on where a run begins
-    last_step = None if job.num_steps is None else job.steps_before(max(job.epochs, epoch + 1))
-    train = open_input(train_data, num_steps=last_step, first_step=first_step)
-    streams.append(train)
-    train.begin()  # while the model is compiled
-    data, steps, counts = _train_dataset(job, train, model, api)
+    train = _open_train(job, context.rank, model, api)
+    streams.append(train.stream)
+    train.stream.begin()  # while the model is compiled
+    data, steps = _train_dataset(job, train.stream, model, api)
     validation: dict[str, Any] = {}
-    if validation_data is not None:
-        stream = open_input(validation_data, num_steps=None)
-        streams.append(stream)
+    test_steps = None
+    if job.validation is not None:
+        streams.append(_open_stream_of(job, job.validation, context.rank, num_steps=None))
+        test_steps = job.validation.num_steps
         validation = {
-            "validation_data": distribute(strategy, stream.pass_dataset(validation_data.num_steps)),
-            "validation_steps": validation_data.num_steps,
+            "validation_data": distribute(strategy, streams[-1].pass_dataset(test_steps)),
+            "validation_steps": test_steps,
             "validation_freq": job.validation_freq,
         }
     if job.resumption is not None or job.trains_nothing:
-        make_variables(model, api, train_data.batch_spec, strategy)  # a checkpoint needs all variables
-    rows = [] if strategy is None else train.sample()
+        make_variables(model, api, train.spec.batch_spec, strategy)  # a checkpoint needs all variables
+    rows = [] if strategy is None else train.stream.sample()
     known_steps = _known_steps(job, model, api)
-    executions = _executions(model, api, strategy, known_steps, test_steps, start=(epoch, step), steps_of=job.steps_of)
-    with exact(model, api, train_data.batch_spec, strategy, rows), executions:
-        session = TrainingSession(job, context, api, model, callbacks, train, train_data, first_step, counts)
+    executions = _executions(model, api, strategy, known_steps, test_steps, start=job.start, steps_of=job.steps_of)
+    with exact(model, api, train.spec.batch_spec, strategy, rows), executions:
+        session = TrainingSession(job, context, api, model, callbacks, train)
         try:
             model.fit(
                 distribute(strategy, data),
@@ -178,6 +161,32 @@ def _run(
         except TrainingPreempted:
             return session.preempted()
     return session.ended()
+
+
+def _with_checked_specs(job: TrainJob, model: Any, api: KerasAPI) -> TrainJob:
+    """Return the job with the batch specs as the model takes them."""
+    train = job.train.with_spec(check_model(model, api, job.train.batch_spec))
+    if api.is_legacy and isinstance(train, RowsSpec):
+        train = dataclasses.replace(train, ends_epochs=False)
+    validation = job.validation
+    if validation is not None:
+        validation = validation.with_spec(_validation_spec(model, api, validation.batch_spec))
+    return dataclasses.replace(job, train=train, validation=validation)
+
+
+def _open_train(job: TrainJob, rank: int, model: Any, api: KerasAPI) -> TrainInput:
+    epoch, step = job.start
+    first_step = job.steps_before(epoch) + step  # an epoch's row order does not depend on where a run begins
+    last_step = None if job.num_steps is None else job.steps_before(max(job.epochs, epoch + 1))
+    stream = _open_stream_of(job, job.train, rank, num_steps=last_step, first_step=first_step)
+    return TrainInput(stream, job.train, first_step, _counts_steps(job, model, api))
+
+
+def _open_stream_of(
+    job: TrainJob, data: RowsSpec | BatchesSpec, rank: int, num_steps: int | None, first_step: int = 0
+) -> Stream | BatchStream:
+    num_streams = 1 if job.validation is None else 2
+    return open_stream(data, job.scale, job.budget, rank, num_steps, first_step, num_streams)
 
 
 def _build_model(
@@ -199,22 +208,31 @@ def _validation_spec(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchS
         raise ModelError(f"Validation data: {error}") from None
 
 
-def _train_dataset(
-    job: TrainJob, train: Stream | BatchStream, model: Any, api: KerasAPI
-) -> tuple[Any, int | None, bool]:
-    """Return the dataset and `steps_per_epoch` for `fit`, and `counts` for `TrainingSession`."""
+def _train_dataset(job: TrainJob, train: Stream | BatchStream, model: Any, api: KerasAPI) -> tuple[Any, int | None]:
+    """Return the dataset and `steps_per_epoch` for `fit`."""
     num_steps = job.num_steps
     if num_steps is None:
-        return train.pass_dataset(None), None, False
-    if job.ends_with_pass:
-        return train.endless_dataset(), num_steps, True
+        return train.pass_dataset(None), None
     if job.may_end_with_pass and isinstance(train, BatchStream) and not api.is_legacy:
-        return train.ending_dataset(num_steps), num_steps, False
+        return train.ending_dataset(num_steps), num_steps
+    if _shows_end(job, model, api):
+        return train.pass_dataset(num_steps), None
+    return train.endless_dataset(), num_steps
+
+
+def _shows_end(job: TrainJob, model: Any, api: KerasAPI) -> bool:
+    """Return whether Keras 3 must see where an epoch's data ends, since whole executions would run into the next."""
+    if job.num_steps is None or job.ends_with_pass or job.may_end_with_pass or api.is_legacy:
+        return False
+    return _known_steps(job, model, api) is None and bool(job.num_steps % api.steps_per_execution(model))
+
+
+def _counts_steps(job: TrainJob, model: Any, api: KerasAPI) -> bool:
+    """Return `counts_steps` for `resuming_list`."""
+    if job.num_steps is None:
+        return False
     in_middle = job.start[1] > 0
-    # Keras 3 must see the end of the data here, since whole executions would run on into the next epoch
-    if _known_steps(job, model, api) is None and not api.is_legacy and num_steps % api.steps_per_execution(model):
-        return train.pass_dataset(num_steps), None, in_middle
-    return train.endless_dataset(), num_steps, in_middle and api.is_legacy
+    return job.ends_with_pass or (in_middle and (api.is_legacy or _shows_end(job, model, api)))
 
 
 def open_stream(

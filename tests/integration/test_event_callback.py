@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.worker.callbacks import event_callback
+from raykeras.worker.callbacks import EventCallback, of_keras
 
 
 def test_logs_are_fetched_only_for_callbacks_that_read_them() -> None:
@@ -15,8 +15,8 @@ def test_logs_are_fetched_only_for_callbacks_that_read_them() -> None:
         def on_batch_end(self, batch: int, logs: Any = None) -> None: ...
 
     api, hook = KerasAPI("keras"), "on_train_batch_end"
-    events = event_callback(
-        api, lambda event: None, rank=0, batch_rows=lambda step: 0, waited_s=lambda step, since: 0.0
+    events = of_keras(api, EventCallback)(
+        lambda event: None, rank=0, batch_rows=lambda step: 0, waited_s=lambda step, since: 0.0
     )
     assert api.quick_hooks([keras.callbacks.History(), events], hook) == [events.on_train_batch_end]
     assert api.quick_hooks([keras.callbacks.History(), events], "on_train_batch_begin") == []
