@@ -270,7 +270,7 @@ def first_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"x": X + 1}, "since '.*' the array 'x' changed. Make"),
+        ({"x": X + 1}, "since '.*' the array 'x' changed. Restore"),
         ({"batch_size": 15}, "batch_size was 16 and is now 15"),
         ({"seed": 1}, "seed was 0 and is now 1"),
         ({"shuffle": False}, "order was 'shuffled' and is now 'source'"),
