@@ -397,7 +397,7 @@ def test_invalid_batches_are_refused_before_start() -> None:
     fails("this one is empty", data.batch(BATCH).take(0))
     fails("must have at least one batch", iter(()))
     fails("got `y` as well", Slices((X, Y)), y=Y)
-    fails("`validation_split` is for arrays", Slices((X, Y)), validation_split=0.2)
+    fails("`validation_split` is only supported for arrays", Slices((X, Y)), validation_split=0.2)
     fails("got 4 parts", ((X, Y, Y, Y) for _ in range(3)))
     fails("must hold dense tensors", data.ragged_batch(4).map(lambda x, y: (tf.RaggedTensor.from_tensor(x), y)))
     fails(

@@ -166,7 +166,7 @@ def test_evaluate_and_predict_with_checkpoint(source: rk.Source, tmp_path: Path)
         logs = rk.evaluate(model, source, batch_size=BATCH)
         np.testing.assert_allclose(list(logs.values()), list(expected.values()), rtol=1e-5)
     np.testing.assert_allclose(rk.predict(checkpoint, source), trained.predict(X, verbose=0), atol=1e-5)
-    with pytest.raises(rk.CheckpointError, match=r"A checkpoint is a folder with train_state\.json"):
+    with pytest.raises(rk.CheckpointError, match=r"A checkpoint must be a folder with train_state\.json"):
         rk.evaluate(str(tmp_path / "run"), source)
     with pytest.raises(rk.CheckpointError, match="there is no"):
         rk.evaluate(str(tmp_path / "nothing.keras"), source)

@@ -63,7 +63,7 @@ def test_memory_of_large_tensors_is_reused() -> None:
     import resource
     import numpy as np
     import tensorflow as tf
-    from raykeras.iterated import from_iterator
+    from raykeras.data.tf_dataset import from_iterator
 
     def faults():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
