@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "the metrics of an epoch are reset at a resume",
         "worker/resume.py",
-        "                restore_metrics()\n",
-        "                pass\n",
+        "            self._training.restore_metrics()\n",
+        "            pass\n",
         (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
     ),
     Fault(
@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "validation rows are counted twice",
         "worker/train.py",
-        "        stream = open_input(validation_data, num_steps=None)\n",
-        "        stream = open_input(validation_data, num_steps=None, rank=0)\n",
+        "        streams.append(_open_stream_of(job, job.validation, context.rank, num_steps=None))\n",
+        "        streams.append(_open_stream_of(job, job.validation, 0, num_steps=None))\n",
         (f"{EXACTNESS}::test_training_on_two_workers_matches_keras[2x1 keras 257 rows, weights]",),
     ),
     Fault(
