@@ -30,6 +30,7 @@ Answer = tuple[float, float, float, float, float]
 """A scalar over some rows, over the rows twice, over the rows as half of a batch, and over each of their halves."""
 
 _TOLERANCE = 1e-3  # relative; for float32 over a few rows
+_LOW_PRECISION_TOLERANCE = 0.05  # for float16 and bfloat16
 _ZERO = 1e-12  # absolute; smaller values count as zero
 _NOISE_STDDEV = 0.1
 
@@ -49,10 +50,16 @@ class Scalars:
 
 @dataclass
 class Record:
-    """The scalars that a step computes, in order."""
+    """The scalars that a step computes, in order.
+
+    Attributes:
+        losses, added: As for `Scalars`.
+        is_precise: Whether all of them are float32 or wider.
+    """
 
     losses: list[Any] = field(default_factory=list)
     added: list[Any] = field(default_factory=list)
+    is_precise: bool = True
 
 
 _current = threading.local()  # a strategy runs each replica in a separate thread
@@ -83,25 +90,30 @@ def probe_reductions(
         ModelError: If a scalar is neither a mean nor a sum.
     """
     probe = functools.partial(_probe, model, structure=structure, strategy=strategy, set_share=set_share)
-    losses, added = probe(sample)
+    with _state_kept(model, strategy):
+        return _classified(probe, model, sample, strategy)
+
+
+def _classified(probe: Any, model: Any, sample: Sequence[Any], strategy: Any) -> Scalars:
+    losses, added, tolerance = probe(sample)
     if any(abs(once) <= _ZERO for once, *_ in (*losses, *added)):
         rng = np.random.default_rng(0)
         with _perturbed(model, strategy, rng):
-            perturbed = probe([_perturb(tensor, rng) for tensor in sample])
+            perturbed = probe([_perturb(tensor, rng) for tensor in sample])[:2]
         losses, added = (
             [b if abs(a[0]) <= _ZERO and np.isfinite(b).all() else a for a, b in zip(first, second, strict=True)]
             for first, second in zip((losses, added), perturbed, strict=True)
         )
     return Scalars(
-        tuple(_kind(values, "compiled loss", i) for i, values in enumerate(losses)),
-        tuple(_kind(values, "`add_loss`", i) for i, values in enumerate(added)),
+        tuple(_kind(values, tolerance, "compiled loss", i) for i, values in enumerate(losses)),
+        tuple(_kind(values, tolerance, "`add_loss`", i) for i, values in enumerate(added)),
     )
 
 
 def _probe(
     model: Any, sample: Sequence[Any], *, structure: Any, strategy: Any, set_share: Any
-) -> tuple[list[Answer], list[Answer]]:
-    """Return the values of each compiled loss and of each added loss over the probed rows."""
+) -> tuple[list[Answer], list[Answer], float]:
+    """Return the values of each compiled loss and of each added loss over the probed rows, and their tolerance."""
     middle = int(sample[0].shape[0]) // 2
     if not middle:  # a single row
         sample, middle = [tf.concat([t, t], 0) for t in sample], 1
@@ -113,7 +125,21 @@ def _probe(
     return (
         list(zip(*(record.losses for record in records), strict=True)),
         list(zip(*(record.added for record in records), strict=True)),
+        _TOLERANCE if all(record.is_precise for record in records) else _LOW_PRECISION_TOLERANCE,
     )
+
+
+@contextlib.contextmanager
+def _state_kept(model: Any, strategy: Any) -> Iterator[None]:
+    """Undo what the block does to variables that are not trained, such as those of layers that count their calls."""
+    with strategy.scope():
+        original = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
+    try:
+        yield
+    finally:
+        with strategy.scope():
+            for variable, value in original:
+                variable.assign(value)
 
 
 @contextlib.contextmanager
@@ -155,7 +181,12 @@ def _compute(
         return record.losses, record.added
 
     losses, added = strategy.experimental_local_results(strategy.run(step))[0]
-    return Record([np.asarray(v) for v in losses], [np.asarray(v) for v in added])
+    is_precise = all(v.dtype.size >= 4 for v in (*losses, *added))
+    return Record(_as_arrays(losses), _as_arrays(added), is_precise)
+
+
+def _as_arrays(values: Sequence[Any]) -> list[np.ndarray]:
+    return [tf.cast(value, tf.float64).numpy() for value in values]  # NumPy has no bfloat16
 
 
 @contextlib.contextmanager
@@ -167,14 +198,14 @@ def _recording() -> Iterator[Record]:
         _current.record = None
 
 
-def _kind(values: Answer, source: str, index: int) -> Kind:
+def _kind(values: Answer, tolerance: float, source: str, index: int) -> Kind:
     once, twice, half, first, second = values
-    if abs(once) > _ZERO and np.isclose(once, 2 * half, rtol=_TOLERANCE):
+    if abs(once) > _ZERO and np.isclose(once, 2 * half, rtol=tolerance):
         return "part"
-    tolerance = _TOLERANCE * max(abs(first), abs(second)) + _ZERO
-    if np.isclose(once, twice, rtol=_TOLERANCE, atol=_ZERO) and abs(once - (first + second) / 2) <= tolerance:
+    largest_error = tolerance * max(abs(first), abs(second)) + _ZERO
+    if np.isclose(once, twice, rtol=tolerance, atol=_ZERO) and abs(once - (first + second) / 2) <= largest_error:
         return "mean"
-    if np.isclose(2 * once, twice, rtol=_TOLERANCE, atol=_ZERO) and abs(once - first - second) <= tolerance:
+    if np.isclose(2 * once, twice, rtol=tolerance, atol=_ZERO) and abs(once - first - second) <= largest_error:
         return "sum"
     raise ModelError(
         "With several replicas, a scalar loss must be a mean or a sum over the rows of a batch, so that the replicas' "

@@ -98,7 +98,7 @@ class TrainJob:
     @property
     def may_end_with_pass(self) -> bool:
         """Whether an epoch may have fewer steps than others because the dataset's length is unknown."""
-        if not isinstance(self.train, BatchesSpec) or self.scale.total_replicas > 1:
+        if not isinstance(self.train, BatchesSpec) or self.scale.workers > 1:
             return False
         batches = self.train.batches
         is_unknown = batches.num_batches is None and not batches.is_infinite
