@@ -5,16 +5,19 @@ A `Snapshot` is independent of the model, so that a thread can write it while tr
 `train_state.json` (everything else; see `raykeras.checkpoint.store`).
 
 Keras itself produces `model.keras`: `Model.save` runs with a store that copies each array, and later Keras' own store
-writes the copies straight into the archive (see `raykeras.checkpoint.zip_member`). If Keras cannot serialise the
-model, `Model.save_weights` produces `model.weights.h5` in the same way.
+writes the copies to a file, which is added to the archive. If Keras cannot serialise the model, `Model.save_weights`
+produces `model.weights.h5` in the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +28,12 @@ import numpy as np
 from raykeras.checkpoint import store as checkpoint_store
 from raykeras.checkpoint.serialization import from_json, to_json
 from raykeras.checkpoint.store import ARRAYS_FILE, MODEL_FILE, WEIGHTS_FILE, Checkpoint
-from raykeras.checkpoint.zip_member import crc_of_archive, stored_member
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.keras_saving import Buffers, VariableGroup, collecting_store, viewed
-from raykeras.compat.patch import patched
+from raykeras.compat.keras_saving import Buffers, CopiedWeights, weights_copied
 from raykeras.core.errors import CheckpointError, RaykerasError
 from raykeras.core.temporary import TemporaryFolder
+
+_COPY_NBYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -38,51 +41,48 @@ class Snapshot:
     """The state of a training run at a step.
 
     Attributes:
-        archive: The bytes of `model.keras` without weights; None if Keras cannot serialise the model.
-        groups: Path, metadata and arrays of each group of the weights file.
-        store: The class of Keras that writes the weights file.
+        file: Name of the file that Keras saves: `MODEL_FILE`, or `WEIGHTS_FILE` if it cannot serialise the model.
+        saved: The bytes of this file, without weights if `weights` holds them.
+        weights: Copies of the weights; None if `saved` contains them.
         arrays: Arrays outside the model, by name.
         state: Everything else, as JSON-compatible values.
-        buffers: The pool to which the arrays of the groups are returned.
         unserializable: Why Keras cannot serialise the model; empty if it can.
     """
 
-    archive: bytes | None
-    groups: list[VariableGroup]
-    store: Any
+    file: str
+    saved: bytes
+    weights: CopiedWeights | None
     arrays: dict[str, Any]
     state: Mapping[str, Any]
-    buffers: Buffers
     unserializable: str = ""
 
     def release(self) -> None:
         """Return the memory to the pool. The snapshot cannot be written afterwards."""
-        for group in self.groups:
-            self.buffers.give_back(group.values())
-            group.clear()
+        if self.weights is not None:
+            self.weights.release()
 
     def write(self, folder: str) -> None:
         """Write a checkpoint into an empty local folder."""
-        known = {}
-        if self.archive is None:
-            self._write_weights(os.path.join(folder, WEIGHTS_FILE))
+        path, weights_path = os.path.join(folder, self.file), os.path.join(folder, WEIGHTS_FILE)
+        if self.weights is None:
+            Path(path).write_bytes(self.saved)
         else:
-            with open(os.path.join(folder, MODEL_FILE), "w+b") as file:
-                file.write(self.archive)
-                with stored_member(file, WEIGHTS_FILE) as member:
-                    self._write_weights(member)
-                size, crc = file.seek(0, os.SEEK_END), crc_of_archive(file, member)
-            known[MODEL_FILE] = {"size": size, "crc32": f"{crc:08x}"}
+            self.weights.write(weights_path)
+            if self.file == MODEL_FILE:
+                _write_archive(path, self.saved, weights_path)
+                os.remove(weights_path)
         np.savez(os.path.join(folder, ARRAYS_FILE), allow_pickle=False, **self.arrays)
-        checkpoint_store.write_state(folder, self.state, known)
+        checkpoint_store.write_state(folder, self.state)
 
-    def _write_weights(self, path_or_file: Any) -> None:
-        store = self.store(path_or_file, mode="w")
-        for group in self.groups:
-            stored_group = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
-            for name, value in group.items():
-                stored_group[name] = value
-        store.close()
+
+def _write_archive(path: str, saved: bytes, weights_path: str) -> None:
+    """Write a `.keras` file from its bytes without weights and the file with its weights."""
+    with zipfile.ZipFile(io.BytesIO(saved)) as source, zipfile.ZipFile(path, "w") as archive:
+        for info in source.infolist():
+            if info.filename != WEIGHTS_FILE:  # With little free memory, Keras leaves an empty file in its place.
+                archive.writestr(info, source.read(info))
+        with archive.open(WEIGHTS_FILE, "w", force_zip64=True) as member, open(weights_path, "rb") as weights:
+            shutil.copyfileobj(weights, member, _COPY_NBYTES)
 
 
 def take(
@@ -103,27 +103,18 @@ def take(
         buffers: Pool of memory for the copies; `Snapshot.release` returns them.
         unserializable: That of an earlier snapshot of this model.
     """
-    groups: list[VariableGroup] = []
-    saving = api.saving_lib
-    h5_store = saving.H5IOStore
-    with TemporaryFolder("snapshot") as folder:
-        path = os.path.join(folder, MODEL_FILE)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(patched(saving, "H5IOStore", collecting_store(groups, buffers)))
-            if hasattr(saving, "is_memory_sufficient"):  # Otherwise Keras 3 may write a temporary file.
-                stack.enter_context(patched(saving, "is_memory_sufficient", lambda model: True))
-            if not api.is_legacy:  # Otherwise an optimizer copies its variables first.
-                stack.enter_context(patched(api.module.Variable, "numpy", viewed))
-            build_config = model.get_build_config() if model.built else None
-            stack.enter_context(api.taken_as_built(model))
-            if not unserializable:
-                unserializable = _try_save(model, path)
-            if unserializable:
-                buffers.give_back(array for group in groups for array in group.values())
-                groups.clear()
-                model.save_weights(os.path.join(folder, WEIGHTS_FILE))
-                state = {**state, "build_config": build_config}
-        archive = None if unserializable else Path(path).read_bytes()
+    build_config = model.get_build_config() if model.built else None
+    with TemporaryFolder("snapshot") as folder, weights_copied(api, buffers) as weights, api.taken_as_built(model):
+        path = Path(folder, MODEL_FILE)
+        if not unserializable:
+            unserializable = _try_save(model, str(path))
+        if unserializable:
+            if weights is not None:
+                weights.release()
+            path = Path(folder, WEIGHTS_FILE)
+            model.save_weights(str(path))
+            state = {**state, "build_config": build_config}
+        saved = path.read_bytes() if path.exists() else b""  # Copied weights are not written.
     arrays: dict[str, np.ndarray] = {}
     variables_by_kind = {"metrics": api.metric_variables(model), "seeds": api.seed_states(model)}
     for kind, variables in variables_by_kind.items():
@@ -131,7 +122,7 @@ def take(
     rng = {"python": random.getstate(), "numpy": np.random.get_state()}
     values = {name: to_json(value, arrays, name) for name, value in {**extra, "rng": rng}.items()}
     state = {**state, **values, "extra": list(values)}
-    return Snapshot(archive, groups, h5_store, arrays, state, buffers, unserializable)
+    return Snapshot(path.name, saved, weights, arrays, state, unserializable)
 
 
 def _try_save(model: Any, path: str) -> str:
@@ -252,8 +243,9 @@ def restore_metrics(model: Any, api: KerasAPI, restored: Restored, rank: int) ->
 def _assign(variable: Any, value: np.ndarray, rank: int) -> None:
     import tensorflow as tf
 
-    tf_variable = getattr(variable, "_value", variable)  # Keras 3 wraps it.
-    if type(tf_variable).__name__ != "SyncOnReadVariable":
+    tf_variable = variable if isinstance(variable, tf.Variable) else variable.value  # Keras 3 wraps it.
+    is_per_replica = isinstance(tf_variable, tf.distribute.DistributedValues)
+    if not is_per_replica or tf_variable.synchronization != tf.VariableSynchronization.ON_READ:
         variable.assign(value)
         return
     for i, component in enumerate(tf_variable.values):

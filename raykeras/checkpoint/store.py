@@ -298,16 +298,15 @@ def checkpoint_name(epoch: int, step: int = 0) -> str:
     return f"{_PREFIX}{epoch:06d}" + (f"-step-{step:09d}" if step else "")
 
 
-def write_state(folder: str, state: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def write_state(folder: str, state: Mapping[str, Any]) -> None:
     """Write `train_state.json`, which completes a checkpoint.
 
     Args:
         folder: Local folder of the checkpoint, with all other files.
         state: See `raykeras.checkpoint.snapshot`.
-        known: Digests of files, as returned by `digest_of`, which need not be read again.
     """
-    files = dict(known)
-    for name in sorted(set(os.listdir(folder)) - set(known)):
+    files = {}
+    for name in sorted(os.listdir(folder)):
         with open(os.path.join(folder, name), "rb") as file:
             files[name] = digest_of(file)
     with open(os.path.join(folder, STATE_FILE), "wb") as file:

@@ -13,10 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from raykeras.compat import keras3, tf_keras
+from raykeras.compat.keras_callbacks import accepts_tensors
 from raykeras.compat.patch import patched
+from raykeras.compat.versions import PrivateName
 from raykeras.core.errors import ModelError
 from raykeras.core.logs import plain_number
 from raykeras.core.structures import is_deep
+
+GLOBAL_GENERATOR = PrivateName(
+    "tensorflow.python.ops.stateful_random_ops:global_generator",
+    "save the state of `tf.random.get_global_generator()`",
+    "its random numbers differ after a resume",
+)
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,19 @@ class KerasAPI:
             ) from None
 
     @property
+    def names(self) -> ModuleType:
+        """The module of `raykeras.compat` with the private names of the package."""
+        return tf_keras if self.is_legacy else keras3
+
+    @property
     def version(self) -> str:
         return str(self.module.__version__)
 
     @property
     def allows_unsafe_deserialization(self) -> bool:
         """Whether `enable_unsafe_deserialization` of the package was called in this process."""
-        library = sys.modules.get(f"{self.name}.src.saving.serialization_lib")
-        return library is not None and library.in_safe_mode() is False
+        in_safe_mode = self.names.IN_SAFE_MODE.find() if self.name in sys.modules else None
+        return in_safe_mode is not None and in_safe_mode() is False
 
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy, TensorFlow and the package."""
@@ -76,13 +90,14 @@ class KerasAPI:
     def is_optional(self, model: Any, name: str) -> bool:
         """Return whether the input that is fed under a name may be None."""
         tensor = (self._inputs(model) or {}).get(name)
-        return bool(tensor is not None and getattr(tensor._keras_history[0], "optional", False))
+        inputs = (layer for layer in _functional(model).layers if isinstance(layer, self.module.layers.InputLayer))
+        return any(getattr(layer, "optional", False) and layer.output is tensor for layer in inputs)
 
     def _inputs(self, model: Any) -> dict[str, Any] | None:
         inner = _functional(model)
         if not getattr(inner, "inputs", None):
             return None
-        struct = getattr(inner, "_nested_inputs" if self.is_legacy else "_inputs_struct", None)
+        struct = getattr(inner, "input", None)
         if is_deep(struct):
             return None
         if isinstance(struct, dict):
@@ -92,44 +107,55 @@ class KerasAPI:
 
     def output_names(self, model: Any) -> list[str] | None:
         """Return the names under which `y` is fed, in the order of the outputs; None if there are none."""
-        inner = _functional(model)
-        struct = getattr(inner, "_nested_outputs" if self.is_legacy else "_outputs_struct", None)
+        struct = self.output_structure(model)
         if isinstance(struct, dict):
             names = {id(tensor): str(name) for name, tensor in struct.items()}
             is_unambiguous = not is_deep(struct) and len(names) == len(struct)  # no tensor occurs twice
-            return [names[id(tensor)] for tensor in inner.outputs] if is_unambiguous else None
+            return [names[id(tensor)] for tensor in _functional(model).outputs] if is_unambiguous else None
         if not getattr(model, "outputs", None) or getattr(model, "output_names", None) is None:
             return None
         return [str(name) for name in model.output_names]
 
+    def output_structure(self, model: Any) -> Any:
+        """Return the outputs of a functional model, nested as the model returns them; None for other models."""
+        inner = _functional(model)
+        return getattr(inner, "output", None) if getattr(inner, "outputs", None) else None
+
     def in_order(self, model: Any, logs: dict[str, Any]) -> list[Any]:
         """Return the values of `evaluate(return_dict=True)` in the order of `return_dict=False`."""
         if self.is_legacy:
-            names = [name for name in model.metrics_names if name in logs]
-            return [plain_number(logs[name]) for name in (*names, *sorted(set(logs) - set(names)))]
-        values = model._flatten_metrics_in_order(logs)
-        return [plain_number(value) for value in (values if isinstance(values, list) else [values])]
+            names = model.metrics_names
+        else:
+            names = [inner.name for metric in model.metrics for inner in self._inner_metrics(metric)]
+        listed = [name for name in names if name in logs]
+        return [plain_number(logs[name]) for name in (*listed, *sorted(set(logs) - set(names)))]
+
+    def _inner_metrics(self, metric: Any) -> list[Any]:
+        """Return the metrics of `compile`, which Keras 3 holds in one metric; for other metrics the metric itself."""
+        return list(metric.metrics) if self._defines(type(metric)) and hasattr(metric, "metrics") else [metric]
 
     def steps_per_execution(self, model: Any) -> int:
         """Return the number of steps that the model runs per call of its compiled function."""
-        steps = getattr(model, "steps_per_execution", None) or getattr(model, "_steps_per_execution", None) or 1
-        return int(steps if isinstance(steps, int) else steps.numpy())
+        steps = getattr(model, "steps_per_execution", None)
+        return 1 if steps is None else int(steps if isinstance(steps, int) else steps.numpy())
 
     def quick_hooks(self, callbacks: Sequence[Any], hook: str) -> list[Callable[..., None]] | None:
         """Return the overridden hooks of this name, if all of these callbacks accept tensors in `logs`; else None.
 
-        Keras 3 converts the logs to numbers for every callback, which waits for the step to finish. tf_keras skips
-        that for callbacks with `_supports_tf_logs`.
+        Keras 3 converts the logs to numbers for every callback, which waits for the step to finish; tf_keras only for
+        callbacks that need numbers.
         """
         if self.is_legacy:
             return None
-        short = hook.replace("train_", "")  # The default train hooks call this one.
+        names = {hook, hook.replace("train_", "")}  # The default train hooks call the shorter one.
+        base = self.module.callbacks.Callback
+        defaults = {name: getattr(base, name) for name in names}
         overriding = [
             callback
             for callback in callbacks
-            if not all(getattr(getattr(callback, name), "_is_default", False) for name in {hook, short})
+            if any(getattr(getattr(callback, name), "__func__", None) is not defaults[name] for name in names)
         ]
-        if not all(getattr(callback, "_supports_tf_logs", False) for callback in overriding):
+        if not all(map(accepts_tensors, overriding)):
             return None
         return [getattr(callback, hook) for callback in overriding]
 
@@ -141,43 +167,49 @@ class KerasAPI:
         optimizer_variables = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
         return [*model.variables, *optimizer_variables]
 
-    @property
-    def saving_lib(self) -> ModuleType:
-        """The module of Keras that writes `.keras` files."""
-        return importlib.import_module(f"{self.name}.src.saving.saving_lib")
-
     def metric_variables(self, model: Any) -> list[Any]:
         """Return the variables of all metrics, in a fixed order and without duplicates."""
         variables = [variable for metric in model.metrics for variable in metric.variables]
         return list({id(variable): variable for variable in variables}.values())
 
     def seed_states(self, model: Any) -> list[Any]:
-        """Return the variables with the state of the random number generators, in a fixed order.
-
-        In tf_keras these exist only after `tf_keras.backend.experimental.enable_tf_random_generator()`; otherwise its
-        layers use TensorFlow's stateful random operations, whose state cannot be read.
-        """
-        from tensorflow.python.ops import stateful_random_ops
-
-        states = []
+        """Return the variables with the state of the random number generators, in a fixed order."""
         if self.is_legacy:
-            holders = (getattr(layer, "_random_generator", None) for layer in model._flatten_layers())
-            generators = [getattr(holder, "_generator", None) for holder in holders]
-            states = [generator.state for generator in generators if generator is not None]
+            states = tf_keras.random_states(model)
         else:
-            from keras.src.backend.common import global_state
-
             states = [v for v in model.variables if v.path.endswith("seed_generator_state")]
-            shared = global_state.get_global_attribute("global_seed_generator")
-            states += [] if shared is None else [shared.state]
-        if stateful_random_ops.global_generator is not None:
-            states.append(stateful_random_ops.global_generator.state)
-        return states
+            states.append(keras3.shared_seed_state())
+        generator = GLOBAL_GENERATOR.find()  # `tf.random.get_global_generator` would create one.
+        states.append(None if generator is None else generator.state)
+        return [state for state in states if state is not None]
 
     def is_plain(self, model: Any, method: str) -> bool:
         """Return whether a model inherits a method from Keras rather than overriding it."""
         owner = next((cls for cls in type(model).__mro__ if method in vars(cls)), None)
-        return owner is not None and owner.__module__.split(".")[0] == self.name
+        return owner is not None and self._defines(owner)
+
+    def base_with(self, model: Any, method: str) -> type:
+        """Return the class of Keras that defines a method of a model, which the model may override."""
+        return next(cls for cls in type(model).__mro__ if method in vars(cls) and self._defines(cls))
+
+    def _defines(self, cls: type) -> bool:
+        return cls.__module__.split(".")[0] == self.name
+
+    @contextlib.contextmanager
+    def logs_reduced_by(self, reduce: Callable[[Any, Any], Any]) -> Iterator[None]:
+        """Have Keras reduce the logs of a step on several replicas with a function while the block runs.
+
+        Args:
+            reduce: Maps the logs, whose values hold those of all replicas, and the strategy to the reduced logs.
+        """
+        original = self.names.REDUCE_PER_REPLICA.get()
+
+        def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
+            is_logs = reduction == "auto" and isinstance(values, dict)
+            return reduce(values, strategy) if is_logs else original(values, strategy, reduction)
+
+        with self.names.REDUCE_PER_REPLICA.replaced(reduce_per_replica):
+            yield
 
     def has_own_steps(self, model: Any) -> bool:
         """Return whether a model overrides `train_step`, `test_step` or `compute_loss`."""
@@ -220,7 +252,7 @@ class KerasAPI:
     def build_symbolically(self, model: Any, batch: Any) -> None:
         """Create all variables of a Keras 3 model, as its `fit` does from the shapes of a batch."""
         if self.has_call(model):
-            model._symbolic_build(data_batch=batch)
+            keras3.build_symbolically(model, batch)
         else:
             self.build_optimizer(model)
 
@@ -229,10 +261,16 @@ class KerasAPI:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None or not (model.built or not self.has_call(model)):
             return
-        if hasattr(optimizer, "_create_all_weights"):  # tf_keras.optimizers.legacy
-            optimizer._create_all_weights(model.trainable_variables)
+        if self.is_legacy and hasattr(optimizer, tf_keras.CREATE_ALL_WEIGHTS.attribute):
+            tf_keras.CREATE_ALL_WEIGHTS.of(optimizer)(model.trainable_variables)
         elif not getattr(optimizer, "built", getattr(optimizer, "_built", False)):
             optimizer.build(model.trainable_variables)
+
+
+def loss_arguments(loss: Any) -> dict[str, Any]:
+    """Return the arguments that a loss object of Keras passes to the function that it wraps."""
+    arguments = getattr(loss, "_fn_kwargs", None)
+    return loss.get_config() if arguments is None and hasattr(loss, "get_config") else dict(arguments or {})
 
 
 def _functional(model: Any) -> Any:

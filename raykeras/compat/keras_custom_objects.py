@@ -7,7 +7,6 @@ beside the model, so that lambdas, closures and classes of the same name can be 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import sys
 import types
@@ -24,9 +23,7 @@ Table = Mapping[str, Any]
 @contextlib.contextmanager
 def recorded(api: KerasAPI) -> Iterator[dict[str, Any]]:
     """Have Keras write custom objects by the names of a table while the block runs; yield the table."""
-    library = importlib.import_module(f"{api.name}.src.saving.serialization_lib")
-    registration = importlib.import_module(f"{api.name}.src.saving.object_registration")
-    original, original_name = library.serialize_keras_object, registration.get_registered_name
+    original, original_name = api.module.saving.serialize_keras_object, api.names.REGISTERED_NAME.get()
     table: dict[str, Any] = {}
     names: dict[int, str] = {}
 
@@ -60,8 +57,8 @@ def recorded(api: KerasAPI) -> Iterator[dict[str, Any]]:
             if name.startswith(f"{api.name}.") and vars(module).get("serialize_keras_object") is original:
                 stack.enter_context(patched(module, "serialize_keras_object", serialize))
         registered = lambda value: names.get(id(value)) or original_name(value)  # noqa: E731
-        stack.enter_context(patched(registration, "get_registered_name", registered))
-        stack.enter_context(patched(_lambda_module(api), "func_dump", lambda value: (add(value, value), None, None)))
+        stack.enter_context(api.names.REGISTERED_NAME.replaced(registered))
+        stack.enter_context(api.names.FUNC_DUMP.replaced(lambda value: (add(value, value), None, None)))
         yield table
 
 
@@ -100,19 +97,13 @@ class _CustomLoss:
 @contextlib.contextmanager
 def restored(api: KerasAPI, table: Table) -> Iterator[None]:
     """Have Keras resolve lambdas by the names of a table while the block runs."""
-    module = _lambda_module(api)
-    original = module.func_load
+    original = api.names.FUNC_LOAD.get()
 
     def load(code: Any, *args: Any, **kwargs: Any) -> Any:
         name = code[0] if isinstance(code, list | tuple) else code
         return table[name] if name in table else original(code, *args, **kwargs)
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(patched(module, "func_load", load))
+        stack.enter_context(api.names.FUNC_LOAD.replaced(load))
         stack.enter_context(api.loading())
         yield
-
-
-def _lambda_module(api: KerasAPI) -> Any:
-    """Return the module of Keras that writes and reads the code of lambdas."""
-    return importlib.import_module(f"{api.name}.src.utils.{'generic_utils' if api.is_legacy else 'python_utils'}")

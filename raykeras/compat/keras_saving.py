@@ -1,11 +1,15 @@
-"""Collect the weights that Keras saves in memory instead of a file."""
+"""Copy the weights that Keras saves into memory, and write the copies to a file later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from raykeras.compat.keras_api import KerasAPI
 
 
 class Buffers:
@@ -40,10 +44,10 @@ class VariableGroup(dict[str, np.ndarray]):
         self.path, self.metadata, self._buffers = path, metadata, buffers
 
     def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, self._buffers.copy(viewed(value)))
+        super().__setitem__(name, self._buffers.copy(_viewed(value)))
 
 
-def viewed(value: Any) -> np.ndarray:
+def _viewed(value: Any) -> np.ndarray:
     """Return a variable's values without a copy where possible; `numpy()` would copy them."""
     import tensorflow as tf
 
@@ -55,20 +59,66 @@ def viewed(value: Any) -> np.ndarray:
         return np.asarray(value)
 
 
-def collecting_store(groups: list[VariableGroup], buffers: Buffers) -> type:
-    """Return a replacement for Keras' `H5IOStore` that appends to `groups` instead of writing a file."""
+@dataclass(frozen=True)
+class CopiedWeights:
+    """Copies of the weights that Keras saved.
 
-    class CollectingStore:
+    Attributes:
+        store: The class of Keras that writes weights to a file.
+        buffers: Pool of memory for the copies.
+        groups: The copies, by the groups of the file.
+    """
+
+    store: Any
+    buffers: Buffers
+    groups: list[VariableGroup] = field(default_factory=list)
+
+    def write(self, path: str) -> None:
+        """Write the weights to a new HDF5 file."""
+        store = self.store(path, mode="w")
+        for group in self.groups:
+            stored_group = store.make(group.path, **({"metadata": group.metadata} if group.metadata else {}))
+            for name, value in group.items():
+                stored_group[name] = value
+        store.close()
+
+    def release(self) -> None:
+        """Return the memory to the pool; nothing is left to write."""
+        for group in self.groups:
+            self.buffers.give_back(group.values())
+        self.groups.clear()
+
+
+@contextlib.contextmanager
+def weights_copied(api: KerasAPI, buffers: Buffers) -> Iterator[CopiedWeights | None]:
+    """Have Keras copy the weights that it saves instead of writing them to a file while the block runs.
+
+    Yields:
+        The copies; None if this version of Keras writes them to a file.
+    """
+    store = api.names.H5_STORE.find()
+    if store is None:
+        yield None
+        return
+    copied = CopiedWeights(store, buffers)
+    with api.names.H5_STORE.replaced(_copying_store(copied)):
+        yield copied
+
+
+def _copying_store(copied: CopiedWeights) -> type:
+    """Return a replacement for Keras' `H5IOStore` that copies weights instead of writing a file."""
+
+    class CopyingStore:
         archive: Any = None
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             """Open nothing."""
 
         def make(self, path: str, metadata: Any = None) -> VariableGroup:
-            groups.append(VariableGroup(path, metadata, buffers))
-            return groups[-1]
+            copied.groups.append(VariableGroup(path, metadata, copied.buffers))
+            return copied.groups[-1]
 
         def close(self) -> None:
             """Close nothing."""
 
-    return CollectingStore
+    return CopyingStore

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.data.util import structure
 
-from raykeras.compat.patch import Proxy, patched
+from raykeras.compat.patch import Proxy
+from raykeras.compat.versions import PrivateName
+
+COORDINATOR = PrivateName(
+    "tensorflow.python.distribute.mirrored_run:coordinator",
+    "notice at once when the threads of replicas end",
+    "each start of several replicas takes up to a second longer",
+)
+COLLECTIVE_KEY_BASE = PrivateName(
+    "tensorflow:distribute.MirroredStrategy._collective_key_base",
+    "separate the collectives of successive strategies in a process",
+    "training a second time in a process may fail if its dtypes differ from those of the first",
+)
+LOCAL_DEVICES = PrivateName(
+    "tensorflow.python.distribute.collective_all_reduce_strategy:CollectiveAllReduceExtended._initialize_local_devices",
+    "run several replicas on the CPUs of each of several workers",
+    parameters=("self", "cluster_resolver", "worker_device"),
+)
+CONTEXT = PrivateName(
+    "tensorflow.python.eager.context:context",
+    "make idle threads sleep",
+    "idle threads of TensorFlow busy-wait",
+    parameters=(),
+)
+INSTANCE_NAMES = (
+    "tensorflow.python.eager.context.Context._config",
+    "tensorflow.python.eager.context.Context._initialized",
+    "tensorflow.data.Iterator._dataset",
+)
+"""Attributes of instances that this module reads or sets."""
 
 _JOIN_S = 1.0
+
+# TensorFlow remembers the dtype of each collective key for the life of the process. Its tests leave the same distance
+# between strategies.
+_key_bases = itertools.count(100_000, 100_000)
 
 
 @contextlib.contextmanager
@@ -20,16 +53,26 @@ def replicas_joined() -> Iterator[None]:
 
     TensorFlow polls them once per second, often just before one ends.
     """
-    from tensorflow.python.distribute import mirrored_run as module
 
-    class Coordinator(module.coordinator.Coordinator):
+    class Coordinator(tf.train.Coordinator):
         def join(self, threads: Sequence[Any], *args: Any, **kwargs: Any) -> None:
             for thread in threads:
                 thread.join(_JOIN_S)
             super().join(threads, *args, **kwargs)
 
-    with patched(module, "coordinator", Proxy(module.coordinator, Coordinator=Coordinator)):
+    module = COORDINATOR.find()
+    if module is None:
         yield
+        return
+    with COORDINATOR.replaced(Proxy(module, Coordinator=Coordinator)):
+        yield
+
+
+def separate_collectives() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which a `MirroredStrategy` gets other collective keys than those before it."""
+    if COLLECTIVE_KEY_BASE.find() is None:
+        return contextlib.nullcontext()
+    return COLLECTIVE_KEY_BASE.replaced(next(_key_bases))
 
 
 def rest_idle_threads() -> None:
@@ -37,19 +80,17 @@ def rest_idle_threads() -> None:
 
     This is possible only before TensorFlow's context is initialised. A configuration of the user's is left unchanged.
     """
-    from tensorflow.core.protobuf.config_pb2 import ConfigProto
-    from tensorflow.python.eager.context import context
-
-    tensorflow = context()
-    if tensorflow._initialized or tensorflow._config is not None:
+    get_context = CONTEXT.find()
+    if get_context is None:
         return
-    tensorflow._config = ConfigProto(experimental=ConfigProto.Experimental(disable_thread_spinning=True))
+    context, proto = get_context(), tf.compat.v1.ConfigProto
+    if not getattr(context, "_initialized", True) and getattr(context, "_config", proto()) is None:
+        context._config = proto(experimental=proto.Experimental(disable_thread_spinning=True))
 
 
 @contextlib.contextmanager
 def cpu_replicas(count: int) -> Iterator[None]:
     """Let `MultiWorkerMirroredStrategy` use `count` logical CPUs, not only the first, while the block runs."""
-    from tensorflow.python.distribute import collective_all_reduce_strategy as module
 
     def devices(_: Any, cluster_resolver: Any, worker_device: str) -> tuple[tuple[str, ...], str]:
         return tuple(f"{worker_device}/device:CPU:{i}" for i in range(count)), "CPU"
@@ -57,7 +98,7 @@ def cpu_replicas(count: int) -> Iterator[None]:
     if count < 2:
         yield
         return
-    with patched(module.CollectiveAllReduceExtended, "_initialize_local_devices", devices):
+    with LOCAL_DEVICES.replaced(devices):
         yield
 
 
@@ -68,14 +109,18 @@ def has_threads_of_its_own(iterator: Any) -> bool:
 
 
 def next_in_this_thread(iterator: Any) -> Any:
-    """Return `next(iterator)` in a `tf.function`, computed by the calling thread.
+    """Return `next(iterator)` in a `tf.function`, computed by the calling thread if all its tensors are dense.
 
     Args:
         iterator: A `tf.data.Iterator`.
     """
+    specs = tf.nest.flatten(iterator.element_spec)
+    if not all(isinstance(spec, tf.TensorSpec) for spec in specs):
+        return next(iterator)
+    (resource,) = tf.nest.flatten(iterator, expand_composites=True)
     tensors = tf.raw_ops.IteratorGetNextSync(
-        iterator=iterator._iterator_resource,
-        output_types=iterator._flat_output_types,
-        output_shapes=iterator._flat_output_shapes,
+        iterator=resource,
+        output_types=[spec.dtype for spec in specs],
+        output_shapes=[spec.shape for spec in specs],
     )
-    return structure.from_compatible_tensor_list(iterator.element_spec, tensors)
+    return tf.nest.pack_sequence_as(iterator.element_spec, tensors)

@@ -5,14 +5,17 @@ A module of `compat` declares each private name that it uses as a `PrivateName`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raykeras.compat.patch import patched, patched_method
 from raykeras.core.errors import RaykerasError
 
 TESTED: Mapping[str, str] = {
@@ -22,6 +25,17 @@ TESTED: Mapping[str, str] = {
     "tf_keras": ">=2.21,<2.22",
 }
 """Version ranges that the tests pass with, as `pyproject.toml` states them."""
+
+
+def is_tested(package: str, version: str) -> bool:
+    """Return whether a version of a package is in the range of `TESTED`."""
+    bounds = re.findall(r"(>=|<)([\d.]+)", TESTED[package])
+    return all((_release(version) < _release(bound)) == (operator == "<") for operator, bound in bounds)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, without a suffix such as "rc1"."""
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^\d.]", version)[0])))
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,11 @@ class PrivateName:
     def package(self) -> str:
         return self.path.split(".")[0].split(":")[0]
 
+    @property
+    def attribute(self) -> str:
+        """The last part of the path."""
+        return re.split("[.:]", self.path)[-1]
+
     def get(self) -> Any:
         """Return the object.
 
@@ -53,7 +72,7 @@ class PrivateName:
         try:
             return self._resolve()
         except (ImportError, AttributeError):
-            raise RaykerasError(f"{self._missing()} Install `{self.package}{TESTED[self.package]}`.") from None
+            raise self._error() from None
 
     def find(self) -> Any:
         """Return the object, or None with one warning per process if the package does not have it."""
@@ -63,12 +82,52 @@ class PrivateName:
             _warn_once(f"{self._missing()} Without it, {self.fallback}. Tested: {TESTED[self.package]}.")
             return None
 
+    def of(self, instance: Any) -> Any:
+        """Return the attribute of an instance of the class.
+
+        Raises:
+            RaykerasError: The instance does not have it.
+        """
+        try:
+            return getattr(instance, self.attribute)
+        except AttributeError:
+            raise self._error() from None
+
+    @contextlib.contextmanager
+    def replaced(self, value: Any) -> Iterator[None]:
+        """Replace the object in its module or class while the block runs.
+
+        Raises:
+            RaykerasError: The installed version of the package does not have it.
+        """
+        self.get()
+        with patched(self._owner(), self.attribute, value):
+            yield
+
+    @contextlib.contextmanager
+    def replaced_on(self, instance: Any, value: Any) -> Iterator[None]:
+        """Replace the method of one instance while the block runs.
+
+        Raises:
+            RaykerasError: The instance does not have it.
+        """
+        self.of(instance)
+        with patched_method(instance, self.attribute, value):
+            yield
+
     def _resolve(self) -> Any:
+        return getattr(self._owner(), self.attribute)
+
+    def _owner(self) -> Any:
+        """Return the module or class that has the attribute."""
         module, _, attributes = self.path.partition(":")
-        value: Any = importlib.import_module(module)
-        for attribute in attributes.split("."):
-            value = getattr(value, attribute)
-        return value
+        owner: Any = importlib.import_module(module)
+        for attribute in attributes.split(".")[:-1]:
+            owner = getattr(owner, attribute)
+        return owner
+
+    def _error(self) -> RaykerasError:
+        return RaykerasError(f"{self._missing()} Install `{self.package}{TESTED[self.package]}`.")
 
     def _missing(self) -> str:
         version = importlib.metadata.version(self.package)

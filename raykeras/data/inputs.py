@@ -355,7 +355,7 @@ def _refuse_raw_dataset(name: str, value: Any) -> None:
 
 
 def split_rows(opened: OpenSource, fraction: float) -> tuple[OpenSource, OpenSource]:
-    """Split off the last fraction of the rows, with the rounding of Keras' `train_validation_split`.
+    """Split off the last fraction of the rows, rounded as Keras rounds `validation_split`.
 
     Returns:
         The rows to train on, and those to validate with.

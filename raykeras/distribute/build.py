@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.tf_keras import build_losses_and_metrics
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.tf_dataset import dtype_of
 from raykeras.distribute.model_checks import check_model
@@ -37,18 +36,7 @@ def make_variables(model: Any, api: KerasAPI, batch_spec: BatchSpec, strategy: t
             api.build_optimizer(model)
             return
         x, y = (*batch, None)[:2]
-        predicted = model(x, training=False)
-        with contextlib.suppress(AttributeError):  # a model with a custom `train_step` may lack these containers
-            if not model.compiled_loss._built:
-                model.compiled_loss.build(predicted)
-            if not model.compiled_metrics._built:
-                model.compiled_metrics.build(predicted, y)
-            outputs = zip(tf.nest.flatten(y), tf.nest.flatten(predicted), strict=False)
-            for metrics, (true, output) in zip(_by_output(model.compiled_metrics), outputs, strict=False):
-                for metric in metrics:
-                    # metrics such as F1Score create their variables in `build(y_true_shape, y_pred_shape)`
-                    if not metric.variables and len(inspect.signature(metric.build).parameters) == 2:
-                        metric.build(true.shape, output.shape)
+        build_losses_and_metrics(model, y, model(x, training=False))
         api.build_optimizer(model)
 
 
@@ -82,9 +70,3 @@ def load_variables(model: Any, api: KerasAPI, values: Sequence[np.ndarray] | Non
     api.build_optimizer(model)
     for variable, value in zip(api.variables(model), values or (), strict=True):
         variable.assign(value)
-
-
-def _by_output(compiled: Any) -> Iterator[list[Any]]:
-    """Yield the metrics of a tf_keras metrics container, one list per output."""
-    for pair in zip(compiled._metrics, compiled._weighted_metrics, strict=True):
-        yield [metric for metric in tf.nest.flatten(pair) if metric is not None]

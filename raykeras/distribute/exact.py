@@ -13,10 +13,10 @@ weights each loss without communication between workers where possible:
 A custom `train_step`, `test_step` or `compute_loss` gets the loss of the global batch, because it passes it to metrics
 and logs; the gradient is that of the replica's part.
 
-Keras 3 needs more with several workers (keras-team/keras#20585). `_maybe_symbolic_build` reduces a batch across workers
-to infer shapes; the model is built from the batch spec instead. `reduce_per_replica` cannot reduce scalars; it returns
-the metrics' results merged over all replicas, which also makes the logs of each step exact. Keras also clips gradients
-before it sums them over the replicas; here they are summed first.
+Keras 3 needs more with several workers (keras-team/keras#20585). To infer shapes, it reduces a batch across workers;
+here the model is built from the batch spec instead. It cannot reduce logs that are scalars; here they are the metrics'
+results merged over all replicas, which also makes the logs of each step exact. Keras also clips gradients before it
+sums them over the replicas; here they are summed first.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ import tensorflow as tf
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import patched_method
 from raykeras.compat.tensorflow import replicas_joined
+from raykeras.compat.tf_keras import losses_in_layers
 from raykeras.core.errors import ModelError
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.elements import unpacked
 from raykeras.distribute.exact_keras import patch_keras
-from raykeras.distribute.exact_tf_keras import losses_in_layers, patch_tf_keras
+from raykeras.distribute.exact_tf_keras import patch_tf_keras
 from raykeras.distribute.loss_probe import probe_reductions
 from raykeras.distribute.weighting import ScalarLosses, current
-
-TESTED_KERAS = ("3.12", "3.15")
-TESTED_TF_KERAS = ("2.21",)
 
 
 @contextlib.contextmanager
@@ -60,17 +58,11 @@ def exact(
         sample: Tensors of a few rows to probe scalar losses with, in the order of `batch_spec.tensors`.
 
     Raises:
-        ModelError: If this version of Keras is untested, or a loss cannot be exact on several replicas.
+        ModelError: If a loss cannot be exact on several replicas.
     """
     if strategy is None:
         yield
         return
-    tested = TESTED_TF_KERAS if api.is_legacy else TESTED_KERAS
-    if not api.version.startswith(tuple(f"{v}." for v in tested)):
-        raise ModelError(
-            f"Several replicas need a version of {api.name} that raykeras was tested with: {', '.join(tested)}; got "
-            f"{api.version}. Install `{api.name}=={tested[-1]}.*`, or train on one replica."
-        )
     if not api.has_call(model):  # its losses cannot be probed
         raise _unweighted_loss()
     with contextlib.ExitStack() as stack:
@@ -88,7 +80,7 @@ def exact(
 
 
 def building(api: KerasAPI, strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a model can be built under a strategy."""
+    """Return a context in which a model can be built under a strategy; its layers may call losses of tf_keras."""
     return losses_in_layers() if api.is_legacy and strategy is not None else contextlib.nullcontext()
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import tensorflow as tf
 
+from raykeras.compat import keras3
+from raykeras.compat.keras3 import LossFunctions
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.patch import Proxy, patched, patched_method
+from raykeras.compat.patch import patched, patched_method
 from raykeras.core.errors import ModelError
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.distribute.build import zeros
@@ -44,89 +46,85 @@ def patch_keras(
         strategy: Strategy over several replicas.
         scalar_losses: Kinds of the scalar losses; set after the probe.
     """
-    from keras.src.backend.tensorflow import trainer
-    from keras.src.losses import loss as loss_module
-    from keras.src.trainers import compile_utils
-
-    api = KerasAPI("keras")
+    api, logs = KerasAPI("keras"), ReplicaLogs(model)
     with strategy.scope():
         api.build_symbolically(model, zeros(batch_spec))
-    stack.enter_context(patched_method(model, "_maybe_symbolic_build", lambda iterator=None, data_batch=None: None))
-    unscale_output = _unscale_output(loss_module)
+    stack.enter_context(keras3.unbuilt_by_fit(model))
     patch_own_calls(
-        stack, model, loss_module.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v
+        stack, model, api.module.losses.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v
     )
-    for functions in (_scaling_functions(loss_module), _reduction_functions(loss_module, scalar_losses)):
-        for name, value in functions.items():
-            stack.enter_context(patched(loss_module, name, value))
-    proxy = Proxy(loss_module, unscale_loss_for_distribution=unscale_output)
-    stack.enter_context(patched(compile_utils, "loss_module", proxy))
-    original, logs = trainer.reduce_per_replica, ReplicaLogs(model)
-
-    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
-        is_logs = reduction == "auto" and isinstance(values, dict)
-        return logs.reduced(values, strategy) if is_logs else original(values, strategy, reduction)
-
+    stack.enter_context(
+        keras3.loss_functions_replaced(lambda original: _WeightedLosses(original, scalar_losses).functions())
+    )
     stack.enter_context(patched_method(model, "get_metrics_result", logs.get_metrics_result))
-    stack.enter_context(patched(trainer, "reduce_per_replica", reduce_per_replica))
-    stack.enter_context(patched_method(model, "_aggregate_additional_loss", _weight_added_loss(model, scalar_losses)))
+    stack.enter_context(api.logs_reduced_by(logs.reduced))
+    stack.enter_context(
+        keras3.added_loss_replaced(model, lambda original: _weight_added_loss(original, model, scalar_losses))
+    )
     _patch_optimizer(stack, model)
     if api.has_own_steps(model):
-        base = trainer.base_trainer.Trainer
-        compute_loss = base.compute_loss
-
-        def global_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return as_whole(compute_loss(self, *args, **kwargs))
-
-        stack.enter_context(patched(base, "compute_loss", global_loss))
+        _patch_compute_loss(stack, api.base_with(model, "compute_loss"))
         patch_means(stack, model, api.module.metrics.Mean)
         logs.note_results(stack)
 
 
-def _scaling_functions(loss_module: Any) -> dict[str, Callable[..., Any]]:
-    """Return functions that weight a mean by the replica's share instead of by 1 / num_replicas."""
-    original_scale = loss_module.scale_loss_for_distribution
-    original_unscale = loss_module.unscale_loss_for_distribution
+def _patch_compute_loss(stack: contextlib.ExitStack, base: Any) -> None:
+    """Let Keras' `compute_loss` return the loss of the global batch."""
+    compute_loss = base.compute_loss
 
-    def scale(value: Any) -> Any:
-        return original_scale(value) if current.share is None else scaled(value)
+    def global_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return as_whole(compute_loss(self, *args, **kwargs))
 
-    def unscale(value: Any) -> Any:
+    stack.enter_context(patched(base, "compute_loss", global_loss))
+
+
+class _WeightedLosses:
+    """Weights losses by the replica's share instead of by 1 / num_replicas.
+
+    Args:
+        original: Keras' functions.
+        scalar_losses: Kinds of the scalar losses.
+    """
+
+    def __init__(self, original: LossFunctions, scalar_losses: ScalarLosses) -> None:
+        self._original, self._scalar_losses = original, scalar_losses
+
+    def functions(self) -> LossFunctions:
+        """Return the functions that replace Keras' functions."""
+        return LossFunctions(
+            reduce_values=self._reduce_values,
+            reduce_weighted_values=self._reduce_weighted_values,
+            apply_mask=self._apply_mask,
+            scale=self._scale,
+            unscale=self._unscale,
+            unscale_output=self._unscale_output,
+        )
+
+    def _scale(self, value: Any) -> Any:
+        return self._original.scale(value) if current.share is None else scaled(value)
+
+    def _unscale(self, value: Any) -> Any:
         if current.share is None:
-            return original_unscale(value)
+            return self._original.unscale(value)
         return value if current.whole else unscaled(value)
 
-    return {"scale_loss_for_distribution": scale, "unscale_loss_for_distribution": unscale}
-
-
-def _unscale_output(loss_module: Any) -> Callable[[Any], Any]:
-    """Return the function that unscales the loss of one output for its metric."""
-    original = loss_module.unscale_loss_for_distribution
-
-    def unscale_output(value: Any) -> Any:
+    def _unscale_output(self, value: Any) -> Any:
         # a traced batch has no static size, so Keras' metric counts each replica as one batch
         if current.share is None or tf.inside_function():
-            return original(value)
+            return self._original.unscale_output(value)
         return unscaled(value)
 
-    return unscale_output
-
-
-def _reduction_functions(loss_module: Any, scalar_losses: ScalarLosses) -> dict[str, Callable[..., Any]]:
-    """Return functions that total weights and masks over all replicas, and weight scalars by their kind."""
-    original_reduce, original_mask = loss_module.reduce_values, loss_module.apply_mask
-    original_weighted = loss_module.reduce_weighted_values
-
-    def reduce_values(values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
+    def _reduce_values(self, values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
         if reduction == "sum":
             current.weighed = True
         if current.share is None or reduction != "mean_with_sample_weight" or sample_weight is None:
-            return original_reduce(values, sample_weight, reduction)
+            return self._original.reduce_values(values, sample_weight, reduction)
         current.weighed = True
         total_weight = sum_over_replicas(tf.cast(tf.reduce_sum(sample_weight), values.dtype))
         return tf.math.divide_no_nan(tf.reduce_sum(values), total_weight)
 
-    def reduce_weighted_values(
+    def _reduce_weighted_values(
+        self,
         values: Any,
         sample_weight: Any = None,
         mask: Any = None,
@@ -136,32 +134,25 @@ def _reduction_functions(loss_module: Any, scalar_losses: ScalarLosses) -> dict[
         kind, current.reduced = None, True
         if len(values.shape) == 0:
             values = tf.cast(values, dtype or values.dtype)
-            kind = scalar_losses.loss(values)
+            kind = self._scalar_losses.loss(values)
         if kind is None:
-            return original_weighted(values, sample_weight, mask, reduction, dtype)
+            return self._original.reduce_weighted_values(values, sample_weight, mask, reduction, dtype)
         current.weighed = True
         value = values * weight_factor(sample_weight, mask, reduction, values.dtype)
         return scaled(value) if kind == "mean" else value
 
-    def apply_mask(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
+    def _apply_mask(self, sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
         share = current.share
         if mask is None or share is None or reduction not in ("mean", "sum_over_batch_size"):
-            return original_mask(sample_weight, mask, dtype, reduction)
-        weight = original_mask(sample_weight, mask, dtype, reduction)
+            return self._original.apply_mask(sample_weight, mask, dtype, reduction)
+        weight = self._original.apply_mask(sample_weight, mask, dtype, reduction)
         local_count = tf.reduce_sum(tf.cast(mask, weight.dtype))
         total_count = sum_over_replicas(local_count)
         return weight * tf.math.divide_no_nan(local_count, total_count * tf.cast(share, weight.dtype))
 
-    return {
-        "reduce_values": reduce_values,
-        "reduce_weighted_values": reduce_weighted_values,
-        "apply_mask": apply_mask,
-    }
 
-
-def _weight_added_loss(model: Any, scalar_losses: ScalarLosses) -> Callable[[Any], Any]:
+def _weight_added_loss(original: Callable[[Any], Any], model: Any, scalar_losses: ScalarLosses) -> Callable[[Any], Any]:
     """Return a function that weights each loss of `add_loss` as the mean or sum that the probe found."""
-    original = model._aggregate_additional_loss
 
     def add(loss: Any) -> Any:
         record, value = current_record(), tf.reduce_sum(loss)
@@ -192,7 +183,11 @@ def _patch_optimizer(stack: contextlib.ExitStack, model: Any) -> None:
         )
     if not (optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue):
         return
-    original = optimizer._clip_gradients
+    stack.enter_context(keras3.clipping_replaced(optimizer, _clip_sums))
+
+
+def _clip_sums(original: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any]], list[Any]]:
+    """Return a function that clips the sums of the replicas' gradients with Keras' function."""
 
     def clip(gradients: Sequence[Any]) -> list[Any]:
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -200,4 +195,4 @@ def _patch_optimizer(stack: contextlib.ExitStack, model: Any) -> None:
         # Keras sums the returned gradients over the replicas again
         return [None if g is None else g / num_replicas for g in original(totals)]
 
-    stack.enter_context(patched_method(optimizer, "_clip_gradients", clip))
+    return clip

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from raykeras.compat import tf_keras
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.patch import Proxy, patched, patched_method
+from raykeras.compat.patch import Proxy, patched_method
+from raykeras.compat.tf_keras import LossFunctions
 from raykeras.distribute.loss_probe import Kind, current_record
 from raykeras.distribute.replica_logs import ReplicaLogs
 from raykeras.distribute.weighting import (
@@ -24,20 +27,6 @@ from raykeras.distribute.weighting import (
 )
 
 
-def losses_in_layers() -> contextlib.AbstractContextManager[None]:
-    """Allow layers to call Keras losses under a strategy while the block runs.
-
-    tf_keras refuses such calls. Their results are weighted in `add_loss`.
-    """
-    from tf_keras.src.losses import Loss
-    from tf_keras.src.utils.losses_utils import ReductionV2
-
-    def get_reduction(loss: Any) -> Any:
-        return ReductionV2.SUM_OVER_BATCH_SIZE if loss.reduction == ReductionV2.AUTO else loss.reduction
-
-    return patched(Loss, "_get_reduction", get_reduction)
-
-
 def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses) -> None:
     """Weight losses and merge metrics over all replicas.
 
@@ -46,79 +35,104 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
         model: A compiled model, created under a strategy.
         losses: Kinds of the scalar losses; set after the probe.
     """
-    from tf_keras.src.engine import compile_utils, training
-    from tf_keras.src.losses import Loss
-    from tf_keras.src.utils import losses_utils
-
-    stack.enter_context(losses_in_layers())
-    patch_own_calls(stack, model, Loss, losses, lambda value, kind, loss: weight_by_kind(value, kind, loss.reduction))
-    original_scale = losses_utils.scale_loss_for_distribution
-    original_weighted = losses_utils.compute_weighted_loss
-    original_call = compile_utils.LossesContainer.__call__
-    api = KerasAPI("tf_keras")
-    has_custom_steps = api.has_own_steps(model)
-    if has_custom_steps:
+    api, logs = KerasAPI("tf_keras"), ReplicaLogs(model)
+    has_own_steps = api.has_own_steps(model)
+    stack.enter_context(tf_keras.losses_in_layers())
+    patch_own_calls(
+        stack, model, api.module.losses.Loss, losses, lambda value, kind, loss: _part_of(value, kind, loss.reduction)
+    )
+    if has_own_steps:
         patch_means(stack, model, api.module.metrics.Mean)
+    stack.enter_context(patched_method(model, "get_metrics_result", logs.get_metrics_result))
+    stack.enter_context(api.logs_reduced_by(logs.reduced))
+    stack.enter_context(
+        tf_keras.loss_functions_replaced(lambda original: _WeightedLosses(original, losses, has_own_steps).functions())
+    )
 
-    def scale(value: Any) -> Any:
-        return original_scale(value) if current.share is None else scaled(value)
 
-    def compute_weighted_loss(
-        values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size", name: Any = None
+class _WeightedLosses:
+    """Weights losses by the replica's share instead of by 1 / num_replicas.
+
+    Args:
+        original: tf_keras' functions.
+        losses: Kinds of the scalar losses.
+        is_whole: Whether the model's own steps get the loss of the global batch.
+    """
+
+    def __init__(self, original: LossFunctions, losses: ScalarLosses, is_whole: bool) -> None:
+        self._original, self._losses, self._is_whole = original, losses, is_whole
+
+    def functions(self) -> LossFunctions:
+        """Return the functions that replace tf_keras' functions."""
+        return LossFunctions(
+            scale=self._scale,
+            compute_weighted_loss=self._compute_weighted_loss,
+            compute_total_loss=self._compute_total_loss,
+            get_strategy=self._get_strategy,
+        )
+
+    def _scale(self, value: Any) -> Any:
+        return self._original.scale(value) if current.share is None else scaled(value)
+
+    def _compute_weighted_loss(
+        self, values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size", name: Any = None
     ) -> Any:
         values, current.reduced = tf.convert_to_tensor(values), True
-        kind = losses.loss(values) if values.shape.rank == 0 else None
+        kind = self._losses.loss(values) if values.shape.rank == 0 else None
         if kind is None:
-            return original_weighted(values, sample_weight, reduction, name)
-        return weight_by_kind(values * weight_factor(sample_weight, None, reduction, values.dtype), kind, reduction)
+            return self._original.compute_weighted_loss(values, sample_weight, reduction, name)
+        return _part_of(values * weight_factor(sample_weight, None, reduction, values.dtype), kind, reduction)
 
-    def weight_by_kind(value: Any, kind: Kind, reduction: str) -> Any:
-        if reduction not in ("auto", "sum_over_batch_size"):  # Keras does not scale it
-            current.weighed = True
-            return scaled(value) if kind == "mean" else value
-        return defined(value) if kind == "mean" else unscaled(value)
-
-    def replica_loss(
-        self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None, regularization_losses: Any = None
+    def _compute_total_loss(
+        self,
+        container: Any,
+        y_true: Any,
+        y_pred: Any,
+        sample_weight: Any = None,
+        regularization_losses: Sequence[Any] | None = None,
     ) -> Any:
-        record, values = current_record(), list(regularization_losses or ())
+        added = list(regularization_losses or ())
+        record = current_record()
         if record is not None:
-            record.added.extend(values)
-        if record is not None or current.share is None:
-            return original_call(self, y_true, y_pred, sample_weight, values)
-        kinds = losses.added(len(values))
-        added = [defined(v) if kind == "mean" else unscaled(v) for v, kind in zip(values, kinds, strict=True)]
-        if any(target is not None for target in tf.nest.flatten(y_true)):
-            return original_call(self, y_true, y_pred, sample_weight, added)
-        mean, num_replicas = self._total_loss_mean, tf.distribute.get_strategy().num_replicas_in_sync
-        original_update = mean.update_state  # without y it counts each replica as one batch
+            record.added.extend(added)
+        elif current.share is not None:
+            kinds = self._losses.added(len(added))
+            added = [defined(v) if kind == "mean" else unscaled(v) for v, kind in zip(added, kinds, strict=True)]
+        has_targets = any(target is not None for target in tf.nest.flatten(y_true))
+        counts_replicas = record is None and current.share is not None and not has_targets
+        with _rows_counted(container, y_pred) if counts_replicas else contextlib.nullcontext():
+            loss = self._original.compute_total_loss(container, y_true, y_pred, sample_weight, added)
+        return as_whole(loss) if self._is_whole and loss is not None else loss
 
-        def update_state(value: Any, sample_weight: Any = None) -> Any:
-            return original_update(scaled(value) * num_replicas, sample_weight=sample_weight)
-
-        with patched_method(mean, "update_state", update_state):
-            return original_call(self, y_true, y_pred, sample_weight, added)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        loss = replica_loss(*args, **kwargs)
-        return as_whole(loss) if has_custom_steps and loss is not None else loss
-
-    def get_strategy() -> Any:
-        strategy = tf.distribute.get_strategy()
+    def _get_strategy(self) -> Any:
+        strategy = self._original.get_strategy()
         if current.share is None:
             return strategy
         # tf_keras multiplies a sum over rows by this number for its metric; 1 / share also suits unequal replicas
         return Proxy(strategy, num_replicas_in_sync=unscaled(tf.ones(())))
 
-    def reduce_per_replica(values: Any, strategy: Any, reduction: str) -> Any:
-        is_logs = reduction == "auto" and isinstance(values, dict)
-        return logs.reduced(values, strategy) if is_logs else original_per_replica(values, strategy, reduction)
 
-    original_per_replica, logs = training.reduce_per_replica, ReplicaLogs(model)
-    stack.enter_context(patched_method(model, "get_metrics_result", logs.get_metrics_result))
-    stack.enter_context(patched(training, "reduce_per_replica", reduce_per_replica))
-    stack.enter_context(patched(losses_utils, "scale_loss_for_distribution", scale))
-    stack.enter_context(patched(losses_utils, "compute_weighted_loss", compute_weighted_loss))
-    stack.enter_context(patched(compile_utils.LossesContainer, "__call__", call))
-    proxy = Proxy(tf, distribute=Proxy(tf.distribute, get_strategy=get_strategy))
-    stack.enter_context(patched(compile_utils, "tf", proxy))
+def _part_of(value: Any, kind: Kind, reduction: str) -> Any:
+    """Return the part of a scalar loss from which tf_keras' reduction makes this replica's part of the batch's loss."""
+    if reduction not in ("auto", "sum_over_batch_size"):  # Keras does not scale it
+        current.weighed = True
+        return scaled(value) if kind == "mean" else value
+    return defined(value) if kind == "mean" else unscaled(value)
+
+
+def _rows_counted(container: Any, y_pred: Any) -> contextlib.AbstractContextManager[None]:
+    """Let the metric of a total loss without targets count rows in a context; it counts each replica as one batch.
+
+    Args:
+        container: The model's container of losses.
+        y_pred: The predictions.
+    """
+    if not container.built:
+        container.build(y_pred)
+    mean, num_replicas = container.metrics[0], tf.distribute.get_strategy().num_replicas_in_sync
+    update_mean = mean.update_state
+
+    def update_state(value: Any, sample_weight: Any = None) -> Any:
+        return update_mean(scaled(value) * num_replicas, sample_weight=sample_weight)
+
+    return patched_method(mean, "update_state", update_state)

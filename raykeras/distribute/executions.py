@@ -21,12 +21,19 @@ from typing import Any
 
 import tensorflow as tf
 
+from raykeras.compat.keras3 import reduced_logs
+from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import patched_method
 from raykeras.compat.tensorflow import has_threads_of_its_own, next_in_this_thread
 from raykeras.core.config import Scale
 
 Left = Callable[[int], int]
 """Maps the largest number of steps of the next execution to the number of steps to run in it."""
+
+
+def is_countable(model: Any) -> bool:
+    """Return whether Keras' own functions run the steps of a Keras 3 model, not functions that its class overrides."""
+    return all(KerasAPI("keras").is_plain(model, f"make_{kind}_function") for kind in ("train", "test"))
 
 
 @contextlib.contextmanager
@@ -109,20 +116,19 @@ def _patched_function(model: Any, kind: str, left: Left | None) -> Iterator[None
 
 def _make_function(model: Any, step: Callable[[Any], Any], left: Left | None) -> Callable[[Any], Any]:
     """Return a function that runs the next steps on an iterator and returns the logs of the last one."""
-    from keras.src.backend.tensorflow import trainer
-
     strategy = model.distribute_strategy
 
     @tf.autograph.experimental.do_not_convert
     def one_step(data: Any) -> Any:
-        return trainer.reduce_per_replica(strategy.run(step, args=(data,)), strategy, reduction="auto")
+        logs = strategy.run(step, args=(data,))
+        return logs if strategy.num_replicas_in_sync == 1 else reduced_logs(logs, strategy)
 
     if not model.run_eagerly:
         one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
 
     @tf.autograph.experimental.do_not_convert
-    def execution(iterator: Any, num_steps: tf.Tensor, has_private_threads: bool) -> Any:
-        get_next = next if model.run_eagerly or not has_private_threads else next_in_this_thread
+    def execution(iterator: Any, num_steps: tf.Tensor, has_own_threads: bool) -> Any:
+        get_next = next if model.run_eagerly or not has_own_threads else next_in_this_thread
         return tf.while_loop(
             lambda i, _: i < num_steps,
             lambda i, _: (i + 1, one_step(get_next(iterator))),
@@ -138,7 +144,7 @@ def _make_function(model: Any, step: Callable[[Any], Any], left: Left | None) ->
         execution = tf.function(execution, reduce_retracing=True)
         next_step = tf.function(next_step, reduce_retracing=True)
 
-    private_threads_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # the lookup is slow
+    known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # the lookup is slow
 
     def function(iterator: Any) -> Any:
         if not isinstance(iterator, tf.data.Iterator | tf.distribute.DistributedIterator):
@@ -150,8 +156,8 @@ def _make_function(model: Any, step: Callable[[Any], Any], left: Left | None) ->
                     logs = next_step(iterator)
             return logs
         num_steps = left(model.steps_per_execution)
-        if iterator not in private_threads_of:
-            private_threads_of[iterator] = has_threads_of_its_own(iterator)
-        return execution(iterator, tf.constant(num_steps), private_threads_of[iterator])
+        if iterator not in known:
+            known[iterator] = has_threads_of_its_own(iterator)
+        return execution(iterator, tf.constant(num_steps), known[iterator])
 
     return function

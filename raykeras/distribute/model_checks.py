@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.keras_api import KerasAPI, loss_arguments
 from raykeras.core.config import Scale
 from raykeras.core.errors import ModelError
 from raykeras.core.structures import is_deep
@@ -55,7 +55,7 @@ def _with_listed_weights(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> Ba
     names, weights = api.output_names(model), batch_spec.role("sample_weight")
     if api.is_legacy or names is None or isinstance(model.outputs, dict) or batch_spec.is_sequence("sample_weight"):
         return batch_spec
-    struct = getattr(model, "_outputs_struct", None)
+    struct = api.output_structure(model)
     if not isinstance(struct, list | tuple) or {str(t.name) for t in weights} != set(names):
         return batch_spec
     return batch_spec.with_structure("sample_weight", tuple(names))
@@ -106,7 +106,7 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
             "Pass an array, or a list or dict of arrays."
         )
     text = [tensor for tensor in tensors if tensor.kind == "string"]
-    if text and not any(tensor.dtype in ("string", "object") for tensor in _input_tensors(model)):
+    if text and not any(tensor.dtype in ("string", "object") for tensor in model.inputs):
         columns = ", ".join(repr(name) for tensor in text for name in tensor.columns or (tensor.label,))
         raise ModelError(
             f"A numeric input needs numeric data; {columns} holds text. Leave it out, convert it to numbers in "
@@ -144,11 +144,6 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
         if name not in tensor_of:
             raise ModelError(f"x must name all of the model's inputs; {name!r} is missing. Got: {listed(tensor_of)}.")
         _check_shape(name, shape, tensor_of[name])
-
-
-def _input_tensors(model: Any) -> list[Any]:
-    inner = getattr(model, "_functional", None) or model
-    return list(inner.inputs)
 
 
 def _check_outputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
@@ -211,7 +206,7 @@ def _takes_labels(loss: Any) -> bool:
     loss_type = loss if isinstance(loss, types.FunctionType) else type(loss)
     if loss_type.__module__.split(".")[0] not in ("keras", "tf_keras"):
         return False
-    options = getattr(loss, "_fn_kwargs", {})
+    options = {} if isinstance(loss, types.FunctionType) else loss_arguments(loss)
     is_default = options.get("ignore_class") is None and options.get("axis", -1) == -1
     return is_default and loss_type.__name__ in ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
 

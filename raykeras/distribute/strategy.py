@@ -10,19 +10,13 @@ The strategy depends on the scale:
 from __future__ import annotations
 
 import contextlib
-import itertools
 from typing import Any
 
 import tensorflow as tf
 
-from raykeras.compat.patch import patched
-from raykeras.compat.tensorflow import cpu_replicas, rest_idle_threads
+from raykeras.compat.tensorflow import cpu_replicas, rest_idle_threads, separate_collectives
 from raykeras.core.config import Scale
 from raykeras.core.errors import OptionError, ResourceError
-
-# Two strategies of one process must not share collective keys, as TensorFlow remembers the dtype of each key for the
-# life of the process. TensorFlow's tests leave the same distance.
-_collective_key_bases = itertools.count(100_000, 100_000)
 
 
 def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
@@ -56,7 +50,7 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
         return None
     if scale.workers == 1:
         kind = "GPU" if scale.gpus_per_worker else "CPU"
-        with patched(tf.distribute.MirroredStrategy, "_collective_key_base", next(_collective_key_bases)):
+        with separate_collectives():
             return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.local_replicas)])
     with cpu_replicas(0 if scale.gpus_per_worker else scale.local_replicas):
         return tf.distribute.MultiWorkerMirroredStrategy()

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raykeras.checkpoint.store import RunFolder
+from raykeras.compat.keras_callbacks import FIT_ATTRIBUTES, PATH_ATTRIBUTES
 from raykeras.core.errors import OptionError
 from raykeras.core.storage_errors import retried
 from raykeras.core.temporary import TemporaryFolder
@@ -74,20 +75,6 @@ _TRACKERS: Mapping[str, str] = {
     "comet_ml": "experiment.log_metrics(logs, epoch=epoch)",
 }
 """Packages whose callbacks log to a run of the process that created them, and how to log there."""
-
-_PATH_ATTRIBUTES = (
-    "filepath",
-    "filename",
-    "log_dir",
-    "backup_dir",
-    "_weights_path",
-    "_training_metadata_path",
-    "_prev_weights_path",
-    "_prev_training_metadata_path",
-)
-
-_FIT_ATTRIBUTES = ("model", "_model", "params", "_train_step", "_val_step", "_writers", "summary")
-"""Attributes that Keras sets when `fit` begins; a callback that was used before still has them."""
 
 _VARIABLE_HOLDERS = ("Layer", "Metric", "Optimizer", "OptimizerV2", "Variable", "DistributedVariable")
 
@@ -198,7 +185,7 @@ def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
             reason = _why_refused(inner)
             raise OptionError(f"{type(inner).__name__} cannot run on several workers: it {reason}.")
         duplicate = copy.copy(inner)
-        for name in _FIT_ATTRIBUTES:
+        for name in FIT_ATTRIBUTES:
             vars(duplicate).pop(name, None)
         try:
             dumps(duplicate)
@@ -254,12 +241,12 @@ def states_of(callbacks: Sequence[Any], keras_there: bool) -> list[dict[str, byt
 
     states = []
     for callback in callbacks:
-        for name in _FIT_ATTRIBUTES:
+        for name in FIT_ATTRIBUTES:
             vars(callback).pop(name, None)
     for callback in callbacks:
         state = {}
         for name, value in vars(callback).items():
-            if name in _PATH_ATTRIBUTES or isinstance(value, types.FunctionType | types.MethodType):
+            if name in PATH_ATTRIBUTES or isinstance(value, types.FunctionType | types.MethodType):
                 continue  # the driver's callback has them
             buffer = io.BytesIO()
             try:
@@ -307,7 +294,7 @@ def go_on_writing(callbacks: Iterable[Any], epoch: int) -> None:
 
 def is_no_state(callback: Any, attribute: str) -> bool:
     """Return whether an attribute belongs to a `fit` call or a process instead of the training."""
-    if attribute in _FIT_ATTRIBUTES or attribute in _PATH_ATTRIBUTES:
+    if attribute in FIT_ATTRIBUTES or attribute in PATH_ATTRIBUTES:
         return True
     return any(name in ("CSVLogger", "ProgbarLogger") for name in _keras_classes(callback))
 
@@ -350,7 +337,7 @@ def _not_picklable(callback: Any, dumps: Callable[[Any], bytes], error: Exceptio
 
 def _redirect(callback: Any, folder: str, keep_absolute: bool) -> None:
     """Move the paths of a Keras callback into a folder."""
-    for name in _PATH_ATTRIBUTES:
+    for name in PATH_ATTRIBUTES:
         path = vars(callback).get(name)
         if not isinstance(path, str | os.PathLike):
             continue

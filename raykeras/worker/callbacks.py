@@ -1,6 +1,6 @@
 """Keras callbacks that a worker adds to the user's: they send events, save, and stop when all workers do.
 
-Keras is imported lazily, and may be either package: `of_keras` gives the classes their base class.
+Keras is imported lazily, and may be either package: `compat.keras_callbacks.of_keras` gives the classes their base.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from raykeras.compat.keras_api import KerasAPI
 from raykeras.core import events
 from raykeras.core.events import Event
 from raykeras.core.logs import plain_logs
@@ -47,7 +46,6 @@ class EventCallback(_Callback):
         first_step: The same, as a step counted over all passes.
     """
 
-    _supports_tf_logs = True  # otherwise tf_keras waits for the logs of every step
     _end: float  # of the last step
 
     def __init__(
@@ -148,8 +146,6 @@ class StepControlCallback(_Callback):
         position: The same, as epoch and step in it.
     """
 
-    _supports_tf_logs = True
-
     def __init__(
         self, step_control: StepControl, manager: CheckpointManager, first_step: int, position: tuple[int, int]
     ) -> None:
@@ -192,8 +188,6 @@ class StepControlCallback(_Callback):
 class EpochEndCallback(_Callback):
     """Calls a function with each finished epoch."""
 
-    _supports_tf_logs = True
-
     def __init__(self, function: Callable[[int], None]) -> None:
         super().__init__()
         self._function = function
@@ -205,8 +199,6 @@ class EpochEndCallback(_Callback):
 class HeartbeatCallback(_Callback):
     """Calls a function after each step of training and validation."""
 
-    _supports_tf_logs = True
-
     def __init__(self, heartbeat: Callable[[], None]) -> None:
         super().__init__()
         self._heartbeat = heartbeat
@@ -216,11 +208,6 @@ class HeartbeatCallback(_Callback):
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         self._heartbeat()
-
-
-def of_keras(api: KerasAPI, callback: type) -> Any:
-    """Return a class of this module with the `Callback` class of a Keras package as its base."""
-    return type(callback.__name__, (callback, api.module.callbacks.Callback), {})
 
 
 def steps_done(batch: int, steps: int | None) -> int:

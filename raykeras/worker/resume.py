@@ -14,6 +14,7 @@ import numpy as np
 
 from raykeras.checkpoint.serialization import NotSerializableError, from_json, to_json
 from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.keras_callbacks import accepting_tensors
 
 if TYPE_CHECKING:
     from keras.callbacks import CallbackList as _CallbackList
@@ -198,7 +199,7 @@ class _ResumingList(_CallbackList):
         if self._stop_training is not None:
             self.model.stop_training, self._stop_training = self._stop_training, None
             if self._api.is_legacy:
-                self.model._steps_per_execution.assign(self._steps_per_execution)
+                self.model.steps_per_execution.assign(self._steps_per_execution)
         self._num_before = 0
         super().on_epoch_end(epoch, logs)
 
@@ -222,7 +223,7 @@ class _ResumingList(_CallbackList):
             return
         if self._ends_epochs and self._num_steps is not None:
             left = self._num_steps - batch - self._num_before
-            self.model._steps_per_execution.assign(min(self._steps_per_execution, left))
+            self.model.steps_per_execution.assign(min(self._steps_per_execution, left))
 
     def _end_epoch(self) -> None:
         """End Keras' loop over steps."""
@@ -238,7 +239,7 @@ def _forwarding(api: KerasAPI, callbacks: Any) -> Any:
         return lambda self, *args, **kwargs: getattr(callbacks, hook)(*args, **kwargs)
 
     methods = {hook: forward(hook) for hook in hooks}
-    return type("Forwarding", (kind,), {**methods, "_supports_tf_logs": True})()
+    return accepting_tensors(type("Forwarding", (kind,), methods)())
 
 
 def _same(one: tuple[Any, _Arrays], other: tuple[Any, _Arrays] | None) -> bool:

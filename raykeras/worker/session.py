@@ -22,6 +22,7 @@ from raykeras.checkpoint.snapshot import (
 from raykeras.checkpoint.store import Checkpoint
 from raykeras.checkpoint.writer import AsyncCheckpointWriter
 from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.keras_callbacks import of_keras
 from raykeras.core import events
 from raykeras.core.events import Event
 from raykeras.core.logs import plain_logs, plain_number
@@ -208,7 +209,7 @@ class TrainingSession:
 
     def _internal_callbacks(self) -> list[Any]:
         context, train, position = self._context, self._train, self._job.start
-        make = functools.partial(callbacks_.of_keras, self._api)
+        make = functools.partial(of_keras, self._api)
         internal = [train.stream.ending_callback(self._api)] if isinstance(train.stream, BatchStream) else []
         if self._adds_history:
             internal.append(self._history)

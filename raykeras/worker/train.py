@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from raykeras.compat.keras3 import is_countable
 from raykeras.compat.keras_api import KerasAPI, api_of
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause, user_code_error
@@ -21,9 +20,10 @@ from raykeras.data.streaming.resources import CpuBudget, reading
 from raykeras.data.streaming.spec import RankInput, RowsSpec
 from raykeras.distribute.build import make_variables
 from raykeras.distribute.exact import building, exact
-from raykeras.distribute.executions import counted_executions, steps_left, without_xla
+from raykeras.distribute.executions import counted_executions, is_countable, steps_left, without_xla
 from raykeras.distribute.mirroring import is_made_elsewhere, mirrored
 from raykeras.distribute.model_checks import check_execution, check_model
+from raykeras.distribute.self_check import check_version
 from raykeras.distribute.strategy import distribute, make_strategy, scope
 from raykeras.worker.callbacks import TrainingPreempted
 from raykeras.worker.job import EvaluationJob, Outcome, TrainJob
@@ -196,6 +196,7 @@ def _build_model(
     with scope(strategy), building(api, strategy):
         model = build()
     api = api_of(model)
+    check_version(api, strategy)
     if is_made_elsewhere(model, api, strategy):
         stack.enter_context(mirrored(model, api, strategy))
     return model, api

@@ -31,7 +31,7 @@ class Snapshot:
 
     def write(self, folder: str) -> None:
         Path(folder, MODEL_FILE).write_bytes(np.random.default_rng(self._epoch).bytes(300))
-        store.write_state(folder, {**STATE, "epoch": self._epoch}, {})
+        store.write_state(folder, {**STATE, "epoch": self._epoch})
 
     def release(self) -> None:
         """Holds no memory."""

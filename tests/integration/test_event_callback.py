@@ -7,7 +7,8 @@ from typing import Any
 import keras
 
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.worker.callbacks import EventCallback, of_keras
+from raykeras.compat.keras_callbacks import of_keras
+from raykeras.worker.callbacks import EventCallback
 
 
 def test_logs_are_fetched_only_for_callbacks_that_read_them() -> None:

@@ -7,6 +7,7 @@ last batch that leaves a replica empty or with fewer rows, and a single short ba
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.exactness import HISTORY_TOLERANCE, WEIGHT_TOLERANCE, Case, compare
+from raykeras import ModelError
+from raykeras.compat import versions
+from raykeras.compat.keras_api import KerasAPI
+from raykeras.core.config import Scale
 
 
 def assert_exact(case: Case, folder: Path) -> None:
@@ -44,22 +49,23 @@ def test_training_on_two_workers_matches_keras(case: Case, tmp_path: Path) -> No
     assert_exact(case, tmp_path)
 
 
-def test_untested_keras_is_refused_on_several_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tensorflow as tf
+@pytest.mark.parametrize("package", ["keras", "tf_keras"])
+def test_untested_keras_must_pass_self_check(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raykeras.distribute import exact_keras, exact_tf_keras, self_check, weighting
+    from raykeras.distribute.strategy import make_strategy
 
-    from raykeras import ModelError
-    from raykeras.compat.keras_api import KerasAPI
-    from raykeras.data.batch_spec import BatchSpec
-    from raykeras.distribute import exact
-
-    monkeypatch.setattr(exact, "TESTED_KERAS", ("2.99",))
-    batch_spec = BatchSpec((), (), {}, (), {})
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with (
-        pytest.raises(ModelError, match=r"tested with: 2\.99; got 3\."),
-        exact.exact(None, KerasAPI("keras"), batch_spec, strategy, []),
-    ):
-        pass
+    strategy, api = make_strategy(Scale(replicas_per_worker=2)), KerasAPI(package)
+    monkeypatch.setitem(versions.TESTED, package, ">=2.98,<2.99")  # type: ignore[arg-type]
+    monkeypatch.setattr(self_check, "_verdicts", {})
+    self_check.check_version(api, strategy)
+    assert list(self_check._verdicts.values()) == [""]
+    self_check._verdicts.clear()
+    monkeypatch.setattr(weighting, "unscaled", lambda value: value)
+    for module in (exact_keras, exact_tf_keras):
+        monkeypatch.setattr(module, "scaled", lambda value: weighting.scaled(value) * 1.001)
+    for _ in range(2):  # the second time by the cached verdict
+        with pytest.raises(ModelError, match=rf"got {package} {re.escape(api.version)}.* differ: .*weight 0"):
+            self_check.check_version(api, strategy)
 
 
 def test_replica_threads_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:

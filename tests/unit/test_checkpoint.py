@@ -6,8 +6,6 @@ import collections
 import contextlib
 import copy
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from raykeras.checkpoint import store
 from raykeras.checkpoint.serialization import NotSerializableError, from_json, to_json
 from raykeras.checkpoint.store import ARRAYS_FILE, MODEL_FILE, STATE_FILE, Checkpoint, RunFolder
 from raykeras.checkpoint.train_state import dump_state, parse_state
-from raykeras.checkpoint.zip_member import crc_of_archive, stored_member
 from tests.support.train_state import STATE
 
 
@@ -33,7 +30,7 @@ def write_checkpoint(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
     def write(folder: str) -> None:
         Path(folder, MODEL_FILE).write_bytes(rng.bytes(300))
         Path(folder, ARRAYS_FILE).write_bytes(rng.bytes(200))
-        store.write_state(folder, {**STATE, "epoch": epoch, "logs": logs}, {})
+        store.write_state(folder, {**STATE, "epoch": epoch, "logs": logs})
 
     return store.store(run, store.checkpoint_name(epoch), write)
 
@@ -222,21 +219,3 @@ def test_plain_values_round_trip() -> None:
     for value in (object(), lambda: 0, [object()], np.array([object()])):
         with pytest.raises(NotSerializableError):
             to_json(value, {}, "v")
-
-
-@pytest.mark.parametrize("size", [0, 1, 77, 70_000])
-def test_zip_member_written_in_place_is_valid(size: int, tmp_path: Path) -> None:
-    data = np.random.default_rng(size).bytes(size)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("first", b"one")
-    with open(tmp_path / "a.zip", "r+b") as file:
-        with stored_member(file, "second") as member:
-            member.seek(size // 2)
-            member.write(data[size // 2 :])
-            member.seek(0)
-            member.write(data[: size // 2])
-        crc = crc_of_archive(file, member)
-    assert crc == zlib.crc32((tmp_path / "a.zip").read_bytes())
-    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        assert archive.testzip() is None and archive.namelist() == ["first", "second"]
-        assert archive.read("first") == b"one" and archive.read("second") == data

@@ -11,7 +11,9 @@ iterates over them, according to their kind:
 
 from __future__ import annotations
 
+import functools
 import itertools
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,16 +116,16 @@ def as_batches(data: Any, floatx: str) -> Batches | None:
         OptionError: If the batches cannot be used.
         UserCodeError: If the user's code raises while it makes the first batches.
     """
-    if _is_instance(data, "tensorflow.python.", "DatasetV2"):
+    if _is_instance(data, "tensorflow.data.Dataset"):
         return _from_dataset(data)
-    if _is_instance(data, "tensorflow.python.", "DistributedDataset", "DistributedDatasetsFromFunction"):
+    if _is_instance(data, "tensorflow.distribute.DistributedDataset"):
         raise OptionError(
             "A dataset must not be distributed already, because raykeras distributes it over the workers; got a "
             f"{type(data).__name__}. Pass the tf.data.Dataset itself."
         )
-    if _is_instance(data, "keras.", "PyDataset", "Sequence") or _is_instance(data, "tf_keras.", "Sequence"):
+    if _is_instance(data, "keras.utils.PyDataset", "tf_keras.utils.Sequence"):
         return _call_user_code(lambda: _from_sequence(data, floatx))
-    if _is_instance(data, "torch.utils.data", "DataLoader"):
+    if _is_instance(data, "torch.utils.data.DataLoader"):
         return _call_user_code(lambda: _from_loader(data, floatx))
     if isinstance(data, Iterator):
         wraps_x = False
@@ -147,7 +149,7 @@ def _from_dataset(data: Any) -> Batches:
     sizes = set()
 
     def dtype_and_shape(tensor: Any) -> tuple[str, tuple[int | None, ...]]:
-        if type(tensor).__name__ != "TensorSpec":
+        if not _is_instance(tensor, "tensorflow.TensorSpec"):
             raise OptionError(
                 f"The batches of a tf.data.Dataset must hold dense tensors; got {tensor}. Convert them in "
                 "`Dataset.map`, for example with `tensor.to_tensor()`."
@@ -183,7 +185,7 @@ def _from_sequence(data: Any, floatx: str) -> Batches:
         start = time.perf_counter()
         examples.append(data[index])
         batch_s.append(time.perf_counter() - start)
-    batch_spec = _infer_spec(examples, "Sequence", floatx, wraps_x=not _is_instance(data, "tf_keras.", "Sequence"))
+    batch_spec = _infer_spec(examples, "Sequence", floatx, wraps_x=not _is_instance(data, "tf_keras.utils.Sequence"))
     batches = Batches(data, "sequence", length and int(length), batch_spec, length is None, batch_s=min(batch_s))
     return _with_sample(batches, examples)
 
@@ -275,11 +277,11 @@ def as_array(value: Any) -> np.ndarray:
     """Convert an array, or a tensor of TensorFlow or torch, to a dense NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
-    if type(value).__name__ == "RaggedTensor":
+    if _is_instance(value, "tensorflow.RaggedTensor"):
         raise OptionError(
             "The parts of a batch must be dense arrays; got a RaggedTensor. Convert it with `tensor.to_tensor()`."
         )
-    is_sparse = _is_instance(value, "tensorflow.python.", "SparseTensor")
+    is_sparse = _is_instance(value, "tensorflow.SparseTensor")
     if is_sparse or hasattr(value, "todense"):  # SciPy's and JAX's sparse arrays have `todense`
         warnings.warn(f"Sparse batches are made dense; got a {type(value).__name__}.", stacklevel=2)
         if is_sparse:
@@ -301,9 +303,23 @@ def _call_user_code(function: Callable[[], Any]) -> Any:
         raise user_code_error(error, None) from error
 
 
-def _is_instance(data: Any, module: str, *names: str) -> bool:
-    """Return whether a class of `data` has one of the names and is defined in the module, without importing it."""
-    return any(cls.__name__ in names and f"{cls.__module__}.".startswith(module) for cls in type(data).__mro__)
+def _is_instance(value: Any, *names: str) -> bool:
+    """Return whether a value is an instance of a class, without importing the package of the class.
+
+    Args:
+        value: The value.
+        names: Public names of classes, such as "tensorflow.data.Dataset"; one of them suffices.
+    """
+    return any(isinstance(value, _loaded(name)) for name in names)
+
+
+def _loaded(name: str) -> Any:
+    """Return the class of a public name; an empty tuple if its package is not loaded."""
+    package, *attributes = name.split(".")
+    if package not in sys.modules:
+        return ()
+    value: Any = sys.modules[package]
+    return functools.reduce(lambda owner, attribute: getattr(owner, attribute, ()), attributes, value)
 
 
 def _copy(part: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.keras_callbacks import accepting_tensors
 from raykeras.data.adapters.adapter import fits, other_shape, parts_of
 from raykeras.data.adapters.epochs import BatchesSpec, too_few
 from raykeras.data.adapters.transport import BatchChunk, chunk_of, received
@@ -73,7 +74,6 @@ class BatchStream:
         stream = self
 
         class EndingCallback(api.module.callbacks.Callback):  # type: ignore[name-defined]
-            _supports_tf_logs = True
             num_steps = num_steps_here = 0  # before this epoch; in this epoch
 
             def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -95,7 +95,7 @@ class BatchStream:
             def is_over(self) -> bool:
                 return self.num_steps + self.num_steps_here >= stream._num_batches >= 0
 
-        return EndingCallback()
+        return accepting_tensors(EndingCallback())
 
     def endless_dataset(self) -> tf.data.Dataset:
         """Return the batches of all epochs; the cardinality is infinite, even if the batches end."""
