@@ -193,7 +193,7 @@ class KerasAPI:
         return next(cls for cls in type(model).__mro__ if method in vars(cls) and self._defines(cls))
 
     def _defines(self, cls: type) -> bool:
-        return cls.__module__.split(".")[0] == self.name
+        return cls in self.module.Model.__mro__
 
     @contextlib.contextmanager
     def logs_reduced_by(self, reduce: Callable[[Any, Any], Any]) -> Iterator[None]:

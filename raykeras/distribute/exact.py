@@ -36,7 +36,7 @@ from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.elements import unpacked
 from raykeras.distribute.exact_keras import patch_keras
 from raykeras.distribute.exact_tf_keras import patch_tf_keras
-from raykeras.distribute.loss_probe import probe_reductions
+from raykeras.distribute.loss_probe import Probe
 from raykeras.distribute.weighting import ScalarLosses, current
 
 
@@ -47,6 +47,7 @@ def exact(
     batch_spec: BatchSpec,
     strategy: tf.distribute.Strategy | None,
     sample: Sequence[Any],
+    training: bool = True,
 ) -> Iterator[None]:
     """Keep `model.fit` and `model.evaluate` exact under a strategy while the block runs; do nothing without one.
 
@@ -56,6 +57,7 @@ def exact(
         batch_spec: Spec of the batches.
         strategy: None for a single replica.
         sample: Tensors of a few rows to probe scalar losses with, in the order of `batch_spec.tensors`.
+        training: Whether the model is trained in the block, and not only evaluated.
 
     Raises:
         ModelError: If a loss cannot be exact on several replicas.
@@ -73,7 +75,8 @@ def exact(
         else:
             patch_keras(stack, model, batch_spec, strategy, losses)
         with strategy.scope():
-            losses.scalars = probe_reductions(model, sample, batch_spec.structure, strategy, _set_share)
+            probe = Probe(model, batch_spec.structure, strategy, _set_share, training)
+            losses.scalars = probe.scalars(sample, has_custom_loss=not api.is_plain(model, "compute_loss"))
         for name in ("train_step", "test_step"):
             stack.enter_context(patched_method(model, name, _with_share(getattr(model, name), name)))
         yield
@@ -84,8 +87,8 @@ def building(api: KerasAPI, strategy: tf.distribute.Strategy | None) -> contextl
     return losses_in_layers() if api.is_legacy and strategy is not None else contextlib.nullcontext()
 
 
-def _set_share(share: float | None) -> None:
-    current.share = None if share is None else tf.constant(share)
+def _set_share(share: float | None, is_raw: bool = False) -> None:
+    current.share, current.is_raw = None if share is None else tf.constant(share), is_raw
 
 
 def _with_share(step: Any, name: str) -> Any:

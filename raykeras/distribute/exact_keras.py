@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ def patch_keras(
     _patch_optimizer(stack, model)
     if api.has_own_steps(model):
         _patch_compute_loss(stack, api.base_with(model, "compute_loss"))
+        if not api.is_plain(model, "compute_loss"):
+            stack.enter_context(patched_method(model, "compute_loss", _weight_total(model, scalar_losses)))
         patch_means(stack, model, api.module.metrics.Mean)
         logs.note_results(stack)
 
@@ -76,6 +79,26 @@ def _patch_compute_loss(stack: contextlib.ExitStack, base: Any) -> None:
         return as_whole(compute_loss(self, *args, **kwargs))
 
     stack.enter_context(patched(base, "compute_loss", global_loss))
+
+
+def _weight_total(model: Any, scalar_losses: ScalarLosses) -> Callable[..., Any]:
+    """Return a custom `compute_loss` whose result is weighted, if it does not weight its losses itself."""
+    compute_loss = model.compute_loss
+
+    @functools.wraps(compute_loss)
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        kind = scalar_losses.scalars.total
+        if current.share is None or kind in (None, "part"):
+            return compute_loss(*args, **kwargs)
+        current.is_raw = True
+        try:
+            loss = compute_loss(*args, **kwargs)
+        finally:
+            current.is_raw = False
+        current.weighed = True
+        return scaled(loss) if kind == "mean" else loss
+
+    return compute
 
 
 class _WeightedLosses:
@@ -110,14 +133,18 @@ class _WeightedLosses:
 
     def _unscale_output(self, value: Any) -> Any:
         # a traced batch has no static size, so Keras' metric counts each replica as one batch
-        if current.share is None or tf.inside_function():
+        if current.share is None or (tf.inside_function() and not current.is_raw):
             return self._original.unscale_output(value)
         return unscaled(value)
 
     def _reduce_values(self, values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
         if reduction == "sum":
             current.weighed = True
-        if current.share is None or reduction != "mean_with_sample_weight" or sample_weight is None:
+        if current.weights_losses and values.shape.num_elements() == 0 and reduction not in (None, "none"):
+            # a replica without rows, in eager execution: Keras would not reduce the values
+            current.weighed = True
+            return tf.reduce_sum(values)
+        if not current.weights_losses or reduction != "mean_with_sample_weight" or sample_weight is None:
             return self._original.reduce_values(values, sample_weight, reduction)
         current.weighed = True
         total_weight = sum_over_replicas(tf.cast(tf.reduce_sum(sample_weight), values.dtype))
@@ -143,7 +170,7 @@ class _WeightedLosses:
 
     def _apply_mask(self, sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
         share = current.share
-        if mask is None or share is None or reduction not in ("mean", "sum_over_batch_size"):
+        if mask is None or not current.weights_losses or reduction not in ("mean", "sum_over_batch_size"):
             return self._original.apply_mask(sample_weight, mask, dtype, reduction)
         weight = self._original.apply_mask(sample_weight, mask, dtype, reduction)
         local_count = tf.reduce_sum(tf.cast(mask, weight.dtype))
@@ -156,9 +183,9 @@ def _weight_added_loss(original: Callable[[Any], Any], model: Any, scalar_losses
 
     def add(loss: Any) -> Any:
         record, value = current_record(), tf.reduce_sum(loss)
-        if record is not None:
+        if record is not None and not current.is_raw:
             record.added.append(value)
-        if record is not None or current.share is None:
+        if record is not None or not current.weights_losses:
             return original(loss)
         kinds = scalar_losses.added(len(model.losses))
         kind = kinds[current.num_added % len(kinds)]

@@ -12,7 +12,7 @@ at zero, is probed again with perturbed weights and rows.
 from __future__ import annotations
 
 import contextlib
-import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,10 +42,12 @@ class Scalars:
     Attributes:
         losses: Kinds of the compiled losses that return a scalar, in the order of the outputs.
         added: Kinds of the losses of `add_loss` and of regularizers, in the order of `model.losses`.
+        total: Kind of the result of a custom `compute_loss`; None if there is none.
     """
 
     losses: tuple[Kind, ...] = ()
     added: tuple[Kind, ...] = ()
+    total: Kind | None = None
 
 
 @dataclass
@@ -54,79 +56,131 @@ class Record:
 
     Attributes:
         losses, added: As for `Scalars`.
+        totals: The result of `compute_loss`.
         is_precise: Whether all of them are float32 or wider.
     """
 
     losses: list[Any] = field(default_factory=list)
     added: list[Any] = field(default_factory=list)
+    totals: list[Any] = field(default_factory=list)
     is_precise: bool = True
+
+
+@dataclass(frozen=True)
+class _Answers:
+    losses: list[Answer]
+    added: list[Answer]
+    totals: list[Answer]
+    tolerance: float
 
 
 _current = threading.local()  # a strategy runs each replica in a separate thread
 
 
 def current_record() -> Record | None:
-    """Return the record for the scalars of this thread's step; None outside `probe_reductions`."""
+    """Return the record for the scalars of this thread's step; None outside a probe."""
     return getattr(_current, "record", None)
 
 
-def probe_reductions(
-    model: Any,
-    sample: Sequence[Any],
-    structure: Callable[[Sequence[Any]], Any],
-    strategy: Any,
-    set_share: Callable[[float | None], None],
-) -> Scalars:
-    """Classify the scalar losses of a model by computing them over different sets of rows.
+class Probe:
+    """Classifies the scalar losses of a model by computing them over different sets of rows.
 
     Args:
         model: A built and compiled model.
-        sample: Tensors of a few rows, in the order of the batch spec.
-        structure: Arranges such tensors as Keras' (x, y, sample_weight).
+        structure: Arranges tensors in the order of the batch spec as Keras' (x, y, sample_weight).
         strategy: The strategy whose scope the model was built in.
-        set_share: Sets the share of the batch, 0 to 1, that the calling replica's rows are; None after the step.
-
-    Raises:
-        ModelError: If a scalar is neither a mean nor a sum.
+        set_share: Sets the share of the batch, 0 to 1, that the calling replica's rows are, and whether losses stay
+            unweighted; None after the step.
+        training: Whether the model will be trained; passed to a `compute_loss` that takes it.
     """
-    probe = functools.partial(_probe, model, structure=structure, strategy=strategy, set_share=set_share)
-    with _state_kept(model, strategy):
-        return _classified(probe, model, sample, strategy)
 
+    def __init__(
+        self,
+        model: Any,
+        structure: Callable[[Sequence[Any]], Any],
+        strategy: Any,
+        set_share: Callable[..., None],
+        training: bool,
+    ) -> None:
+        self._model, self._structure, self._strategy, self._set_share = model, structure, strategy, set_share
+        takes_training = "training" in inspect.signature(model.compute_loss).parameters
+        self._options = {"training": training} if takes_training else {}
 
-def _classified(probe: Any, model: Any, sample: Sequence[Any], strategy: Any) -> Scalars:
-    losses, added, tolerance = probe(sample)
-    if any(abs(once) <= _ZERO for once, *_ in (*losses, *added)):
-        rng = np.random.default_rng(0)
-        with _perturbed(model, strategy, rng):
-            perturbed = probe([_perturb(tensor, rng) for tensor in sample])[:2]
-        losses, added = (
-            [b if abs(a[0]) <= _ZERO and np.isfinite(b).all() else a for a, b in zip(first, second, strict=True)]
-            for first, second in zip((losses, added), perturbed, strict=True)
+    def scalars(self, sample: Sequence[Any], *, has_custom_loss: bool) -> Scalars:
+        """Return the kinds of the model's scalar losses.
+
+        Args:
+            sample: Tensors of a few rows, in the order of the batch spec.
+            has_custom_loss: Whether the model overrides `compute_loss`.
+
+        Raises:
+            ModelError: If a scalar is neither a mean nor a sum.
+        """
+        with _state_kept(self._model, self._strategy):
+            answers = self._answers(sample, is_raw=False)
+            total: Kind | None = None
+            if has_custom_loss:
+                total = "part" if _is_part(answers.totals[0], answers.tolerance) else None
+            if has_custom_loss and total is None:
+                raw = self._answers(sample, is_raw=True)
+                total = _kind(raw.totals[0], raw.tolerance, "`compute_loss`", 0)
+                return Scalars(total=total)
+        return Scalars(
+            tuple(_kind(values, answers.tolerance, "compiled loss", i) for i, values in enumerate(answers.losses)),
+            tuple(_kind(values, answers.tolerance, "`add_loss`", i) for i, values in enumerate(answers.added)),
+            total,
         )
-    return Scalars(
-        tuple(_kind(values, tolerance, "compiled loss", i) for i, values in enumerate(losses)),
-        tuple(_kind(values, tolerance, "`add_loss`", i) for i, values in enumerate(added)),
-    )
 
+    def _answers(self, sample: Sequence[Any], is_raw: bool) -> _Answers:
+        """Return the scalars over the probed rows; those that are zero, over perturbed rows with perturbed weights."""
+        first = self._computed(sample, is_raw)
+        values = [*first.losses, *first.added, *(first.totals if is_raw else ())]
+        if not any(abs(once) <= _ZERO for once, *_ in values):
+            return first
+        rng = np.random.default_rng(0)
+        with _perturbed(self._model, self._strategy, rng):
+            second = self._computed([_perturb(tensor, rng) for tensor in sample], is_raw)
+        losses, added, totals = (
+            [b if abs(a[0]) <= _ZERO and np.isfinite(b).all() else a for a, b in zip(one, other, strict=True)]
+            for one, other in zip(
+                (first.losses, first.added, first.totals), (second.losses, second.added, second.totals), strict=True
+            )
+        )
+        return _Answers(losses, added, totals, first.tolerance)
 
-def _probe(
-    model: Any, sample: Sequence[Any], *, structure: Any, strategy: Any, set_share: Any
-) -> tuple[list[Answer], list[Answer], float]:
-    """Return the values of each compiled loss and of each added loss over the probed rows, and their tolerance."""
-    middle = int(sample[0].shape[0]) // 2
-    if not middle:  # a single row
-        sample, middle = [tf.concat([t, t], 0) for t in sample], 1
-    sample = [t[: 2 * middle] for t in sample]
-    doubled = [tf.concat([t, t], 0) for t in sample]
-    first, second = [t[:middle] for t in sample], [t[middle:] for t in sample]
-    probes = ((sample, 1.0), (doubled, 1.0), (sample, 0.5), (first, 1.0), (second, 1.0))
-    records = [_compute(model, structure(rows), strategy, share, set_share) for rows, share in probes]
-    return (
-        list(zip(*(record.losses for record in records), strict=True)),
-        list(zip(*(record.added for record in records), strict=True)),
-        _TOLERANCE if all(record.is_precise for record in records) else _LOW_PRECISION_TOLERANCE,
-    )
+    def _computed(self, sample: Sequence[Any], is_raw: bool) -> _Answers:
+        middle = int(sample[0].shape[0]) // 2
+        if not middle:  # a single row
+            sample, middle = [tf.concat([t, t], 0) for t in sample], 1
+        sample = [t[: 2 * middle] for t in sample]
+        doubled = [tf.concat([t, t], 0) for t in sample]
+        first, second = [t[:middle] for t in sample], [t[middle:] for t in sample]
+        probes = ((sample, 1.0), (doubled, 1.0), (sample, 0.5), (first, 1.0), (second, 1.0))
+        records = [self._record(self._structure(rows), share, is_raw) for rows, share in probes]
+        return _Answers(
+            list(zip(*(record.losses for record in records), strict=True)),
+            list(zip(*(record.added for record in records), strict=True)),
+            list(zip(*(record.totals for record in records), strict=True)),
+            _TOLERANCE if all(record.is_precise for record in records) else _LOW_PRECISION_TOLERANCE,
+        )
+
+    def _record(self, batch: tuple[Any, ...], share: float, is_raw: bool) -> Record:
+        """Return the scalars of a batch from one replica; the others of this worker compute the same."""
+        x, y = batch[0], batch[1] if len(batch) > 1 else None
+
+        def step() -> tuple[list[Any], list[Any], Any]:
+            self._set_share(share, is_raw)
+            try:
+                with _recording() as record:
+                    total = self._model.compute_loss(x, y, self._model(x, training=False), None, **self._options)
+            finally:
+                self._set_share(None)
+            return record.losses, record.added, total
+
+        losses, added, total = self._strategy.experimental_local_results(self._strategy.run(step))[0]
+        totals = [] if total is None else [tf.reduce_sum(total)]
+        is_precise = all(v.dtype.size >= 4 for v in (*losses, *added, *totals))
+        return Record(_as_arrays(losses), _as_arrays(added), _as_arrays(totals), is_precise)
 
 
 @contextlib.contextmanager
@@ -165,26 +219,6 @@ def _perturb(tensor: Any, rng: np.random.Generator) -> Any:
     return tensor.with_flat_values(noisy) if isinstance(tensor, tf.RaggedTensor) else noisy
 
 
-def _compute(
-    model: Any, batch: tuple[Any, ...], strategy: Any, share: float, set_share: Callable[[float | None], None]
-) -> Record:
-    """Return the scalars of a batch from one replica; the others of this worker compute the same."""
-    x, y = batch[0], batch[1] if len(batch) > 1 else None
-
-    def step() -> tuple[list[Any], list[Any]]:
-        set_share(share)
-        try:
-            with _recording() as record:
-                model.compute_loss(x, y, model(x, training=False), None)
-        finally:
-            set_share(None)
-        return record.losses, record.added
-
-    losses, added = strategy.experimental_local_results(strategy.run(step))[0]
-    is_precise = all(v.dtype.size >= 4 for v in (*losses, *added))
-    return Record(_as_arrays(losses), _as_arrays(added), is_precise)
-
-
 def _as_arrays(values: Sequence[Any]) -> list[np.ndarray]:
     return [tf.cast(value, tf.float64).numpy() for value in values]  # NumPy has no bfloat16
 
@@ -198,9 +232,14 @@ def _recording() -> Iterator[Record]:
         _current.record = None
 
 
+def _is_part(values: Answer, tolerance: float) -> bool:
+    once, _, half, _, _ = values
+    return abs(once) > _ZERO and bool(np.isclose(once, 2 * half, rtol=tolerance))
+
+
 def _kind(values: Answer, tolerance: float, source: str, index: int) -> Kind:
-    once, twice, half, first, second = values
-    if abs(once) > _ZERO and np.isclose(once, 2 * half, rtol=tolerance):
+    once, twice, _, first, second = values
+    if _is_part(values, tolerance):
         return "part"
     largest_error = tolerance * max(abs(first), abs(second)) + _ZERO
     if np.isclose(once, twice, rtol=tolerance, atol=_ZERO) and abs(once - (first + second) / 2) <= largest_error:

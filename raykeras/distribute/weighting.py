@@ -23,6 +23,7 @@ class Step(threading.local):
         weighed: Whether any loss was weighted.
         reduced: Whether Keras reduced the loss that is being computed.
         whole: Whether user code was given the loss of the global batch.
+        is_raw: Whether losses stay unweighted, because the result of a custom `compute_loss` is weighted instead.
     """
 
     share: tf.Tensor | None = None
@@ -31,6 +32,12 @@ class Step(threading.local):
     weighed = False
     reduced = False
     whole = False
+    is_raw = False
+
+    @property
+    def weights_losses(self) -> bool:
+        """Whether each loss is weighted by the share where it is computed."""
+        return self.share is not None and not self.is_raw
 
 
 current = Step()
@@ -55,9 +62,9 @@ class ScalarLosses:
             ModelError: If the compiled losses returned no scalar in the probe.
         """
         record = current_record()
-        if record is not None:
+        if record is not None and not current.is_raw:
             record.losses.append(value)
-        if record is not None or current.share is None:
+        if record is not None or not current.weights_losses:
             return None
         kinds = self.scalars.losses
         current.num_losses += 1
@@ -89,7 +96,7 @@ class ScalarLosses:
 
 def scaled(value: Any) -> Any:
     """Return a mean over this replica's rows as its part of the mean over the global batch."""
-    if current.share is None:
+    if not current.weights_losses:
         return value
     current.weighed = True
     return tf.math.multiply_no_nan(value, tf.cast(current.share, value.dtype))
@@ -97,7 +104,7 @@ def scaled(value: Any) -> Any:
 
 def unscaled(value: Any) -> Any:
     """Return a part of the mean over the global batch as the mean over this replica's rows."""
-    return value if current.share is None else tf.math.divide_no_nan(value, tf.cast(current.share, value.dtype))
+    return tf.math.divide_no_nan(value, tf.cast(current.share, value.dtype)) if current.weights_losses else value
 
 
 def defined(mean: Any) -> Any:
@@ -112,7 +119,7 @@ def sum_over_replicas(value: Any) -> Any:
 
 def as_whole(part: Any) -> Any:
     """Return the loss of the global batch with the gradient of this replica's part, for code that logs it."""
-    if current.share is None or current_record() is not None:
+    if not current.weights_losses or current_record() is not None:
         return part
     current.whole = True
     return part + tf.stop_gradient(sum_over_replicas(part) - part)

@@ -81,7 +81,7 @@ def evaluate(
         rows = [] if strategy is None else stream.sample()
         dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
         executions = _executions(model, api, strategy, None, data.num_steps)
-        with exact(model, api, data.batch_spec, strategy, rows), executions:
+        with exact(model, api, data.batch_spec, strategy, rows, training=False), executions:
             options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
             logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True, **options)
     return plain_logs(logs), api.in_order(model, logs)
