@@ -90,7 +90,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def tensorflow() -> None:
     """Start TensorFlow with two logical CPU devices, which must be created before TensorFlow starts."""
-    from raykeras.core.quiet import import_tensorflow, quiet
+    from raykeras.compat.quiet import import_tensorflow, quiet
 
     quiet()
     import_tensorflow()

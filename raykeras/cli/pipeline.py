@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from raykeras.compat.quiet import quiet
 from raykeras.core.errors import OptionError
-from raykeras.core.quiet import quiet
 from raykeras.data.sources.base import nearest
 
 _WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}

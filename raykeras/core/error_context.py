@@ -22,7 +22,7 @@ def root_cause(error: BaseException) -> BaseException:
     current: Any = error
     while isinstance(current, BaseException) and id(current) not in seen:
         seen.append(id(current))
-        inner = getattr(current, "cause", None) or getattr(current, "_base_exc", None)
+        inner = getattr(current, "cause", None)
         # Ray raises a type that derives from both RayTaskError and the original type; the original is inside.
         if isinstance(current, RaykerasError) and not isinstance(inner, BaseException):
             return current

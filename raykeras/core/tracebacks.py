@@ -72,5 +72,4 @@ def _install_hooks() -> None:
 
 
 def _show_in_ipython(shell: Any, kind: Any, error: Any, traceback: Any, tb_offset: Any = None) -> None:
-    lines = shell.InteractiveTB.structured_traceback(kind, error, outside(traceback), tb_offset=tb_offset)
-    shell._showtraceback(kind, error, lines)
+    shell.showtraceback((kind, error, outside(traceback)), tb_offset=tb_offset)

@@ -9,10 +9,10 @@ from typing import Any
 
 from raykeras.checkpoint.model_io import as_model, is_model, pack_model
 from raykeras.compat.keras_api import api_of, current_floatx
+from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.core.config import Scale
 from raykeras.core.errors import OptionError
 from raykeras.core.logs import Logs
-from raykeras.core.quiet import import_tensorflow, quiet
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.inputs import (
     check_batch_size,

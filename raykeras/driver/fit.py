@@ -16,11 +16,11 @@ import numpy as np
 from raykeras.checkpoint.model_io import ModelFile, as_model, is_model
 from raykeras.checkpoint.store import RunFolder
 from raykeras.compat.keras_api import current_floatx
+from raykeras.compat.quiet import quiet
 from raykeras.core import events
 from raykeras.core.config import Run, Scale
 from raykeras.core.errors import OptionError, UserCodeError, redacted
 from raykeras.core.events import Event
-from raykeras.core.quiet import quiet
 from raykeras.core.temporary import remove_abandoned
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.inputs import (

@@ -9,8 +9,8 @@ from typing import Any
 
 from raykeras.checkpoint.model_io import is_model, load_model, pack_model, save_model
 from raykeras.compat.keras_api import api_of
+from raykeras.compat.quiet import import_tensorflow
 from raykeras.core.errors import WorkerLostError
-from raykeras.core.quiet import import_tensorflow
 from raykeras.data.inputs import for_workers
 from raykeras.driver.elastic import watched_capacity
 from raykeras.driver.event_log import EventDispatcher, forwarding

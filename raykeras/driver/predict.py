@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from raykeras.checkpoint.model_io import as_model, pack_model
 from raykeras.compat.keras_api import current_floatx
+from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.compat.ray_data import ReadAhead
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError
-from raykeras.core.quiet import import_tensorflow, quiet
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.adapters.adapter import Batches, Flat, as_batches
 from raykeras.data.adapters.epochs import Epochs

@@ -12,10 +12,10 @@ from typing import Any
 from raykeras.checkpoint.model_io import unpack_model
 from raykeras.checkpoint.writer import AsyncCheckpointWriter
 from raykeras.compat.keras_api import KerasAPI
+from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.core.error_context import loading
 from raykeras.core.events import EventSender
 from raykeras.core.logs import Logs
-from raykeras.core.quiet import import_tensorflow, quiet
 from raykeras.core.temporary import remove_abandoned
 from raykeras.data.inputs import in_memory
 from raykeras.data.streaming.resources import discover_budget

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raykeras.checkpoint.model_io import unpack_model
 from raykeras.compat.keras_api import KerasAPI, api_of
-from raykeras.core.quiet import import_tensorflow, quiet
+from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.data.adapters.transport import BatchChunk, as_ours
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.sources.base import OpenSource, Reader, UnitRef

@@ -188,7 +188,7 @@ def _serve(config: dict[str, Any]) -> None:
     import ray.train
     from ray import cloudpickle
 
-    from raykeras.core.quiet import import_tensorflow, quiet
+    from raykeras.compat.quiet import import_tensorflow, quiet
 
     quiet()
     import_tensorflow()

@@ -1,6 +1,6 @@
 """The modules that the fork server imports once for all forked processes."""
 
-from raykeras.core.quiet import import_tensorflow, quiet
+from raykeras.compat.quiet import import_tensorflow, quiet
 
 quiet()
 import_tensorflow()

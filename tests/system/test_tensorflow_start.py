@@ -15,7 +15,7 @@ def test_importing_tensorflow_restores_garbage_collector() -> None:
     """In a new interpreter; see also `tests/unit/test_quiet.py`."""
     script = """
     import gc
-    from raykeras.core.quiet import import_tensorflow
+    from raykeras.compat.quiet import import_tensorflow
     collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
     done = collections()
     import_tensorflow()

@@ -13,7 +13,7 @@ import pytest
 def test_garbage_collector_is_restored(before: str) -> None:
     script = f"""
     import gc
-    from raykeras.core.quiet import _gc_paused
+    from raykeras.compat.quiet import _gc_paused
     collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
     {before}
     was_enabled, num_frozen, num_old = gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects(generation=2))

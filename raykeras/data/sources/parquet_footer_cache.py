@@ -84,7 +84,7 @@ def load(files: Sequence[tuple[str, str | None]]) -> dict[int, Kept]:
     """
     cached: dict[int, Kept] = {}
     path = _path()
-    if path is None or not (_is_private(path.parent, stat.S_ISDIR) and _is_private(path, stat.S_ISREG)):
+    if path is None or not (_only_user_writes(path.parent, stat.S_ISDIR) and _only_user_writes(path, stat.S_ISREG)):
         return cached
     schemas: dict[str, pa.Schema | None] = {}
     with contextlib.suppress(*_DATABASE_ERRORS), _connected(path, "ro") as database:
@@ -122,7 +122,7 @@ def save(files: Sequence[tuple[str, str | None, Kept]]) -> None:
             rows.append((_key(url), stamped, digest, known, _checksum(_key(url), stamped, digest, known), now))
     with contextlib.suppress(OSError, *_DATABASE_ERRORS):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_private(path.parent, stat.S_ISDIR):
+        if not _only_user_writes(path.parent, stat.S_ISDIR):
             return
         try:
             _write(path, schemas, rows, now)
@@ -136,7 +136,7 @@ def save(files: Sequence[tuple[str, str | None, Kept]]) -> None:
 def _write(path: Path, schemas: Mapping[str, bytes], rows: Sequence[tuple[Any, ...]], now: float) -> None:
     with contextlib.suppress(FileExistsError):  # SQLite's journal gets the same permissions
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-    if not _is_private(path, stat.S_ISREG):
+    if not _only_user_writes(path, stat.S_ISREG):
         return
     with _connected(path, "rw") as database, database:
         database.execute("PRAGMA synchronous = OFF")  # if the machine crashes, a damaged cache is replaced
@@ -158,7 +158,7 @@ def _path() -> Path | None:
     return None if folder.startswith("~") else Path(folder).absolute() / _NAME
 
 
-def _is_private(path: Path, is_kind: Any) -> bool:
+def _only_user_writes(path: Path, is_kind: Any) -> bool:
     """Return whether a path is of the given kind, belongs to the user, and is not writable by anybody else."""
     try:
         state = os.stat(path, follow_symlinks=is_kind is stat.S_ISDIR)
