@@ -1,9 +1,10 @@
-"""Replace attributes of other packages temporarily."""
+"""Replace attributes of other packages, and environment variables that they read, temporarily."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -29,6 +30,18 @@ def patched_method(target: Any, name: str, value: Any) -> Iterator[None]:
     finally:
         attributes.pop(name, None)
         attributes.update(own)
+
+
+@contextlib.contextmanager
+def default_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those variables that are missing from the environment while the block runs."""
+    unset = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in unset})
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
 
 
 class Proxy:

@@ -1,14 +1,46 @@
-"""Limit how far a Ray Data execution reads ahead of its consumer."""
+"""Execute Ray Data datasets, and limit how far an execution reads ahead of its consumer."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import operator
 import threading
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from raykeras.compat.versions import PrivateName
+
+POLICY = PrivateName(
+    "ray.data._internal.execution.backpressure_policy:BackpressurePolicy",
+    "limit how many tables a stream reads ahead",
+    "a stream may read twice as far ahead while one execution follows another",
+    parameters=("data_context", "topology", "resource_manager"),
+)
+
+POLICIES = PrivateName(
+    "ray.data._internal.execution.backpressure_policy:ENABLED_BACKPRESSURE_POLICIES",
+    POLICY.purpose,
+    POLICY.fallback,
+)
+
+POLICIES_KEY = PrivateName(
+    "ray.data._internal.execution.backpressure_policy:ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY",
+    POLICY.purpose,
+    POLICY.fallback,
+)
+
+CALLBACK = PrivateName(
+    "ray.data._internal.execution.execution_callback:ExecutionCallback",
+    "pause Ray Data's scheduling loop while it has nothing to do, and stop it",
+    "the loop slows down training, and a stream that is closed first waits for the table that is being read",
+)
+
+INSTANCE_NAMES = ("ray.data._internal.execution.resource_manager.ResourceManager._global_limits_last_update_time",)
+"""Attributes that are set in `__init__`; without the first, the first second of a stream reads one table at a time."""
 
 _WAITED_S = 0.05
 """A longer iteration of Ray Data's scheduling loop has waited for its tasks, which it does for 0.1 s at most."""
@@ -44,23 +76,39 @@ def configure(context: Any, limits: ReadLimits, read_ahead: ReadAhead) -> None:
         limits: Resources that the execution may use.
         read_ahead: Limits how many tables the execution produces ahead of its consumer.
     """
-    from ray.data._internal.execution.backpressure_policy import (
-        ENABLED_BACKPRESSURE_POLICIES,
-        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
-    )
-
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # Rows that are read together stay in one block.
     context.raise_original_map_exception = True  # Functions mapped over the tables raise errors of raykeras.
     context.memory_usage_poll_interval_s = None  # Otherwise each task starts a thread that polls its memory.
     context.downstream_capacity_backpressure_ratio = None  # It leaves CPUs idle; the limits below suffice.
-    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, _pacing(read_ahead.number)]
-    policies = context.get_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, ENABLED_BACKPRESSURE_POLICIES)
-    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [_admission_policy(read_ahead.number), *policies])
+    if callback := CALLBACK.find():
+        callbacks = context.custom_execution_callback_classes
+        context.custom_execution_callback_classes = [*callbacks, pacing(callback, read_ahead.number)]
+    if (base := POLICY.find()) and (policies := POLICIES.find()) and (key := POLICIES_KEY.find()):
+        context.set_config(key, [admission_policy(base, read_ahead.number), *context.get_config(key, policies)])
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(cpu=limits.cpus, object_store_memory=limits.store_nbytes)
+
+
+def execute(dataset: Any) -> Iterator[Any]:
+    """Start to execute a dataset, and wait for its first block.
+
+    The execution ends when the iterator is deleted, or by `ReadAhead.stop`.
+
+    Returns:
+        References to the blocks, in order.
+    """
+    # keeps no reference to a block that was taken
+    bundles = map(operator.attrgetter("block_refs"), dataset.iter_internal_ref_bundles())
+    return itertools.chain.from_iterable(bundles)
+
+
+def executed_blocks(dataset: Any) -> list[tuple[Any, int, int]]:
+    """Execute a dataset; return the reference, rows and bytes of each of its blocks, in order."""
+    entries = [entry for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks]
+    return [(entry.ref, entry.metadata.num_rows, entry.metadata.size_bytes) for entry in entries]
 
 
 class ReadAhead:
@@ -78,6 +126,7 @@ class ReadAhead:
         self._changed = threading.Condition()
         self._taken, self._started, self._first, self._most = 0, 0, first, most
         self._is_requested = False
+        self._executor: Callable[[], Any] = _nothing
         _read_aheads[self.number] = self
 
     def take(self) -> None:
@@ -97,6 +146,17 @@ class ReadAhead:
         with self._changed:
             self._first, self._is_requested = 0, True
             self._changed.notify_all()
+
+    def attach(self, executor: Any) -> None:
+        """Record the executor, weakly: Ray Data ends an execution once nothing refers to it."""
+        self._executor = weakref.ref(executor)
+
+    def stop(self) -> None:
+        """Shut the execution down, if it has started, and cancel its tasks."""
+        self.begin()
+        self.take()
+        if (executor := self._executor()) is not None:
+            executor.shutdown(force=False)
 
     def wait(self, taken: int, timeout_s: float) -> int:
         """Wait until the number of tables taken is no longer `taken`; return the number."""
@@ -127,33 +187,36 @@ _numbers = itertools.count()
 _read_aheads: weakref.WeakValueDictionary[int, ReadAhead] = weakref.WeakValueDictionary()
 
 
+def _nothing() -> None:
+    return None
+
+
 def _read_ahead(number: int) -> ReadAhead:  # A function, since pickle stores it by name.
     return _read_aheads.get(number) or ReadAhead()
 
 
-def _pacing(number: int) -> Any:
-    """Return an `ExecutionCallback` that pauses Ray Data's scheduling loop while it has nothing to do.
+def pacing(base: Any, number: int) -> type:
+    """Return a callback that pauses Ray Data's scheduling loop while it has nothing to do.
 
     The loop runs in the consumer's process and holds the GIL, which slows training down. While the consumer is full,
     finished tasks make its `ray.wait` return at once, so that the loop would spin. An iteration that did not wait is
     therefore followed by a pause, which grows until a table is taken.
 
     Args:
+        base: `ExecutionCallback` of Ray Data.
         number: Number of the `ReadAhead`, which Ray could not pickle with the class.
     """
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Pacing(ExecutionCallback):
+    class Pacing(base):
         def __init__(self) -> None:
             self._read_ahead, self._taken = _read_ahead(number), 0
             self._pause_s, self._ended = 0.0, 0.0
 
         def before_execution_starts(self, executor: Any) -> None:
-            _refresh_limits(executor)
+            self._read_ahead.attach(executor)
             self._read_ahead.wait_for_capacity()
 
         def on_execution_step(self, executor: Any) -> None:
-            _refresh_limits(executor)
             self._read_ahead.wait_for_capacity()
             if time.monotonic() - self._ended >= _WAITED_S:
                 self._pause_s = 0.0
@@ -167,29 +230,33 @@ def _pacing(number: int) -> Any:
     return Pacing
 
 
-def _refresh_limits(executor: Any) -> None:
-    """Have Ray Data query the cluster's resources again while its limits are still zero.
-
-    An actor answers the query. Ray Data would look at the answer a second later, and run one task at a time until then.
-    """
-    manager = executor._resource_manager
-    if not manager.get_global_limits().cpu:
-        manager._global_limits_last_update_time = 0
-
-
-def _admission_policy(number: int) -> Any:
-    """Return a `BackpressurePolicy` that starts a task for each table taken from this or the previous dataset.
+def admission_policy(base: Any, number: int) -> type:
+    """Return a policy that starts a task for each table taken from this or the previous dataset.
 
     The resource limits of Ray Data apply to each dataset separately; without the policy, two consecutive datasets
     would use twice the limits.
 
     Args:
+        base: `BackpressurePolicy` of Ray Data.
         number: Number of the `ReadAhead`, which Ray could not pickle with the class.
     """
-    from ray.data._internal.execution.backpressure_policy import BackpressurePolicy
 
-    class AdmissionPolicy(BackpressurePolicy):
+    class AdmissionPolicy(base):
+        def __init__(self, data_context: Any, topology: Any, resource_manager: Any) -> None:
+            super().__init__(data_context, topology, resource_manager)
+            self._limits = resource_manager
+
         def can_add_input(self, op: Any) -> bool:
+            _refresh_limits(self._limits)
             return _read_ahead(number).may_start(op.metrics.num_tasks_submitted)
 
     return AdmissionPolicy
+
+
+def _refresh_limits(resource_manager: Any) -> None:
+    """Have Ray Data query the cluster's resources again while its limits are still zero.
+
+    An actor answers the query. Ray Data would look at the answer a second later, and run one task at a time until then.
+    """
+    if hasattr(resource_manager, "_global_limits_last_update_time") and not resource_manager.get_global_limits().cpu:
+        resource_manager._global_limits_last_update_time = 0

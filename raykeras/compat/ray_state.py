@@ -2,38 +2,71 @@
 
 from __future__ import annotations
 
-import contextlib
+from raykeras.compat.versions import PrivateName
+
+FREE_PER_NODE = PrivateName(
+    "ray._private.state:available_resources_per_node",
+    "find the CPUs and GPUs that are free on each node",
+    "those that are free in the cluster count as evenly spread over its nodes",
+    parameters=(),
+)
+
+DRAINING = PrivateName(
+    "ray._private.state:state.get_draining_nodes",
+    "see which nodes are being drained",
+    "the workers of a drained node are lost, and the run resumes from its last checkpoint",
+    parameters=(),
+)
+
+MAX_RESOURCES = PrivateName(
+    "ray._private.state:state.get_max_resources_from_cluster_config",
+    "find the size that an autoscaling cluster can grow to",
+    "the resources of a run are checked against the present nodes",
+    parameters=(),
+)
+
+NUM_GPUS = PrivateName(
+    "ray._private.accelerators:NvidiaGPUAcceleratorManager.get_current_node_num_accelerators",
+    "count the GPUs of this machine without TensorFlow",
+    "a single worker with GPUs runs in a process of its own",
+    parameters=(),
+)
+
+
+def free_resources_per_node() -> dict[str, dict[str, float]]:
+    """Return the resources that are free on each live node, by the node's ID."""
+    import ray
+
+    if per_node := FREE_PER_NODE.find():
+        return dict(per_node())
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return {
+        node["NodeID"]: {name: amount * free.get(name, 0.0) / total[name] for name, amount in node["Resources"].items()}
+        for node in ray.nodes()
+        if node["Alive"]
+    }
 
 
 def draining_nodes() -> set[str]:
     """Return the IDs of the nodes that are being drained."""
-    from ray._private.state import state
-
-    return set(state.get_draining_nodes())
+    draining = DRAINING.find()
+    return set(draining()) if draining else set()
 
 
 def num_gpus_here() -> int:
     """Return the number of GPUs of this machine, without importing TensorFlow."""
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager
-
-    return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
-
-
-def start_autoscaling_coordinator() -> None:
-    """Start the autoscaling coordinator, so that Ray Train's controller need not wait for it."""
-    with contextlib.suppress(ImportError):
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-
-        get_or_create_autoscaling_coordinator()
+    num_gpus = NUM_GPUS.find()
+    return int(num_gpus()) if num_gpus else 0
 
 
-def max_cluster_resources() -> dict[str, float] | None:
-    """Return the resources that an autoscaling cluster can grow to; None if unknown."""
-    from ray._private.state import state
+def max_cluster_resources() -> dict[str, float]:
+    """Return the resources that an autoscaling cluster can grow to; the present ones if that is unknown."""
+    import ray
 
-    try:
-        return state.get_max_resources_from_cluster_config()
-    except Exception:
-        return None
+    largest = None
+    if get := MAX_RESOURCES.find():
+        try:
+            largest = get()
+        except Exception:  # the cluster's configuration is of another form
+            largest = None
+    return dict(largest or ray.cluster_resources())

@@ -1,12 +1,12 @@
-"""Ray Train's `DataParallelTrainer` without the actors and processes that a run does not need.
+"""Run a function on workers with Ray Train, without the actors and processes that a run does not need.
 
 Every actor and process that is not started makes the workers start sooner:
 
-- `Controller` runs without environment variables, which the workers would inherit. Ray uses the processes that it has
-  started in advance only for actors without environment variables.
-- `DataContextOnly` passes on the driver's `DataContext` and starts no actor for datasets.
-- `NamedGroups` names the placement groups of the workers, so that the driver can remove them if the controller is
-  lost, and no cleanup actor is needed.
+- Ray Train's controller runs without environment variables, which the workers would inherit. Ray uses the processes
+  that it has started in advance only for actors without environment variables.
+- The driver's `DataContext` is passed on, but no actor for datasets is started.
+- The placement groups of the workers are named, so that the driver can remove them if the controller is lost, and no
+  cleanup actor is needed. Ray Train's own needs Ray's dashboard, which raykeras does not start.
 - `TensorFlowBackend` only sets TF_CONFIG. Ray's own backend also sets TF_USE_LEGACY_KERAS, which rules out Keras 3,
   and imports TensorFlow in the driver and the controller.
 """
@@ -14,105 +14,175 @@ Every actor and process that is not started makes the workers start sooner:
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.train import ControllerError, RunConfig, ScalingConfig
 from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.controller import TrainController
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import ControllerError
 
-CONTROLLER: Mapping[str, str] = {
+from raykeras.compat.patch import default_environment, patched
+from raykeras.compat.versions import PrivateName
+
+TRAINER = PrivateName(
+    "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer",
+    "run a function on workers",
+)
+
+START_CONTROLLER = PrivateName(
+    "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._initialize_and_run_controller",
+    "start Ray Train's controller without environment variables",
+    "the workers start some seconds later",
+    parameters=("self",),
+)
+
+CONTROLLER = PrivateName(
+    "ray.train.v2._internal.execution.controller:TrainController",
+    "start Ray Train's controller without environment variables",
+    "the workers start some seconds later",
+)
+
+DATASETS_CALLBACK = PrivateName(
+    "ray.train.v2._internal.callbacks:DatasetsCallback",
+    "start no actor for datasets",
+    "an actor is started that is not used",
+)
+
+CLEANER_CALLBACK = PrivateName(
+    "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
+    "start no actor that removes placement groups",
+    "an actor is started that is not used",
+)
+
+PLACEMENT_GROUP = PrivateName(
+    "ray.train.v2._internal.execution.worker_group.worker_group:placement_group",
+    "name the placement groups of the workers",
+    "their resources may stay reserved until the driver ends if Ray Train's controller is killed",
+    parameters=("bundles", "strategy", "name"),
+)
+
+SETTINGS: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Finished workers are noticed at the next check; 2 s by default.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `raykeras.driver.elastic` watches for draining nodes.
 }
 """Environment variables that Ray Train's controller reads when it is created."""
 
 
-class WorkersTrainer(DataParallelTrainer):
-    """Runs a function on every worker. The name of its run must be unique."""
-
-    def fit(self) -> Any:
-        try:
-            return super().fit()
-        except (ControllerError, RayError):
-            with contextlib.suppress(Exception):  # The original error is more informative.
-                _remove_groups(self.run_config.name)
-            raise
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        """Run `Controller` in place of Ray Train's controller, with no environment variables but the user's."""
-        env_vars = get_env_vars_to_propagate()
-        controller = (
-            ray.remote(Controller)
-            .options(
-                num_cpus=0,
-                label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
-                runtime_env={"env_vars": env_vars} if env_vars else None,
-            )
-            .remote(**arguments)
-        )
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [self._replacement_for(callback) for callback in super()._create_default_callbacks()]
-
-    def _replacement_for(self, callback: Any) -> Any:
-        if isinstance(callback, DatasetsCallback):
-            return DataContextOnly(self.train_run_context, {})
-        if isinstance(callback, PlacementGroupCleanerCallback):
-            return NamedGroups(self.run_config.name)
-        return callback
+def run_here(work: Callable[[], Any]) -> Any:
+    """Run `work` in this process, as Ray Train's only worker; return its value."""
+    run_config = RunConfig(name="raykeras", storage_path=tempfile.gettempdir())
+    return TRAINER.get()(work, scaling_config=ScalingConfig(num_workers=0), run_config=run_config).fit().return_value
 
 
-class Controller(TrainController):
-    """Ray Train's controller, which gets its settings without environment variables for its process."""
+def run_on_workers(
+    work: Callable[[dict[str, Any]], Any], config: dict[str, Any], scaling_config: ScalingConfig, run_config: RunConfig
+) -> Any:
+    """Run `work(config)` on every worker.
 
-    def __init__(self, **arguments: Any) -> None:
-        # Ray Train turns this warning off by an environment variable.
-        logger = logging.getLogger("ray._private.worker")
-        logger.addFilter(lambda record: "ray.get inside async actor" not in record.getMessage())
-        with _default_environment(CONTROLLER):
-            super().__init__(**arguments)
+    Args:
+        work: The function.
+        config: Its argument.
+        scaling_config: The workers and the resources of each.
+        run_config: Its name must be unique.
 
-
-class DataContextOnly(DatasetsCallback):
-    """Passes the driver's `DataContext` to the workers, and no datasets."""
-
-    def before_init_train_context(self, workers: Any) -> dict[str, list[Any]]:
-        return {}
-
-
-class NamedGroups(ControllerCallback):
-    """Names the placement groups of the workers after their run.
-
-    It patches the controller's process, which creates no other placement groups.
+    Returns:
+        The value that `work` returns on rank 0.
     """
+    trainer = TRAINER.get()(
+        work,
+        train_loop_config=config,
+        backend_config=TensorFlowBackendConfig(),
+        scaling_config=scaling_config,
+        run_config=run_config,
+    )
+    settings = SETTINGS
+    if START_CONTROLLER.find() and (controller := CONTROLLER.find()):
+        trainer._initialize_and_run_controller = functools.partial(_run_controller, _quick_controller(controller))
+        settings = {}
+    try:
+        with default_environment(settings):  # which Ray Train passes on to its controller and the workers
+            return trainer.fit().return_value
+    except (ControllerError, RayError):
+        with contextlib.suppress(Exception):  # The original error is more informative.
+            _remove_groups(run_config.name)
+        raise
 
-    def __init__(self, name: str) -> None:
-        self._name = name
 
-    def after_controller_start(self, train_run_context: Any) -> None:
-        from ray.train.v2._internal.execution.worker_group import worker_group as module
+def _run_controller(controller_class: type, **arguments: Any) -> Any:
+    """Run a controller on this node, with no environment variables but the user's."""
+    env_vars = {name: value for name, value in os.environ.items() if name.startswith("RAY_TRAIN_")}
+    arguments["callbacks"] = _needed(arguments["callbacks"])
+    controller = (
+        ray.remote(controller_class)
+        .options(
+            num_cpus=0,
+            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            runtime_env={"env_vars": env_vars} if env_vars else None,
+        )
+        .remote(**arguments)
+    )
+    ray.get(controller.run.remote())
+    return ray.get(controller.get_result.remote())
 
-        numbers, placement_group = itertools.count(), module.placement_group
 
-        def named(*args: Any, **kwargs: Any) -> Any:
-            return placement_group(*args, name=f"{self._name}-{next(numbers)}", **kwargs)
+def _needed(callbacks: Sequence[Any]) -> list[Any]:
+    """Return the callbacks that a run needs; that for datasets passes on the `DataContext` only."""
+    datasets_callback, cleaner_callback = DATASETS_CALLBACK.find(), CLEANER_CALLBACK.find()
+    for callback in callbacks:
+        if datasets_callback and isinstance(callback, datasets_callback):
+            callback.before_init_train_context = _no_datasets
+    can_remove_groups = cleaner_callback and PLACEMENT_GROUP.find()
+    return [callback for callback in callbacks if not can_remove_groups or not isinstance(callback, cleaner_callback)]
 
-        module.placement_group = named
+
+def _no_datasets(workers: Any) -> dict[str, list[Any]]:
+    return {}
+
+
+def _quick_controller(controller_class: Any) -> type:
+    """Return Ray Train's controller, which gets its settings without environment variables for its process."""
+
+    class Controller(controller_class):
+        def __init__(self, **arguments: Any) -> None:
+            # Ray Train turns this warning off by an environment variable.
+            logger = logging.getLogger("ray._private.worker")
+            logger.addFilter(lambda record: "ray.get inside async actor" not in record.getMessage())
+            self._name_of_groups = arguments["train_run_context"].run_config.name
+            with default_environment(SETTINGS):
+                super().__init__(**arguments)
+
+        async def run(self) -> None:
+            with _named_groups(self._name_of_groups):
+                await super().run()
+
+    return Controller
+
+
+@contextlib.contextmanager
+def _named_groups(name: str) -> Iterator[None]:
+    """Name the placement groups that this process creates after a run while the block runs."""
+    placement_group = PLACEMENT_GROUP.find()
+    if placement_group is None:
+        yield
+        return
+    numbers = itertools.count()
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return placement_group(*args, name=f"{name}-{next(numbers)}", **kwargs)
+
+    module, _, attribute = PLACEMENT_GROUP.path.partition(":")
+    with patched(importlib.import_module(module), attribute, named):
+        yield
 
 
 def _remove_groups(name: str) -> None:
@@ -120,18 +190,6 @@ def _remove_groups(name: str) -> None:
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(f"{name}-") and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
-
-
-@contextlib.contextmanager
-def _default_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set those variables that are missing from the environment while the block runs."""
-    unset = [name for name in variables if name not in os.environ]
-    os.environ.update({name: variables[name] for name in unset})
-    try:
-        yield
-    finally:
-        for name in unset:
-            del os.environ[name]
 
 
 @dataclass
@@ -157,10 +215,13 @@ class TensorFlowBackend(Backend):
 
 
 def _free_address() -> str:
-    from ray.train._internal.utils import get_address_and_port
-
-    host, port = get_address_and_port()
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    """Return the address of this node with a port that is free."""
+    host = ray.util.get_node_ip_address()
+    is_ipv6 = ":" in host
+    with socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET) as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return f"[{host}]:{port}" if is_ipv6 else f"{host}:{port}"
 
 
 def _set_tf_config(addresses: list[str], rank: int) -> None:

@@ -23,6 +23,7 @@ TESTED: Mapping[str, str] = {
     "tensorflow": ">=2.21,<2.22",
     "keras": ">=3.12,<3.16",
     "tf_keras": ">=2.21,<2.22",
+    "pyarrow": ">=18,<27",
 }
 """Version ranges that the tests pass with, as `pyproject.toml` states them."""
 

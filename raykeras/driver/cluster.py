@@ -13,12 +13,14 @@ import os
 import tempfile
 from typing import Any
 
-from raykeras.compat.ray_data import ReadAhead, ReadLimits, configure
-from raykeras.compat.ray_state import max_cluster_resources, start_autoscaling_coordinator
+from raykeras.compat.patch import default_environment
+from raykeras.compat.quiet import quiet
+from raykeras.compat.ray_state import max_cluster_resources
 from raykeras.core.config import Scale
 from raykeras.core.errors import ResourceError
-from raykeras.core.quiet import quiet
 from raykeras.data.streaming.resources import CpuBudget, plan_budget, spare_cpus_per_task
+
+_SETTINGS = {"RAY_free_objects_period_milliseconds": "100"}  # how long consumed rows stay in the object store
 
 
 def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
@@ -41,16 +43,12 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
         started = _start(scale)
     if in_process:
         budget = CpuBudget(cpus_per_task=1.0 if started else spare_cpus_per_task())
-        if started:
-            # requests all CPUs, so that the first read task waits for this process instead of starting another one
-            ray.remote(num_cpus=ray.cluster_resources()["CPU"])(_import_reader).remote()
     import ray.data  # sets log levels on import
 
     quiet()
     if in_process:
         return budget
-    start_autoscaling_coordinator()
-    limit = max_cluster_resources() or ray.cluster_resources()
+    limit = max_cluster_resources()
     num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
     cpus_per_worker = scale.cpus_per_worker
     if cpus_per_worker is None:
@@ -95,26 +93,12 @@ def _init_ray(scale: Scale) -> bool:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     workers_cpus = math.ceil(scale.workers * (scale.cpus_per_worker or 1))
     try:
-        ray.init(
-            num_cpus=(os.cpu_count() or 1) + workers_cpus,
-            include_dashboard=False,
-            # consumed rows stay in the object store for this long; the default is 1 s
-            _system_config={"free_objects_period_milliseconds": 100},
-            **options,
-        )
+        with default_environment(_SETTINGS):
+            ray.init(num_cpus=(os.cpu_count() or 1) + workers_cpus, include_dashboard=False, **options)
     except ValueError:  # an existing cluster does not accept `num_cpus`
         ray.init(**options)
         return False
     return True
-
-
-def _import_reader() -> None:
-    """Import what a read task needs, which takes a second, in a process that Ray then reuses for read tasks."""
-    from ray.data import DataContext
-
-    import raykeras.data.sources.parquet  # noqa: F401
-
-    configure(DataContext.get_current().copy(), ReadLimits(), ReadAhead())
 
 
 def _check_resources(scale: Scale, cpus_per_worker: float, num_cpus: float, num_gpus: float, started: bool) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from raykeras.compat.ray_state import draining_nodes
+from raykeras.compat.ray_state import draining_nodes, free_resources_per_node
 from raykeras.worker.coordinator import RunCoordinator
 from raykeras.worker.job import TrainJob
 
@@ -109,12 +109,11 @@ def capacity(job: TrainJob, *, allow_partial_cpu: bool = False) -> int:
         allow_partial_cpu: Whether a fraction of a CPU is enough for read tasks, where other tasks hold the rest of it.
     """
     import ray
-    from ray._private.state import available_resources_per_node
 
     gpus_per_worker, cpus_per_worker = job.scale.gpus_per_worker, job.budget.cpus_per_worker
     usable_nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
     total, reserved = 0, math.inf  # reserved: the fewest workers to leave out so that a read task fits on some node
-    for node, resources in available_resources_per_node().items():
+    for node, resources in free_resources_per_node().items():
         if node not in usable_nodes:
             continue
         cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)

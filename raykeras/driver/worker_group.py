@@ -18,11 +18,8 @@ from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import RaykerasError, UserCodeError, WorkerLostError
 
-_LOST_CONTACT = tuple(
-    f"tensorflow.python.framework.errors_impl.{name}Error"
-    for name in ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
-)
-"""Exceptions of a collective after another worker is lost."""
+_LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
+"""Exceptions of TensorFlow's collectives after another worker is lost, without "Error"."""
 
 
 def runs_here(scale: Scale) -> bool:
@@ -32,15 +29,9 @@ def runs_here(scale: Scale) -> bool:
 
 def run_here(work: Callable[[], Any]) -> Any:
     """Run `work` in this process, as Ray Train's only worker; return its value."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+    from raykeras.compat import ray_train
 
-    trainer = DataParallelTrainer(
-        work,
-        scaling_config=ScalingConfig(num_workers=0),
-        run_config=RunConfig(name="raykeras", storage_path=tempfile.gettempdir()),
-    )
-    return trainer.fit().return_value
+    return ray_train.run_here(work)
 
 
 def run_on_workers(
@@ -68,38 +59,19 @@ def run_on_workers(
     Raises:
         RaykerasError: If a worker raises an exception or is lost.
     """
-    import fsspec
-    import pyarrow.fs
     from ray.exceptions import RayError, RayTaskError
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+    from ray.train import ControllerError, PreemptionError, ScalingConfig, WorkerGroupError
 
-    from raykeras.compat.ray_train import TensorFlowBackendConfig, WorkersTrainer
+    from raykeras.compat import ray_train
 
-    filesystem, storage = None, folder.path if folder else tempfile.gettempdir()
-    if folder and not folder.is_local:
-        fs, storage = fsspec.core.url_to_fs(folder.path)
-        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    trainer = WorkersTrainer(
-        work,
-        train_loop_config=config,
-        backend_config=TensorFlowBackendConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=scale.workers,
-            use_gpu=scale.gpus_per_worker > 0,
-            resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
-        ),
-        run_config=RunConfig(
-            name=f".ray_train_{uuid.uuid4().hex}",  # unique, or Ray Train would restore an earlier run
-            storage_path=storage,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(
-                max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if waits else 0
-            ),
-        ),
+    run_config = _run_config(folder, waits)
+    scaling_config = ScalingConfig(
+        num_workers=scale.workers,
+        use_gpu=scale.gpus_per_worker > 0,
+        resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
     )
     try:
-        return _in_thread(trainer.fit).return_value
+        return _in_thread(lambda: ray_train.run_on_workers(work, config, scaling_config, run_config))
     except WorkerGroupError as error:
         raise worst(error.worker_failures) from None
     except PreemptionError as error:
@@ -110,6 +82,26 @@ def run_on_workers(
         raise RaykerasError(f"Ray Train failed: {error}") from error
     except RayError as error:  # the controller's node was lost
         raise _worker_lost(f"Ray Train's controller was lost: {error}") from error
+
+
+def _run_config(folder: RunFolder | None, waits: bool) -> Any:
+    """Return Ray Train's configuration of a run that raykeras restarts; see `run_on_workers`."""
+    import fsspec
+    import pyarrow.fs
+    from ray.train import FailureConfig, RunConfig
+
+    filesystem, storage = None, folder.path if folder else tempfile.gettempdir()
+    if folder and not folder.is_local:
+        fs, storage = fsspec.core.url_to_fs(folder.path)
+        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    return RunConfig(
+        name=f".ray_train_{uuid.uuid4().hex}",  # unique, or Ray Train would restore an earlier run
+        storage_path=storage,
+        storage_filesystem=filesystem,
+        failure_config=FailureConfig(
+            max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if waits else 0
+        ),
+    )
 
 
 def _worker_lost(message: str) -> WorkerLostError:
@@ -148,7 +140,7 @@ def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
     ranked: list[tuple[int, int, RaykerasError]] = []
     for rank, failure in sorted(failures.items()):
         error = root_cause(failure)
-        is_consequence = isinstance(error, UserCodeError) and error.cause.startswith(_LOST_CONTACT)
+        is_consequence = isinstance(error, UserCodeError) and _is_lost_contact(error.cause)
         if isinstance(error, RaykerasError) and not is_consequence:
             ranked.append((0, rank, error))
             continue
@@ -159,6 +151,12 @@ def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
             lost.rank, lost.reason = None, _first_line(error)
         ranked.append((2 if is_consequence else 1, rank, lost))
     return min(ranked, key=lambda entry: entry[:2])[2]
+
+
+def _is_lost_contact(cause: str) -> bool:
+    """Return whether an exception, by its qualified name, is one that TensorFlow raises if another worker is lost."""
+    package, _, _ = cause.partition(".")
+    return package == "tensorflow" and cause.rpartition(".")[2].removesuffix("Error") in _LOST_CONTACT
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -116,21 +115,20 @@ class Clock(ray_data.ReadAhead):
 def test_scheduling_loop_backs_off(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(ray_data, "time", clock)
-    executor = SimpleNamespace(_resource_manager=SimpleNamespace(get_global_limits=lambda: SimpleNamespace(cpu=1)))
-    callback = ray_data._pacing(clock.number)()
-    callback.on_execution_step(executor)
+    callback = ray_data.pacing(object, clock.number)()
+    callback.on_execution_step(None)
     for _ in range(8):
-        callback.on_execution_step(executor)
+        callback.on_execution_step(None)
     assert clock.pauses[:3] == pytest.approx([0.001, 0.005, 0.025])
     assert clock.pauses[-1] == 0.5
     clock.now += 0.06  # a turn that waited for a task
-    callback.on_execution_step(executor)
+    callback.on_execution_step(None)
     assert len(clock.pauses) == 8
-    callback.on_execution_step(executor)
+    callback.on_execution_step(None)
     assert clock.pauses[-1] == 0.001
     clock.take()
     for _ in range(3):
-        callback.on_execution_step(executor)
+        callback.on_execution_step(None)
     assert clock.pauses[-3:] == pytest.approx([0.005, 0.001, 0.005])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import raykeras as rk
+from raykeras.compat.versions import PrivateName
+from raykeras.driver.worker_group import run_on_workers
 from tests.support.compare import assert_same_weights
 from tests.support.kept_workers import TWO
 
@@ -185,6 +189,26 @@ def test_compiled_model_and_callbacks_come_back_trained(tmp_path: Path) -> None:
     assert (tmp_path / "r" / "artifacts" / "log.csv").read_text().startswith("epoch,accuracy,loss")
     assert [checkpoint.epoch for checkpoint in result.checkpoints] == [1, 2]
     assert_same_weights(result.checkpoints[-1].load_model(), model, rtol=0, atol=0)
+
+
+def environment_of_worker(config: dict[str, Any]) -> tuple[list[str], int]:
+    import ray
+
+    variables = ray.get_runtime_context().runtime_env.get("env_vars", {})
+    return sorted(variables), len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
+
+
+@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+def test_workers_start_without_private_names_of_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    from raykeras.compat import ray_train
+
+    for constant, name in vars(ray_train).copy().items():
+        if isinstance(name, PrivateName) and name.fallback:
+            monkeypatch.setattr(ray_train, constant, dataclasses.replace(name, path=f"{name.path}_gone"))
+    with pytest.warns(UserWarning, match="_gone"):
+        variables, num_workers = run_on_workers(environment_of_worker, {}, scale=TWO, cpus_per_worker=0.5)
+    assert set(ray_train.SETTINGS) <= set(variables)
+    assert num_workers == 2
 
 
 def failing_transform(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

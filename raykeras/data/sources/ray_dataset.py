@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raykeras.compat.ray_data import executed_blocks
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import ColumnError, OptionError, RaykerasError, SourceError, UserCodeError, ValidationError
 from raykeras.data.sources.base import (
@@ -218,8 +219,7 @@ def _blocks(ds: Any) -> list[tuple[Any, int, int]]:
         ) from error
     finally:
         options.preserve_order = preserve_order
-    entries = [entry for bundle in materialized.iter_internal_ref_bundles() for entry in bundle.blocks]
-    return [(e.ref, e.metadata.num_rows, e.metadata.size_bytes) for e in entries if e.metadata.num_rows]
+    return [block for block in executed_blocks(materialized) if block[1]]
 
 
 def _cut(blocks: list[tuple[Any, int, int]]) -> tuple[DatasetReader, list[Unit], np.ndarray]:

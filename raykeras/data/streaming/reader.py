@@ -8,9 +8,7 @@ that is already in memory.
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raykeras.compat.ray_data import ReadAhead, ReadLimits
+from raykeras.compat.ray_data import ReadAhead, ReadLimits, execute
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import RaykerasError
 from raykeras.data.batch_spec import BatchSpec, cut, joined
@@ -312,19 +310,22 @@ class _Execution(Iterator[pa.Table]):
         row_nbytes: Bytes of a row.
         reading: Limits for the execution.
         previous: The execution whose tables are taken before. The two share the limit of one execution.
+
+    Attributes:
+        num_left: Number of tables that have not been taken.
+        next_consumer: Counts the tables of the next execution.
     """
 
     def __init__(
         self, shared: Any, segment: Iterable[Task], row_nbytes: int, reading: ReadLimits, previous: _Execution | None
     ) -> None:
         unread = list(segment)
-        self._num_left = len(unread)
-        self._next: ReadAhead | None = None
+        self.num_left = len(unread)
+        self.next_consumer: ReadAhead | None = None
         max_tables = max(1, reading.store_nbytes // TASK_NBYTES - 1)  # without the one in use
-        self._consumer = ReadAhead(previous._num_left if previous else 0, max_tables)
+        self._consumer = ReadAhead(previous.num_left if previous else 0, max_tables)
         if previous:
-            previous._next = self._consumer
-        self._executor: Any = None
+            previous.next_consumer = self._consumer
         self._is_closed = False
         self._wanted = threading.Semaphore()
         self._ready = SimpleQueue[pa.Table | BaseException | None]()
@@ -347,19 +348,16 @@ class _Execution(Iterator[pa.Table]):
         if table is None:
             raise StopIteration
         self._consumer.take()
-        self._num_left -= 1
-        if self._next:
-            self._next.set_first(self._num_left)
+        self.num_left -= 1
+        if self.next_consumer:
+            self.next_consumer.set_first(self.num_left)
         return table
 
     def close(self) -> None:
         """Shut the execution down and cancel its tasks."""
         self._is_closed = True
-        self._consumer.begin()
-        self._consumer.take()
         self._wanted.release()
-        if (executor := self._executor) is not None:
-            executor.shutdown(force=False)
+        self._consumer.stop()
         self._thread.join()  # a thread that calls Ray after its shutdown ends the process
 
     def _run(self, shared: Any, segment: list[Task], row_nbytes: int, reading: ReadLimits) -> None:
@@ -370,18 +368,15 @@ class _Execution(Iterator[pa.Table]):
             dataset = planned_dataset(
                 _read, shared, segment, num_rows, row_nbytes=row_nbytes, reading=reading, consumer=self._consumer
             )
-            bundles, _, self._executor = dataset._execute_to_iterator()
+            tables = map(ray.get, execute(dataset))  # keeps no reference to a table that was taken
             segment.clear()  # the dataset is part of reference cycles, which would keep the tasks alive
-            refs = itertools.chain.from_iterable(map(operator.attrgetter("block_refs"), bundles))
-            tables = map(ray.get, refs)  # keeps no reference to a table that was taken
             try:
                 self._wanted.acquire()
                 while not self._is_closed:
                     self._ready.put(next(tables))
                     self._wanted.acquire()
             finally:
-                self._executor.shutdown(force=False)
-                self._executor = None
+                self._consumer.stop()
         except StopIteration:
             self._ready.put(None)
         except BaseException as error:  # raised in the thread that takes the tables

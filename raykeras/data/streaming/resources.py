@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, replace
 
 from raykeras.compat.ray_data import ReadLimits
+from raykeras.compat.ray_state import free_resources_per_node
 from raykeras.data.streaming.reader import TASK_NBYTES
 
 _STORE_SHARE = 0.5  # fraction of the object store for rows that are read ahead
@@ -75,11 +76,10 @@ def spare_cpus_per_task(reserved_cpus: float = 0.0) -> float:
         reserved_cpus: Logical CPUs that are free now but will be taken when the tasks run.
     """
     import ray
-    from ray._private.state import available_resources_per_node
 
     until = time.monotonic() + _BUSY_S
     while True:
-        free = [node.get("CPU", 0.0) for node in available_resources_per_node().values()]
+        free = [node.get("CPU", 0.0) for node in free_resources_per_node().values()]
         most = round(max(free, default=0.0), 4)  # Ray counts resources in units of 0.0001
         if most or not ray.cluster_resources().get("CPU"):
             left = round(min(most, sum(free) - reserved_cpus), 4)
