@@ -1,4 +1,4 @@
-"""The packages of all extras can be installed together at the pinned versions."""
+"""Requirements are the tested ranges, and the packages of all extras can be installed at the pinned versions."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+from raykeras.compat.versions import TESTED
+
 EXTRAS = ("s3", "gcs", "legacy", "test", "keras-suite")
-CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
+ROOT = Path(__file__).parents[2]
+CONSTRAINTS = ROOT / "constraints.txt"
 
 
 def pins() -> dict[str, str]:
@@ -63,3 +67,14 @@ def test_every_required_package_is_pinned() -> None:
 def test_every_line_pins_one_version() -> None:
     for line in CONSTRAINTS.read_text().splitlines():
         assert re.fullmatch(r'[\w.-]+==[\w.]+( ; python_version (<|>=) "[\d.]+")?', line), line
+
+
+def test_requirements_are_the_tested_ranges() -> None:
+    lines = re.findall(r'"([\w-]+)(?:\[[\w,-]+\])?([<>=][^"]+)"', (ROOT / "pyproject.toml").read_text())
+    for package, tested in TESTED.items():
+        assert {ranges for name, ranges in lines if name == package} == {tested}
+
+
+def test_pins_are_tested() -> None:
+    for package, tested in TESTED.items():
+        assert pins()[canonicalize_name(package)] in SpecifierSet(tested)
