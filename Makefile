@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(MAKE) --jobs 2 --output-sync=target lint test-unit
-	$(BIN)/python -m pytest tests/integration tests/system --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest tests/integration tests/system tests/compat --numprocesses 2 --dist loadgroup
 
 keras-suite: $(VENV)/installed-test
 	$(PIP_INSTALL) --editable ".[test,keras-suite]"

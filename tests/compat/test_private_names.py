@@ -1,0 +1,195 @@
+"""Every private name that raykeras uses exists in the installed packages, and what happens without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raykeras.compat import ray_data, versions
+from raykeras.compat.versions import PrivateName
+from raykeras.core.errors import RaykerasError
+from raykeras.data.streaming.reader import gather_tasks, ray_blocks
+from raykeras.data.streaming.resources import CpuBudget, reading
+from tests.compat.private_names import declared, instance_names, row
+from tests.support.sources import small_source
+
+MOST_NAMES = 45
+PAGE = Path(__file__).parents[2] / "docs" / "design" / "private-names.md"
+
+
+@pytest.fixture(autouse=True)
+def imported(tensorflow: None) -> None:
+    """Import TensorFlow with the devices that other tests of the session need."""
+
+
+@pytest.fixture
+def warned_again() -> Iterator[None]:
+    """Show warnings that were shown before in this process."""
+    versions._warn_once.cache_clear()
+    yield
+    versions._warn_once.cache_clear()
+
+
+def test_names_exist() -> None:
+    for name in declared():
+        value = name.get()
+        if name.parameters is not None:
+            parameters = tuple(inspect.signature(value).parameters)
+            assert parameters[: len(name.parameters)] == name.parameters, name.path
+
+
+def test_names_are_few() -> None:
+    assert len(declared()) <= MOST_NAMES
+
+
+def test_names_are_documented() -> None:
+    lines = PAGE.read_text().splitlines()
+    missing = [row(name) for name in declared() if row(name) not in lines]
+    missing += [path for path in instance_names() if not any(line.startswith(f"| `{path}` |") for line in lines)]
+    assert not missing, "run `python -m tests.compat.private_names`"
+    documented = [line.split("`")[1] for line in lines if line.startswith("| `")]
+    assert not set(documented) - {name.path for name in declared()} - set(instance_names())
+
+
+def test_overridden_methods_exist() -> None:
+    for base, made in (
+        (ray_data.CALLBACK, ray_data.pacing),
+        (ray_data.POLICY, ray_data.admission_policy),
+    ):
+        methods = [name for name in vars(made(base.get(), 0)) if not name.startswith("_")]
+        assert methods and all(hasattr(base.get(), name) for name in methods)
+
+
+def rows_of_stream(folder: Path) -> list[float]:
+    """Stream the 64 rows of a small source through Ray Data; return them sorted."""
+    opened, batch_spec, plan = small_source(folder)
+    windows = ((0, window) for window in plan(0).windows(0, 1))
+    tasks = gather_tasks(windows, opened, batch_spec.row_nbytes)
+    blocks = ray_blocks(opened.reader, batch_spec, tasks, reading(CpuBudget(), 1, 1))
+    return sorted(np.concatenate([block.tensors[0] for block in blocks]).ravel().tolist())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_attributes_of_instances_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executors: list[Any] = []
+    monkeypatch.setattr(ray_data.ReadAhead, "attach", lambda _, executor: executors.append(executor))
+    assert rows_of_stream(tmp_path) == list(range(64))
+    make = {
+        "ray.data._internal.execution.resource_manager.ResourceManager": lambda: executors[0]._resource_manager,
+        **makers(tmp_path),
+    }
+    for path in instance_names():
+        class_path = max((name for name in make if path.startswith(f"{name}.")), key=len, default="")
+        assert class_path, f"`makers` must make the instance of {path}"
+        value = make[class_path]()
+        for attribute in path.removeprefix(f"{class_path}.").split("."):
+            assert hasattr(value, attribute), path
+            value = getattr(value, attribute)
+
+
+def makers(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return functions that make an instance of a class of Keras, tf_keras or TensorFlow, by the path of the class."""
+    import keras
+    import tensorflow as tf
+    import tf_keras
+    from tensorflow.python.eager.context import context
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    legacy_model = tf_keras.Sequential([tf_keras.Input((2,)), tf_keras.layers.Dense(1)])
+    legacy_model.compile("adam", "mse", metrics=["mae"])
+
+    def tensorboard(package: Any, its_model: Any) -> Any:
+        callback = package.callbacks.TensorBoard(folder)
+        callback.set_model(its_model)
+        return callback
+
+    def adam_w() -> Any:
+        optimizer = keras.optimizers.AdamW()
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        optimizer.build(model.trainable_variables)
+        return optimizer
+
+    def multi_optimizer() -> Any:
+        sgd = keras.optimizers.SGD()
+        optimizer = keras.optimizers.MultiOptimizer(lambda variable: sgd)
+        optimizer.build(model.trainable_variables)
+        return optimizer
+
+    def legacy_dropout() -> Any:
+        dropout = tf_keras.layers.Dropout(0.5)
+        dropout(tf.ones((1, 1)), training=True)
+        return dropout
+
+    def legacy_adam() -> Any:
+        legacy_model.optimizer.build(legacy_model.trainable_variables)
+        return legacy_model.optimizer
+
+    return {
+        "keras.Model": lambda: model,
+        "keras.Sequential": lambda: model,
+        "keras.Variable": lambda: keras.Variable(1.0),
+        "keras.callbacks.BackupAndRestore": lambda: keras.callbacks.BackupAndRestore(folder / "backup"),
+        "keras.callbacks.Callback": keras.callbacks.Callback,
+        "keras.callbacks.TensorBoard": lambda: tensorboard(keras, model),
+        "keras.losses.SparseCategoricalCrossentropy": keras.losses.SparseCategoricalCrossentropy,
+        "keras.optimizers.AdamW": adam_w,
+        "keras.optimizers.MultiOptimizer": multi_optimizer,
+        "tensorflow.data.Iterator": lambda: iter(tf.data.Dataset.range(1)),
+        "tensorflow.python.eager.context.Context": context,
+        "tf_keras.Model": lambda: legacy_model,
+        "tf_keras.callbacks.History": tf_keras.callbacks.History,
+        "tf_keras.callbacks.TensorBoard": lambda: tensorboard(tf_keras, legacy_model),
+        "tf_keras.layers.Dropout": legacy_dropout,
+        "tf_keras.losses.SparseCategoricalCrossentropy": tf_keras.losses.SparseCategoricalCrossentropy,
+        "tf_keras.optimizers.Adam": legacy_adam,
+    }
+
+
+@pytest.mark.usefixtures("ray_cluster", "warned_again")
+def test_stream_reads_all_rows_without_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("ray.data._internal.execution.backpressure_policy.BackpressurePolicy")
+    with pytest.warns(UserWarning, match=r"BackpressurePolicy` to limit .* does not have it. Without it, a stream may"):
+        assert rows_of_stream(tmp_path) == list(range(64))
+
+
+@pytest.mark.usefixtures("ray_cluster", "warned_again")
+def test_stream_reads_all_rows_without_any_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant in ("CALLBACK", "POLICY"):
+        name = getattr(ray_data, constant)
+        monkeypatch.setattr(ray_data, constant, dataclasses.replace(name, path=f"{name.path}Gone"))
+    with pytest.warns(UserWarning, match="Gone") as warned:
+        assert rows_of_stream(tmp_path) == list(range(64))
+    assert len([warning for warning in warned if "Gone" in str(warning.message)]) == 2
+
+
+def name_of(path: str) -> PrivateName:
+    return next(name for name in declared() if name.path == path)
+
+
+def test_missing_name_of_keras_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = name_of("keras.src.losses.loss:scale_loss_for_distribution")
+    monkeypatch.delattr("keras.src.losses.loss.scale_loss_for_distribution")
+    with pytest.raises(RaykerasError, match=r"raykeras needs .*; keras 3\.\S+ does not have it. Install `keras>=3.12"):
+        name.get()
+
+
+@pytest.mark.usefixtures("warned_again")
+def test_replicas_run_without_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorflow.python.distribute import mirrored_run
+
+    from raykeras.compat.tensorflow import replicas_joined
+
+    monkeypatch.delattr(mirrored_run, "coordinator")
+    with pytest.warns(UserWarning, match="Without it, each start of several replicas takes"), replicas_joined():
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # which it would raise a second time
+        with replicas_joined():
+            pass
