@@ -75,8 +75,9 @@ def exact(
         else:
             patch_keras(stack, model, batch_spec, strategy, losses)
         with strategy.scope():
-            probe = Probe(model, batch_spec.structure, strategy, _set_share, training)
-            losses.scalars = probe.scalars(sample, has_custom_loss=not api.is_plain(model, "compute_loss"))
+            has_custom_loss = not api.is_legacy and not api.is_plain(model, "compute_loss")
+            probe = Probe(model, batch_spec.structure, strategy, _set_share, training, has_custom_loss)
+            losses.scalars = probe.scalars(sample)
         for name in ("train_step", "test_step"):
             stack.enter_context(patched_method(model, name, _with_share(getattr(model, name), name)))
         yield

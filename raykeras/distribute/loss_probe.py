@@ -92,6 +92,7 @@ class Probe:
         set_share: Sets the share of the batch, 0 to 1, that the calling replica's rows are, and whether losses stay
             unweighted; None after the step.
         training: Whether the model will be trained; passed to a `compute_loss` that takes it.
+        has_custom_loss: Whether the model overrides `compute_loss`.
     """
 
     def __init__(
@@ -101,17 +102,18 @@ class Probe:
         strategy: Any,
         set_share: Callable[..., None],
         training: bool,
+        has_custom_loss: bool,
     ) -> None:
         self._model, self._structure, self._strategy, self._set_share = model, structure, strategy, set_share
+        self._has_custom_loss = has_custom_loss
         takes_training = "training" in inspect.signature(model.compute_loss).parameters
         self._options = {"training": training} if takes_training else {}
 
-    def scalars(self, sample: Sequence[Any], *, has_custom_loss: bool) -> Scalars:
+    def scalars(self, sample: Sequence[Any]) -> Scalars:
         """Return the kinds of the model's scalar losses.
 
         Args:
             sample: Tensors of a few rows, in the order of the batch spec.
-            has_custom_loss: Whether the model overrides `compute_loss`.
 
         Raises:
             ModelError: If a scalar is neither a mean nor a sum.
@@ -119,9 +121,9 @@ class Probe:
         with _state_kept(self._model, self._strategy):
             answers = self._answers(sample, is_raw=False)
             total: Kind | None = None
-            if has_custom_loss:
+            if self._has_custom_loss:
                 total = "part" if _is_part(answers.totals[0], answers.tolerance) else None
-            if has_custom_loss and total is None:
+            if self._has_custom_loss and total is None:
                 raw = self._answers(sample, is_raw=True)
                 total = _kind(raw.totals[0], raw.tolerance, "`compute_loss`", 0)
                 return Scalars(total=total)
@@ -167,12 +169,14 @@ class Probe:
     def _record(self, batch: tuple[Any, ...], share: float, is_raw: bool) -> Record:
         """Return the scalars of a batch from one replica; the others of this worker compute the same."""
         x, y = batch[0], batch[1] if len(batch) > 1 else None
+        # custom code may need the weights, and a mean that it divides by their sum cannot be combined
+        weights = batch[2] if self._has_custom_loss and len(batch) > 2 else None
 
         def step() -> tuple[list[Any], list[Any], Any]:
             self._set_share(share, is_raw)
             try:
                 with _recording() as record:
-                    total = self._model.compute_loss(x, y, self._model(x, training=False), None, **self._options)
+                    total = self._model.compute_loss(x, y, self._model(x, training=False), weights, **self._options)
             finally:
                 self._set_share(None)
             return record.losses, record.added, total

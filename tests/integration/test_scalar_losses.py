@@ -220,3 +220,87 @@ def test_gradient_accumulation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match="gradient_accumulation_steps=2"):
         build = builder("keras", clip={"gradient_accumulation_steps": 2})
         assert_matches_keras(build, "keras", tmp_path, X, Y)
+
+
+def custom_loss(kind: str) -> Any:
+    """Return a builder of a model whose `compute_loss` does not use the compiled loss."""
+
+    def build() -> Any:
+        import keras
+
+        class Custom(keras.Model):  # type: ignore[misc]
+            def compute_loss(
+                self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+            ) -> Any:
+                if kind == "with Keras' losses":
+                    return keras.losses.MeanSquaredError()(y, y_pred) + 0.5 * scalar_mean(y, y_pred)
+                if kind == "weighted mean":
+                    return tf.reduce_sum(sample_weight * (y - y_pred)[:, 0] ** 2) / tf.reduce_sum(sample_weight)
+                return {"mean": scalar_mean, "sum": scalar_sum, "neither": spread}[kind](y, y_pred)
+
+        inputs = keras.Input((4,), name="x")
+        model = Custom(inputs, keras.layers.Dense(1)(keras.layers.Dense(5, "relu")(inputs)))
+        model.compile(keras.optimizers.SGD(0.01), loss=None, metrics=["mae"])
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["mean", "sum", "with Keras' losses"])
+def test_custom_compute_loss(kind: str, tmp_path: Path) -> None:
+    assert_matches_keras(custom_loss(kind), "keras", tmp_path, X, Y)
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("neither", None), ("weighted mean", W)])
+def test_custom_compute_loss_that_is_no_mean_or_sum_is_refused(kind: str, weights: Any, tmp_path: Path) -> None:
+    scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
+    options = {"sample_weight": weights, "batch_size": BATCH, "verbose": 0}
+    with pytest.raises(rk.ModelError, match="scalar 0 from `compute_loss` is"):
+        rk.fit(custom_loss(kind), X, Y, **options, scale=scale, run=run)
+
+
+def test_rows_are_fewer_than_replicas_in_eager_execution(tmp_path: Path) -> None:
+    build = builder("keras", run_eagerly=True)
+    with pytest.warns(UserWarning, match="should be at least the number of replicas"):
+        assert_matches_keras(build, "keras", tmp_path, X[:3], Y[:3], batch_size=1)
+
+
+def test_scalar_loss_of_low_precision(tmp_path: Path) -> None:
+    def build() -> Any:
+        import keras
+
+        layers = [keras.Input((4,)), keras.layers.Dense(1, dtype="mixed_bfloat16")]
+        model = keras.Sequential(layers)
+        model.compile(keras.optimizers.SGD(0.05), scalar_mean)
+        return model
+
+    importlib.import_module("keras").utils.set_random_seed(0)
+    expected = build().fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0).history
+    scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
+    result = rk.fit(build, X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, scale=scale, run=run)
+    np.testing.assert_allclose(result.history["loss"], expected["loss"], rtol=0.02)  # of eight bits
+
+
+def test_state_of_layers_is_not_changed_by_classifying_losses(tmp_path: Path) -> None:
+    def build() -> Any:
+        import keras
+
+        class Counting(keras.layers.Layer):  # type: ignore[misc]
+            def build(self, shape: Any) -> None:
+                self.calls = self.add_weight(
+                    shape=(), initializer="zeros", trainable=False, aggregation="only_first_replica"
+                )
+
+            def call(self, inputs: Any) -> Any:
+                self.calls.assign_add(1.0)
+                return inputs
+
+        model = keras.Sequential([keras.Input((4,)), Counting(), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+    expected = build()
+    expected.fit(X, Y, batch_size=BATCH, verbose=0)
+    scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
+    model = rk.fit(build, X, Y, batch_size=BATCH, verbose=0, scale=scale, run=run).model()
+    assert model.layers[0].calls.numpy() == expected.layers[0].calls.numpy() == -(-ROWS // BATCH)
