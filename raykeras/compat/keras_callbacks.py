@@ -27,8 +27,8 @@ INSTANCE_NAMES = (
     "keras.callbacks.BackupAndRestore._prev_weights_path",
     "keras.callbacks.BackupAndRestore._prev_training_metadata_path",
     "keras.callbacks.Callback._model",
-    "keras.callbacks.TensorBoard._train_step",
-    "keras.callbacks.TensorBoard._val_step",
+    "tf_keras.callbacks.TensorBoard._train_step",
+    "tf_keras.callbacks.TensorBoard._val_step",
     "keras.callbacks.TensorBoard._writers",
     "tf_keras.callbacks.History._supports_tf_logs",
 )
