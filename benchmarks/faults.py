@@ -72,7 +72,7 @@ FAULTS = (
         "checkpoint/store.py",
         "key=lambda file: file == STATE_FILE",
         "key=lambda file: file != STATE_FILE",
-        ("tests/unit/test_checkpoint.py::test_interrupted_upload_is_no_checkpoint",),
+        ("tests/unit/checkpoint/test_checkpoint.py::test_interrupted_upload_is_no_checkpoint",),
     ),
     Fault(
         "the last short batch is dropped",
@@ -80,7 +80,7 @@ FAULTS = (
         "self.num_steps = -(-self.num_rows // global_batch_size)",
         "self.num_steps = max(1, self.num_rows // global_batch_size)",
         (
-            "tests/unit/test_plan.py::test_order_is_pinned",
+            "tests/unit/data/test_plan.py::test_order_is_pinned",
             "tests/integration/test_fit.py::test_arrays_match_keras",
         ),
     ),
@@ -97,7 +97,7 @@ FAULTS = (
         "core/events.py",
         "                self._pending.append(event)\n",
         "                self._pending.insert(0, event)\n",
-        ("tests/unit/test_events.py::test_events_arrive_once_and_in_order",),
+        ("tests/unit/core/test_events.py::test_events_arrive_once_and_in_order",),
     ),
     Fault(
         "the state of callbacks is not restored",
@@ -118,7 +118,7 @@ FAULTS = (
         "data/plan.py",
         "np.random.SeedSequence([purpose, *key])",
         "np.random.SeedSequence([purpose, 0, *key[1:]])",
-        ("tests/unit/test_plan.py::test_order_differs_by_epoch_and_seed",),
+        ("tests/unit/data/test_plan.py::test_order_differs_by_epoch_and_seed",),
     ),
     Fault(
         "the batches of a Sequence come in another order",
@@ -133,7 +133,7 @@ FAULTS = (
         "                checkpoint.verify()\n",
         "                pass\n",
         (
-            "tests/unit/test_checkpoint.py::test_bit_flip_is_detected",
+            "tests/unit/checkpoint/test_checkpoint.py::test_bit_flip_is_detected",
             "tests/integration/test_checkpoint.py::test_damaged_checkpoint_is_reported_and_skipped",
         ),
     ),

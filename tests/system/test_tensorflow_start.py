@@ -12,7 +12,7 @@ from tests.support.fork_server import ForkServer
 
 
 def test_importing_tensorflow_restores_garbage_collector() -> None:
-    """In a new interpreter; see also `tests/unit/test_quiet.py`."""
+    """In a new interpreter; see also `tests/unit/compat/test_quiet.py`."""
     script = """
     import gc
     from raykeras.compat.quiet import import_tensorflow
