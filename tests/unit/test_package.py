@@ -60,6 +60,14 @@ def test_readme_lists_every_package() -> None:
     assert set(listed) == {".".join(folder.parts) for folder in folders}
 
 
+def test_architecture_page_lists_every_module() -> None:
+    page = (README.parent / "docs/design/architecture.md").read_text()
+    for folder, section in re.findall(r"^### `([\w/]+)`\n(.*?)(?=^##)", page, re.DOTALL | re.MULTILINE):
+        rows = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+        listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+        assert listed == {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}, folder
+
+
 def test_packages_import_only_earlier_ones() -> None:
     for module, imported in imports():
         package, other = module.split(".")[0], imported.split(".")[0]

@@ -166,7 +166,7 @@ def test_transform_errors(tmp_path: Path) -> None:
 
     with pytest.raises(rk.UserCodeError, match="raised KeyError") as caught:
         tensors(tmp_path, {"a": np.zeros(3)}, x="a", transform=fails)
-    assert "test_columns.py" in caught.value.user_traceback
+    assert "test_batch_spec.py" in caught.value.user_traceback
     with pytest.raises(rk.ColumnError, match="got 3 and returned 2"):
         tensors(tmp_path, {"a": np.zeros(3)}, x="a", transform=lambda c: {"a": c["a"][1:]})
 
