@@ -11,6 +11,7 @@ import gc
 import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ import pyarrow as pa
 from raykeras.checkpoint.model_io import as_model, pack_model
 from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import import_tensorflow, quiet
-from raykeras.compat.ray_data import ReadAhead
+from raykeras.compat.ray_data import ReadAhead, ReadLimits
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError
@@ -232,9 +233,8 @@ def predict(
     for name in columns:
         opened.field(name)
     target = None if output is None else open_output(output)
-    with contextlib.closing(
-        _source_predictions(model, opened, batch_spec, tuple(columns), batch_size, scale, keras_callbacks)
-    ) as tables:
+    rows = _SourceRows(opened, batch_spec, tuple(columns))
+    with contextlib.closing(_source_predictions(model, rows, batch_size, scale, keras_callbacks)) as tables:
         return _write_or_return(tables, target)
 
 
@@ -296,66 +296,93 @@ def _batch_predictions(
     )
 
 
+@dataclass(frozen=True)
+class _SourceRows:
+    """The rows of a source, piece by piece in source order.
+
+    Attributes:
+        opened, batch_spec: The source, and what is predicted from.
+        columns: Columns of the source to keep beside the predictions.
+    """
+
+    opened: OpenSource
+    batch_spec: BatchSpec
+    columns: tuple[str, ...]
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the pieces, read in this thread."""
+        for piece in pieces_of(self.opened, self.batch_spec):
+            yield read_piece(self.opened.reader, self.batch_spec, self.columns, piece)
+
+    def dataset(self, limits: ReadLimits, read_ahead: ReadAhead) -> Any:
+        """Return a Ray Data dataset of the pieces."""
+        import ray
+
+        pieces = list(pieces_of(self.opened, self.batch_spec))
+        return planned_dataset(
+            read_piece,
+            ray.put((self.opened.reader, self.batch_spec, self.columns)),
+            pieces,
+            [piece.stop - piece.start for piece in pieces],
+            row_nbytes=self.batch_spec.row_nbytes,
+            reading=limits,
+            consumer=read_ahead,
+        )
+
+
 def _source_predictions(
-    model: Any,
-    opened: OpenSource,
-    batch_spec: BatchSpec,
-    columns: tuple[str, ...],
-    batch_size: int,
-    scale: Scale,
-    callbacks: list[Any],
+    model: Any, rows: _SourceRows, batch_size: int, scale: Scale, callbacks: list[Any]
 ) -> Generator[pa.Table]:
     """Yield tables of predictions of a source, in source order; see `raykeras.worker.predictor`."""
     from ray import cloudpickle
 
     in_process = _predicts_here(scale)
     _, build = pack_model(model, lazily=in_process)
-    pieces = list(pieces_of(opened, batch_spec))
-    predict_table = None
-    if in_process:
-        import_tensorflow()
-        build_model = cloudpickle.loads(build) if build else lambda: model
-        predict_table = Predictor(build_model, batch_spec, batch_size, callbacks)
-        if opened.reader.in_memory:
-            for piece in pieces:
-                yield predict_table(read_piece(opened.reader, batch_spec, columns, piece))
-            predict_table.close()
-            return
+    if not in_process:
+        yield from _predict_rows_by_actors(rows, build, batch_size, scale)
+        return
+    import_tensorflow()
+    build_model = cloudpickle.loads(build) if build else lambda: model
+    predict_table = Predictor(build_model, rows.batch_spec, batch_size, callbacks)
+    for table in rows.tables() if rows.opened.reader.in_memory else _read_by_tasks(rows, scale):
+        yield predict_table(table)
+    predict_table.close()
+
+
+def _read_by_tasks(rows: _SourceRows, scale: Scale) -> Iterator[pa.Table]:
+    budget, read_ahead = connect(scale, in_process=True), ReadAhead()
+    limits = reading(dataclasses.replace(budget, cpus_per_worker=0.0), 1, 1)
+    yield from _taken(rows.dataset(limits, read_ahead), read_ahead)
+
+
+def _predict_rows_by_actors(rows: _SourceRows, build: bytes, batch_size: int, scale: Scale) -> Iterator[pa.Table]:
     import ray
 
-    budget, consumer = connect(scale, in_process=in_process), ReadAhead()
-    if not runs_here(scale) and isinstance(opened.reader, ArrayReader):
-        opened.reader.share()
+    budget, read_ahead = connect(scale, in_process=False), ReadAhead()
+    if not runs_here(scale) and isinstance(rows.opened.reader, ArrayReader):
+        rows.opened.reader.share()
     limits = reading(dataclasses.replace(budget, cpus_per_worker=0.0), 1, 1)
-    if not in_process:  # Ray Data's limit includes the CPUs of the actors
-        limits = dataclasses.replace(limits, cpus=limits.cpus + budget.cpus_per_worker * scale.workers)
-    shared = ray.put((opened.reader, batch_spec, columns))
-    dataset = planned_dataset(
-        read_piece,
-        shared,
-        pieces,
-        [piece.stop - piece.start for piece in pieces],
-        row_nbytes=batch_spec.row_nbytes,
-        reading=limits,
-        consumer=consumer,
+    # Ray Data's limit includes the CPUs of the actors
+    limits = dataclasses.replace(limits, cpus=limits.cpus + budget.cpus_per_worker * scale.workers)
+    transformed_spec = dataclasses.replace(rows.batch_spec, transform=None)  # the read tasks have applied it
+    dataset = rows.dataset(limits, read_ahead).map_batches(
+        RemotePredictor,
+        fn_constructor_args=([ray.put(build)], transformed_spec, batch_size),
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=scale.total_replicas),
+        num_cpus=budget.cpus_per_worker / scale.local_replicas,
+        num_gpus=1 if scale.gpus_per_worker else 0,
     )
-    if not in_process:
-        transformed_spec = dataclasses.replace(batch_spec, transform=None)  # the read tasks have applied it
-        dataset = dataset.map_batches(
-            RemotePredictor,
-            fn_constructor_args=([ray.put(build)], transformed_spec, batch_size),
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=scale.total_replicas),
-            num_cpus=budget.cpus_per_worker / scale.local_replicas,
-            num_gpus=1 if scale.gpus_per_worker else 0,
-        )
+    yield from _taken(dataset, read_ahead)
+
+
+def _taken(dataset: Any, read_ahead: ReadAhead) -> Iterator[pa.Table]:
+    """Yield the tables of a dataset, and let it read on as they are taken."""
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            consumer.take()
-            yield predict_table(table) if predict_table else table
-        if predict_table:
-            predict_table.close()
+            read_ahead.take()
+            yield table
         return
     except Exception as error:
         cause = root_cause(error)
