@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import random
 import shutil
@@ -19,8 +20,11 @@ from raykeras.checkpoint import store, writer
 from raykeras.checkpoint.snapshot import restore
 from raykeras.checkpoint.store import ARRAYS_FILE, MODEL_FILE, STATE_FILE, RunFolder
 from raykeras.checkpoint.train_state import dump_state
+from raykeras.compat import keras3
 from raykeras.compat.keras_api import KerasAPI
-from tests.support.resuming import assert_same, build, fit, steering
+from raykeras.compat.versions import PrivateName
+from tests.support.compare import assert_same_weights
+from tests.support.resuming import X, Y, assert_same, build, fit, steering
 
 
 def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
@@ -79,6 +83,25 @@ def test_hostile_files_are_damaged_or_restored(tmp_path: Path) -> None:
             assert str(folder) in str(error)
             outcomes["damaged"] += 1
     assert min(outcomes["restored"], outcomes["damaged"]) > 50
+
+
+@pytest.mark.parametrize("lacks", ["memory", "store"])
+def test_weights_that_keras_writes_are_saved(lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little free memory Keras uses a file; without a store to replace, it writes the weights itself."""
+    if lacks == "memory":
+        monkeypatch.setattr("keras.src.saving.saving_lib.is_memory_sufficient", lambda model: False)
+    else:
+        missing = PrivateName("keras.src.saving.saving_lib:NoStore", "copy weights", "training waits")
+        monkeypatch.setattr(keras3, "H5_STORE", missing)
+    model = build()
+    with pytest.warns(UserWarning, match="training waits") if lacks == "store" else contextlib.nullcontext():
+        result = rk.fit(model, X, Y, epochs=1, run=rk.Run(storage=str(tmp_path)), verbose=0)
+    saved = result.checkpoints[-1]
+    saved.verify()
+    assert sorted(path.name for path in Path(saved.path).iterdir()) == [MODEL_FILE, ARRAYS_FILE, STATE_FILE]
+    with zipfile.ZipFile(Path(saved.path, MODEL_FILE)) as archive:
+        assert archive.testzip() is None and len(set(archive.namelist())) == len(archive.namelist())
+    assert_same_weights(saved.load_model(), model)
 
 
 def test_newest_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
