@@ -191,7 +191,8 @@ class Probe:
 def _state_kept(model: Any, strategy: Any) -> Iterator[None]:
     """Undo what the block does to variables that are not trained, such as those of layers that count their calls."""
     with strategy.scope():
-        original = [(variable, variable.numpy()) for variable in model.non_trainable_variables]
+        variables = model.non_trainable_variables if model.built else ()
+        original = [(variable, variable.numpy()) for variable in variables]
     try:
         yield
     finally:
