@@ -38,6 +38,21 @@ def _is_unreported(record: logging.LogRecord) -> bool:
     return not is_about_read_task and (error is None or not isinstance(root_cause(error), RaykerasError))
 
 
+@contextlib.contextmanager
+def eager_strategy_unreported() -> Iterator[None]:
+    """Drop TensorFlow's warning about strategies in eager execution while the block runs."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "eagerly has significant overhead" not in str(record.msg)
+
+    logger = logging.getLogger("tensorflow")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def import_tensorflow() -> None:
     """Import TensorFlow without the lines that it writes to stderr before it reads its log level."""
     if "tensorflow" in sys.modules:

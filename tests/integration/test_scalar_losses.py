@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import logging.handlers
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,3 +306,15 @@ def test_state_of_layers_is_not_changed_by_classifying_losses(tmp_path: Path) ->
     scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
     model = rk.fit(build, X, Y, batch_size=BATCH, verbose=0, scale=scale, run=run).model()
     assert model.layers[0].calls.numpy() == expected.layers[0].calls.numpy() == -(-ROWS // BATCH)
+
+
+def test_classifying_losses_logs_nothing(tmp_path: Path) -> None:
+    handler = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("tensorflow")
+    logger.addHandler(handler)
+    try:
+        scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
+        rk.fit(builder("keras", loss=scalar_mean), X, Y, batch_size=BATCH, verbose=0, scale=scale, run=run)
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in handler.buffer] == []
