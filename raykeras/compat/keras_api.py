@@ -132,7 +132,8 @@ class KerasAPI:
 
     def _inner_metrics(self, metric: Any) -> list[Any]:
         """Return the metrics of `compile`, which Keras 3 holds in one metric; for other metrics the metric itself."""
-        return list(metric.metrics) if self._defines(type(metric)) and hasattr(metric, "metrics") else [metric]
+        is_of_keras = type(metric).__module__.split(".")[0] == self.name
+        return list(metric.metrics) if is_of_keras and hasattr(metric, "metrics") else [metric]
 
     def steps_per_execution(self, model: Any) -> int:
         """Return the number of steps that the model runs per call of its compiled function."""

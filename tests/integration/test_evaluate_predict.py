@@ -94,6 +94,14 @@ def test_evaluate_calls_callbacks(scale: rk.Scale) -> None:
     assert mine.calls == expected.calls
 
 
+def test_evaluate_lists_metrics_in_order_of_compile() -> None:
+    model = build()
+    for metrics in (["mse", "mae"], ["mae", "mse"]):
+        model.compile("sgd", "binary_crossentropy", metrics=metrics)
+        expected = model.evaluate(X, Y, batch_size=BATCH, verbose=0)
+        np.testing.assert_allclose(rk.evaluate(model, X, Y, batch_size=BATCH, return_dict=False), expected, rtol=1e-5)
+
+
 def test_predict_calls_callbacks_as_in_one_prediction(source: rk.Source) -> None:
     class Recorder(keras.callbacks.Callback):
         def __init__(self) -> None:
