@@ -134,7 +134,7 @@ class TrainingSession:
             is_over=bool(step) and bool(state["stopped"]),
             logs={name: np.asarray(value) for name, value in state.get("step_logs", {}).items()},
         )
-        callbacks = [*self._callbacks.values(), *self._internal_callbacks()]
+        callbacks = [*self._callbacks.values(), *self._added_callbacks()]
         return resuming_list(self._api, callbacks, self._model, self, start, self._train.counts_steps)
 
     def steps_of(self, epoch: int) -> int | None:
@@ -207,7 +207,7 @@ class TrainingSession:
             )
         )
 
-    def _internal_callbacks(self) -> list[Any]:
+    def _added_callbacks(self) -> list[Any]:
         context, train, position = self._context, self._train, self._job.start
         make = functools.partial(of_keras, self._api)
         internal = [train.stream.ending_callback(self._api)] if isinstance(train.stream, BatchStream) else []
