@@ -1,68 +1,89 @@
-"""Place the variables of an existing Keras 3 model under a strategy, and take them back.
+"""Place the variables of an existing model under a strategy, and take them back.
 
-Nothing is serialized, so that any model can be trained in place on several replicas of one process. Each Keras variable
-wraps a TensorFlow variable; only the latter has to be created under the strategy.
+Nothing is serialized, so that any model can be trained in place on several replicas of one process. The variables
+remain the same objects; only what they consist of is exchanged.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from raykeras.compat import keras_variables, tf_keras_variables
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.keras_variables import (
-    is_created,
-    rekeyed,
-    restore_strategies,
-    set_strategy,
-    set_wrapped,
-    strategy_of,
-)
+from raykeras.compat.tf_variables import Contents, assign, contents_of, like, set_contents, value_of
 from raykeras.distribute.strategy import scope
+
+_STEP_FUNCTIONS = ("train_function", "test_function", "predict_function", "train_tf_function")
 
 
 def is_made_elsewhere(model: Any, api: KerasAPI, strategy: tf.distribute.Strategy | None) -> bool:
-    """Return whether the variables of a Keras 3 model belong to another strategy, or to none."""
-    return not api.is_legacy and strategy_of(model) is not strategy
+    """Return whether the variables of a model belong to another strategy, or to none."""
+    return _names(api).strategy_of(model) is not strategy
 
 
 @contextlib.contextmanager
 def mirrored(model: Any, api: KerasAPI, strategy: tf.distribute.Strategy | None) -> Iterator[None]:
     """Keep a model's variables under a strategy while the block runs.
 
-    Afterwards the model has its original TensorFlow variables again, with the values of the end of the block.
+    Afterwards the variables belong to the model's original strategy again, with the values of the end of the block.
 
     Args:
-        model: A Keras 3 model that was created elsewhere.
-        api: Keras 3.
+        model: A model that was created elsewhere.
+        api: The model's Keras package.
         strategy: None for a single replica.
     """
-    variables = _variables(model, api)
-    original_of = {id(variable): variable.value for variable in variables}
-    values = [variable.numpy() for variable in variables]
-    with rekeyed(model, variables), scope(strategy):
-        for variable, value in zip(variables, values, strict=True):
-            set_wrapped(variable, value)
-        original_strategies = set_strategy(model, strategy, tf.distribute.get_strategy())
+    original_strategy = _names(api).strategy_of(model)
+    originals: list[tuple[Any, Contents]] = []
+    strategies: list[tuple[Any, str, Any]] = []
     try:
+        originals += _replace(_variables(model, api), strategy)
+        strategies += _names(api).set_strategy(model, strategy, tf.distribute.get_strategy())
+        _forget_functions(model)
         yield
     finally:
-        variables = _variables(model, api)
-        with rekeyed(model, variables):
-            for variable in variables:
-                original = original_of.get(id(variable))
-                if original is None:  # created in the block
-                    set_wrapped(variable, variable.numpy())
-                else:
-                    original.assign(variable.numpy())
-                    set_wrapped(variable, original)
-            restore_strategies(original_strategies)
+        is_original = {id(variable) for variable, _ in originals}
+        created = [variable for variable in _variables(model, api) if id(variable) not in is_original]
+        for variable, contents in originals:
+            value = value_of(variable)
+            set_contents(variable, contents)
+            assign(variable, value)
+        _replace(created, original_strategy)
+        _names(api).set_strategy(model, original_strategy, tf.distribute.get_strategy())
+        for holder, name, value in strategies:
+            setattr(holder, name, value)
+        _forget_functions(model)
+
+
+def _replace(variables: Sequence[Any], strategy: tf.distribute.Strategy | None) -> list[tuple[Any, Contents]]:
+    """Place variables under a strategy; return them with their previous contents."""
+    values = [value_of(variable) for variable in variables]
+    with scope(strategy):
+        created = [like(variable, value) for variable, value in zip(variables, values, strict=True)]
+    previous = [(variable, contents_of(variable)) for variable in variables]
+    for variable, new in zip(variables, created, strict=True):
+        set_contents(variable, contents_of(new))
+    return previous
+
+
+def _names(api: KerasAPI) -> Any:
+    return tf_keras_variables if api.is_legacy else keras_variables
 
 
 def _variables(model: Any, api: KerasAPI) -> list[Any]:
-    """Return each Keras variable once; plain TensorFlow variables stay as they are."""
+    """Return each TensorFlow variable that belongs to a model once."""
+    if api.is_legacy:
+        return tf_keras_variables.variables(model)
     variables = [*api.variables(model), *api.metric_variables(model), *api.seed_states(model)]
-    return list({id(variable): variable for variable in variables if is_created(variable)}.values())
+    found = [wrapped for variable in variables if (wrapped := keras_variables.wrapped(variable)) is not None]
+    return list({id(variable): variable for variable in found}.values())
+
+
+def _forget_functions(model: Any) -> None:
+    """Drop functions that were traced with the contents that variables had before."""
+    for name in _STEP_FUNCTIONS:
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)

@@ -121,11 +121,10 @@ def _evaluate_here(job: EvaluationJob, model: Any, callbacks: list[Any]) -> tupl
 
     from raykeras.worker import train
 
-    uses_model = is_model(model) and not api_of(model).is_legacy  # see `raykeras.distribute.mirroring`
-    api, build = pack_model(model, lazily=uses_model or job.scale.local_replicas == 1)
+    api, build = pack_model(model, lazily=True)
 
     def build_model() -> Any:
-        return cloudpickle.loads(build)() if build else model
+        return model if is_model(model) else cloudpickle.loads(build)()
 
     def work() -> tuple[Logs, list[Any]]:
         return train.evaluate(job, rank=0, api=api, build=build_model, callbacks=unwrapped(callbacks))

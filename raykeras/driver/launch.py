@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from raykeras.checkpoint.model_io import is_model, load_model, pack_model, save_model
+from raykeras.checkpoint.model_io import is_model, pack_model
 from raykeras.compat.keras_api import api_of
 from raykeras.compat.quiet import import_tensorflow
 from raykeras.core.errors import WorkerLostError
@@ -42,18 +42,11 @@ def fit_here(
     from raykeras.worker.session import WorkerContext
 
     api, _ = pack_model(model, lazily=True)
-    # variables must be created inside the strategy scope; Keras 3 models: see `raykeras.distribute.mirroring`
-    rebuild = is_model(model) and api.is_legacy and job.scale.local_replicas > 1
-    saved = save_model(model, api) if rebuild else None
     models: list[Any] = []
 
     def build_and_keep() -> Any:
-        if saved is not None:
-            built = load_model(saved, api)
-        elif is_model(model):
-            built = model
-        else:  # called directly and not from a pickle, so that breakpoints and closures work
-            built = model()
+        # A function is called directly and not from a pickle, so that breakpoints and closures work.
+        built = model if is_model(model) else model()
         models.append(built)
         return built
 
@@ -70,18 +63,12 @@ def fit_here(
                 writer=writer,
                 step_control=step_control,
                 heartbeat=heartbeat,
-                return_variables=rebuild,
             )
             stack.enter_context(interrupt.reaching(step_control.call))
             return train.run(job, context, api=api, build=build_and_keep)
 
     outcome = run_here(work)
-    if outcome.variables is not None:
-        from raykeras.distribute.build import load_variables
-
-        load_variables(model, api, outcome.variables, job.train.batch_spec)
-        return outcome, model
-    is_bound_to_strategy = job.scale.local_replicas > 1 and api_of(models[-1]).is_legacy
+    is_bound_to_strategy = not is_model(model) and job.scale.local_replicas > 1 and api_of(models[-1]).is_legacy
     return outcome, None if is_bound_to_strategy else models[-1]
 
 
