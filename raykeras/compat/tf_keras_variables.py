@@ -15,8 +15,6 @@ from raykeras.compat.versions import PrivateName
 _PURPOSE = "train a model on replicas other than those it was created for"
 
 NODE = PrivateName("tf_keras.src.engine.node:Node", _PURPOSE)
-KERAS_TENSOR = PrivateName("tf_keras.src.engine.keras_tensor:KerasTensor", _PURPOSE)
-AUTOCAST_VARIABLE = PrivateName("tf_keras.src.mixed_precision.autocast_variable:AutoCastVariable", _PURPOSE)
 CREATE_AUTOCAST_VARIABLE = PrivateName(
     "tf_keras.src.mixed_precision.autocast_variable:create_autocast_variable", _PURPOSE, parameters=("variable",)
 )
@@ -24,7 +22,8 @@ INSTANCE_NAMES = (
     "tf_keras.Model._distribution_strategy",
     "tf_keras.optimizers.Adam._distribution_strategy",
     "tf_keras.optimizers.legacy.Adam._distribution_strategy",
-    "tf_keras.src.mixed_precision.autocast_variable.AutoCastVariable._variable",
+    "tf_keras.layers.Dense.kernel._variable",  # in mixed precision
+    "tf_keras.Input._keras_history",
 )
 """Attributes of instances that this module reads or sets."""
 
@@ -33,8 +32,7 @@ _STRATEGY = "_distribution_strategy"  # None for the default strategy, except in
 
 def variables(model: Any) -> list[Any]:
     """Return each TensorFlow variable of a model, its optimizer, losses and metrics once."""
-    wrapper = AUTOCAST_VARIABLE.get()
-    return [item for item in _reachable(model) if isinstance(item, tf.Variable) and not isinstance(item, wrapper)]
+    return [item for item in _reachable(model) if isinstance(item, tf.Variable) and not _is_wrapper(item)]
 
 
 def strategy_of(model: Any) -> Any | None:
@@ -57,13 +55,17 @@ def set_strategy(model: Any, strategy: Any | None, default: Any) -> list[tuple[A
 
     previous = []
     for item in _reachable(model):
-        if isinstance(item, AUTOCAST_VARIABLE.get()):
-            # Its class depends on that of the variable that it wraps.
+        if _is_wrapper(item):  # Its class depends on that of the variable that it wraps.
             set_class(item, type(CREATE_AUTOCAST_VARIABLE.get()(item._variable)))
         elif _STRATEGY in getattr(item, "__dict__", ()):
             previous.append((item, _STRATEGY, getattr(item, _STRATEGY)))
             setattr(item, _STRATEGY, strategy or (default if isinstance(item, Optimizer) else None))
     return previous
+
+
+def _is_wrapper(item: Any) -> bool:
+    """Return whether an object wraps a variable for mixed precision."""
+    return isinstance(item, tf.Variable) and "_variable" in vars(item)
 
 
 def _reachable(model: Any) -> list[Any]:
@@ -90,10 +92,11 @@ def _parts(item: Any) -> Iterable[Any]:
         return [item.__self__, item.__func__]
     if isinstance(item, types.FunctionType):
         return [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
-    # Nodes and symbolic tensors refer to layers of other models.
-    if isinstance(item, type | NODE.get() | KERAS_TENSOR.get()) or not _may_have_variables(type(item)):
+    attributes = getattr(item, "__dict__", {})
+    leads_elsewhere = isinstance(item, NODE.get()) or "_keras_history" in attributes  # To layers of other models.
+    if leads_elsewhere or isinstance(item, type) or not _may_have_variables(type(item)):
         return []
-    return list(getattr(item, "__dict__", {}).values())
+    return list(attributes.values())
 
 
 @functools.cache

@@ -191,13 +191,21 @@ class Probe:
 @contextlib.contextmanager
 def _state_kept(model: Any, strategy: Any) -> Iterator[None]:
     """Undo what the block does to variables that are not trained, such as those of layers that count their calls."""
+    original: list[tuple[Any, np.ndarray]] = []
+
+    def create(create_next: Callable[..., Any], **options: Any) -> Any:
+        variable = create_next(**options)
+        if tf.executing_eagerly() and not variable.trainable:
+            original.append((variable, variable.numpy()))
+        return variable
+
     with strategy.scope():
         variables = model.non_trainable_variables if model.built else ()
-        original = [(variable, variable.numpy()) for variable in variables]
-    try:
-        yield
-    finally:
-        with strategy.scope():
+        original += [(variable, variable.numpy()) for variable in variables]
+        try:
+            with tf.variable_creator_scope(create):
+                yield
+        finally:
             for variable, value in original:
                 variable.assign(value)
 

@@ -110,22 +110,19 @@ def makers(folder: Path) -> dict[str, Callable[[], Any]]:
         callback.set_model(its_model)
         return callback
 
-    def adam_w() -> Any:
-        optimizer = keras.optimizers.AdamW()
-        optimizer.exclude_from_weight_decay(var_names=["bias"])
-        optimizer.build(model.trainable_variables)
-        return optimizer
-
-    def multi_optimizer() -> Any:
-        sgd = keras.optimizers.SGD()
-        optimizer = keras.optimizers.MultiOptimizer(lambda variable: sgd)
-        optimizer.build(model.trainable_variables)
-        return optimizer
+    def component() -> Any:
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            return tf.Variable(1.0).values[0]
 
     def legacy_dropout() -> Any:
         dropout = tf_keras.layers.Dropout(0.5)
         dropout(tf.ones((1, 1)), training=True)
         return dropout
+
+    def legacy_dense() -> Any:
+        dense = tf_keras.layers.Dense(1, dtype="mixed_float16")
+        dense.build((1, 1))
+        return dense
 
     def legacy_adam() -> Any:
         legacy_model.optimizer.build(legacy_model.trainable_variables)
@@ -139,16 +136,19 @@ def makers(folder: Path) -> dict[str, Callable[[], Any]]:
         "keras.callbacks.Callback": keras.callbacks.Callback,
         "keras.callbacks.TensorBoard": lambda: tensorboard(keras, model),
         "keras.losses.SparseCategoricalCrossentropy": keras.losses.SparseCategoricalCrossentropy,
-        "keras.optimizers.AdamW": adam_w,
-        "keras.optimizers.MultiOptimizer": multi_optimizer,
+        "keras.optimizers.AdamW": keras.optimizers.AdamW,
+        "tensorflow.Variable": component,
         "tensorflow.data.Iterator": lambda: iter(tf.data.Dataset.range(1)),
         "tensorflow.python.eager.context.Context": context,
+        "tf_keras.Input": lambda: tf_keras.Input((1,)),
         "tf_keras.Model": lambda: legacy_model,
         "tf_keras.callbacks.History": tf_keras.callbacks.History,
         "tf_keras.callbacks.TensorBoard": lambda: tensorboard(tf_keras, legacy_model),
+        "tf_keras.layers.Dense": legacy_dense,
         "tf_keras.layers.Dropout": legacy_dropout,
         "tf_keras.losses.SparseCategoricalCrossentropy": tf_keras.losses.SparseCategoricalCrossentropy,
         "tf_keras.optimizers.Adam": legacy_adam,
+        "tf_keras.optimizers.legacy.Adam": tf_keras.optimizers.legacy.Adam,
     }
 
 

@@ -1,13 +1,16 @@
-"""A compiled Keras 3 model of any kind trains in place on two replicas of this process, and stays the user's own."""
+"""A compiled model of any kind trains in place on two replicas of this process, and stays the user's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 import raykeras as rk
 from tests.support.compare import assert_same_training, assert_same_weights
@@ -93,3 +96,143 @@ def test_model_of_other_strategy_matches_keras(scale: rk.Scale, tmp_path: Path) 
     result = rk.fit(mine, X, Y, scale=scale, run=rk.Run(storage=str(tmp_path)), **OPTIONS)
     assert_same_training(result, expected, plain)
     assert mine.distribute_strategy is strategy
+
+
+class LegacyWrapper(tf_keras.Model):
+    """Has no config, creates its layers' variables when it is called, and has Python state and a closure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        factor = tf.Variable(2.0, trainable=False)
+        self.calls: list[int] = []
+        self.scale = lambda x: x * factor
+        self.inner = [tf_keras.layers.Dense(6, "relu", kernel_regularizer="l2"), tf_keras.layers.Dense(3, "softmax")]
+        self.steps = self.add_weight("steps", (), tf.int32, "zeros", trainable=False)
+
+    def call(self, x: Any) -> Any:
+        self.calls.append(len(self.calls))
+        self.steps.assign_add(1)
+        for layer in self.inner:
+            x = layer(x)
+        return self.scale(x) / 2.0
+
+
+def legacy_functional() -> Any:
+    inputs = tf_keras.Input((8,))
+    hidden = tf_keras.layers.Dense(6, "relu")(inputs)
+    return tf_keras.Model(inputs, tf_keras.layers.Dense(3, "softmax")(hidden))
+
+
+def legacy_unbuilt() -> Any:
+    return tf_keras.Sequential([tf_keras.layers.Dense(6, "relu"), tf_keras.layers.Dense(3, "softmax")])
+
+
+def legacy_adam_w() -> Any:
+    optimizer = tf_keras.optimizers.AdamW(0.01, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    return optimizer
+
+
+def legacy_momentum() -> Any:
+    return tf_keras.optimizers.legacy.SGD(0.1, momentum=0.9)
+
+
+LEGACY_MODELS = [legacy_functional, legacy_unbuilt, LegacyWrapper]
+LEGACY_OPTIMIZERS = [tf_keras.optimizers.Adam, legacy_adam_w, legacy_momentum]
+
+
+def build_legacy(make: Callable[[], Any], optimizer: Any) -> Any:
+    tf_keras.utils.set_random_seed(0)
+    model = make()
+    metrics = ["accuracy", tf_keras.metrics.SparseTopKCategoricalAccuracy(2)]
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=metrics)
+    return model
+
+
+def fit_legacy(model: Any, **options: Any) -> dict[str, list[float]]:
+    tf_keras.utils.set_random_seed(0)  # as raykeras does, for models that are not built
+    return model.fit(X, Y, **OPTIONS, **options).history
+
+
+def assert_is_plain_legacy(model: Any) -> None:
+    assert not tf.distribute.get_strategy().num_replicas_in_sync > 1
+    assert model.distribute_strategy is tf.distribute.get_strategy()
+    for variable in [*model.variables, *model.optimizer.variables()]:
+        assert not hasattr(variable, "values"), variable.name  # of each replica
+
+
+@pytest.mark.parametrize("is_trained", [False, True])
+@pytest.mark.parametrize("make_optimizer", LEGACY_OPTIMIZERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", LEGACY_MODELS, ids=lambda make: make.__name__)
+def test_tf_keras_instance_matches_tf_keras(
+    make: Callable[[], Any], make_optimizer: Callable[[], Any], is_trained: bool, tmp_path: Path
+) -> None:
+    mine, plain = (build_legacy(make, make_optimizer()) for _ in range(2))
+    run = rk.Run(storage=str(tmp_path))
+    if is_trained:  # so that its optimizer and its metrics have variables
+        for model in (mine, plain):
+            fit_legacy(model)
+    before = list(mine.variables) if mine.built else []
+    for _ in range(2):
+        expected = fit_legacy(plain, validation_data=(X, Y))
+        result = rk.fit(mine, X, Y, validation_data=(X, Y), scale=TWO_REPLICAS, run=run, **OPTIONS)
+        assert result.model() is mine
+        assert_same_training(result, expected, plain)
+        assert_is_plain_legacy(mine)
+    assert {id(variable) for variable in before} <= {id(variable) for variable in mine.variables}
+    values = rk.evaluate(mine, X, Y, batch_size=BATCH, scale=TWO_REPLICAS)
+    assert values == pytest.approx(plain.evaluate(X, Y, batch_size=BATCH, verbose=0, return_dict=True), rel=1e-5)
+    assert_is_plain_legacy(mine)
+    for model in (mine, plain):  # which go on in tf_keras with their optimizers
+        fit_legacy(model)
+    assert_same_weights(mine, plain)
+    np.testing.assert_allclose(mine.predict(X, verbose=0), plain.predict(X, verbose=0), rtol=1e-4, atol=1e-6)
+    mine.save_weights(tmp_path / "model.weights.h5")
+    if make is LegacyWrapper:
+        assert type(mine.calls[0]) is int and int(mine.steps) == int(plain.steps)
+
+
+def test_tf_keras_instance_in_mixed_precision_stays_plain(tmp_path: Path) -> None:
+    tf_keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        mine, plain = (build_legacy(legacy_functional, tf_keras.optimizers.Adam(0.01)) for _ in range(2))
+    finally:
+        tf_keras.mixed_precision.set_global_policy("float32")
+    for _ in range(2):
+        fit_legacy(plain)
+        rk.fit(mine, X, Y, scale=TWO_REPLICAS, run=rk.Run(storage=str(tmp_path)), **OPTIONS)
+        assert_same_weights(mine, plain, rtol=1e-2, atol=1e-3)
+    assert_is_plain_legacy(mine)
+    assert mine.optimizer.loss_scale == plain.optimizer.loss_scale
+    assert type(mine.layers[1].kernel) is type(plain.layers[1].kernel)
+    for model in (mine, plain):
+        fit_legacy(model)
+    assert_same_weights(mine, plain, rtol=1e-2, atol=1e-3)
+
+
+def test_failed_training_gives_tf_keras_model_back(tmp_path: Path) -> None:
+    class Fails(tf_keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch == 1:
+                raise FloatingPointError
+
+    mine, plain = (build_legacy(LegacyWrapper, tf_keras.optimizers.Adam()) for _ in range(2))
+    with pytest.raises(FloatingPointError):
+        fit_legacy(plain, callbacks=[Fails()])
+    with pytest.raises(FloatingPointError):
+        run = rk.Run(storage=str(tmp_path))
+        rk.fit(mine, X, Y, callbacks=[Fails()], scale=TWO_REPLICAS, run=run, **OPTIONS)
+    assert_is_plain_legacy(mine)
+    assert_same_weights(mine, plain)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_tf_keras_model_of_other_strategy_matches_tf_keras(scale: rk.Scale, tmp_path: Path) -> None:
+    plain, strategy = build_legacy(legacy_functional, "adam"), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        mine = build_legacy(legacy_functional, "adam")
+    expected = fit_legacy(plain)
+    result = rk.fit(mine, X, Y, scale=scale, run=rk.Run(storage=str(tmp_path)), **OPTIONS)
+    assert_same_training(result, expected, plain)
+    assert mine.distribute_strategy is strategy
+    assert all(hasattr(variable, "values") for variable in mine.optimizer.variables())
