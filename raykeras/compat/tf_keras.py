@@ -37,6 +37,12 @@ CREATE_ALL_WEIGHTS = PrivateName(
     "create the variables of a legacy optimizer before the first step",
     parameters=("self", "var_list"),
 )
+CHECK_WEIGHTED_METRICS = PrivateName(
+    "tf_keras:Model._check_sample_weight_warning",
+    "warn of sample weights that no metric uses",
+    "`evaluate` on several replicas does not warn",
+    parameters=("self", "x", "sample_weight"),
+)
 IN_SAFE_MODE = PrivateName(
     "tf_keras.src.saving.serialization_lib:in_safe_mode",
     "notice calls of `enable_unsafe_deserialization`",
@@ -127,6 +133,12 @@ def losses_in_layers() -> contextlib.AbstractContextManager[None]:
         return Reduction.SUM_OVER_BATCH_SIZE if loss.reduction == Reduction.AUTO else loss.reduction
 
     return GET_REDUCTION.replaced(get_reduction)
+
+
+def check_weighted_metrics(model: Any) -> None:
+    """Warn if no metric uses the sample weights of a dataset, which tf_keras cannot see in a distributed dataset."""
+    if CHECK_WEIGHTED_METRICS.find() is not None:
+        CHECK_WEIGHTED_METRICS.of(model)(None, True)
 
 
 def build_losses_and_metrics(model: Any, y: Any, predicted: Any) -> None:

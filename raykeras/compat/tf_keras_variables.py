@@ -99,7 +99,6 @@ def _parts(item: Any) -> Iterable[Any]:
     return list(attributes.values())
 
 
-@functools.cache
 def _may_have_variables(kind: type) -> bool:
     is_trackable = issubclass(kind, tf.__internal__.tracking.Trackable)
     return is_trackable or any(base.__module__.split(".")[0] == "tf_keras" for base in kind.__mro__)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raykeras.checkpoint.model_io import as_model, is_model, pack_model
-from raykeras.compat.keras_api import api_of, current_floatx
+from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.core.config import Scale
 from raykeras.core.errors import OptionError

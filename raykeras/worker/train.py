@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from raykeras.compat import tf_keras
 from raykeras.compat.keras_api import KerasAPI, api_of
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause, user_code_error
@@ -75,6 +76,8 @@ def evaluate(
             check_execution(model, scale)
             _lower_steps_per_execution(model, api, strategy)
             data = data.with_spec(check_model(model, api, data.batch_spec))
+        if api.is_legacy and strategy is not None and data.batch_spec.role("sample_weight"):
+            tf_keras.check_weighted_metrics(model)
         stream = open_stream(data, scale, job.budget, rank, num_steps=data.num_steps)
         streams.append(stream)
         stream.begin()

@@ -113,7 +113,8 @@ def tf_keras_tests(checkout: Path, folder: Path) -> list[str]:
     for name in TF_KERAS_FILES:
         text = subprocess.run([*command, f"v{version}:{name}"], check=True, capture_output=True, text=True).stdout
         path = folder / Path(name).name
-        path.write_text(re.sub(r"^from tf_keras\b", "from tf_keras.src", text, flags=re.MULTILINE))
+        text = re.sub(r"^from tf_keras\b", "from tf_keras.src", text, flags=re.MULTILINE)
+        path.write_text(re.sub(r"\bkeras\.utils\.(\w+_utils)\b", r"keras.src.utils.\1", text))
         paths.append(str(path))
     return paths
 
