@@ -36,7 +36,7 @@ class Contents:
 
 def contents_of(variable: Any) -> Contents:
     """Return the contents of a variable."""
-    return Contents(type(variable), vars(variable))
+    return Contents(type(variable), dict(vars(variable)))
 
 
 def set_contents(variable: Any, contents: Contents) -> None:

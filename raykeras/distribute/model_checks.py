@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from raykeras.compat.keras_api import KerasAPI, loss_arguments
-from raykeras.core.config import Scale
 from raykeras.core.errors import ModelError
 from raykeras.core.structures import is_deep
 from raykeras.data.batch_spec import BatchSpec, ElementSpec
@@ -33,21 +32,6 @@ def check_model(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:
     _check_inputs(model, api, batch_spec)
     _check_outputs(model, api, batch_spec)
     return _with_num_classes(model, api, _with_listed_weights(model, api, _with_open_sizes(model, api, batch_spec)))
-
-
-def check_execution(model: Any, scale: Scale) -> None:
-    """Check that a model can run on the replicas of a scale.
-
-    Raises:
-        ModelError: If the model was created for another number of replicas.
-    """
-    strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync not in (1, scale.total_replicas):
-        raise ModelError(
-            "A model must not be created in a strategy's scope, because `scale` sets the number of replicas; got a "
-            f"{type(strategy).__name__} with {strategy.num_replicas_in_sync} replicas. Create the model outside "
-            f"`strategy.scope()`, and pass `scale=rk.Scale(replicas_per_worker={strategy.num_replicas_in_sync})`."
-        )
 
 
 def _with_listed_weights(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:

@@ -23,7 +23,7 @@ from raykeras.distribute.build import make_variables
 from raykeras.distribute.exact import building, exact
 from raykeras.distribute.executions import counted_executions, is_countable, steps_left, without_xla
 from raykeras.distribute.mirroring import is_made_elsewhere, mirrored
-from raykeras.distribute.model_checks import check_execution, check_model
+from raykeras.distribute.model_checks import check_model
 from raykeras.distribute.self_check import check_version
 from raykeras.distribute.strategy import distribute, make_strategy, scope
 from raykeras.worker.callbacks import TrainingPreempted
@@ -73,7 +73,6 @@ def evaluate(
         model, api = _build_model(build, api, strategy, stack)
         stack.enter_context(without_xla(model, scale))
         with scope(strategy):
-            check_execution(model, scale)
             _lower_steps_per_execution(model, api, strategy)
             data = data.with_spec(check_model(model, api, data.batch_spec))
         if api.is_legacy and strategy is not None and data.batch_spec.role("sample_weight"):
@@ -125,7 +124,6 @@ def _run(
     model, api = _build_model(build, api, strategy, stack)
     stack.enter_context(without_xla(model, job.scale))
     with scope(strategy):
-        check_execution(model, job.scale)
         job = _with_checked_specs(job, model, api)
     _lower_steps_per_execution(model, api, strategy)
 

@@ -12,7 +12,6 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
-import tensorflow as tf
 
 import raykeras as rk
 from tests.support.kept_workers import TWO, KeptWorkers
@@ -31,15 +30,6 @@ def build(units: int = 3, shape: Any = (8,), loss: Any = "sparse_categorical_cro
         return model
 
     return make
-
-
-def build_under_strategy() -> Any:
-    import tf_keras
-
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-        model = tf_keras.Sequential([tf_keras.Input((8,)), tf_keras.layers.Dense(3)])
-        model.compile("sgd", "mse")
-    return model
 
 
 class Raises(keras.callbacks.Callback):
@@ -73,7 +63,6 @@ Call = Callable[[str, dict[str, Any]], Any]
 
 CALLS: dict[str, Call] = {
     "model not compiled": lambda path, run: rk.fit(build(loss=None), X, Y, **run),
-    "model of a strategy in tf_keras": lambda path, run: rk.fit(build_under_strategy(), X, Y, **run),
     "label out of range": lambda path, run: rk.fit(build(), X, Y + 2, **run),
     "label of a file out of range": lambda path, run: rk.fit(
         build(), rk.parquet(path, x=NAMES, y="shifted", cache=None), **run
