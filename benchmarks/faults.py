@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "validation rows are counted twice",
         "worker/train.py",
-        "        streams.append(_open_stream_of(job, job.validation, context.rank, num_steps=None))\n",
-        "        streams.append(_open_stream_of(job, job.validation, 0, num_steps=None))\n",
+        "job.validation.open(context.rank, job.scale",
+        "job.validation.open(0, job.scale",
         (f"{EXACTNESS}::test_training_on_two_workers_matches_keras[2x1 keras 257 rows, weights]",),
     ),
     Fault(

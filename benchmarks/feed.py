@@ -22,9 +22,10 @@ from benchmarks import side_by_side
 from benchmarks.ingest import CASES, generate
 from raykeras.data.inputs import open_data, train_spec
 from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.interleave import RankInput
 from raykeras.data.streaming.reader import gather_tasks
 from raykeras.data.streaming.resources import CpuBudget, reading
-from raykeras.data.streaming.spec import RankInput, RowsSpec
+from raykeras.data.streaming.spec import RowsSpec
 from raykeras.driver.cluster import connect
 
 STEP_S, SECONDS, RANK_ROWS = 0.05, 20.0, (1_024, 8_192)

@@ -199,7 +199,6 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
     from raykeras.data.inputs import open_data, train_spec
     from raykeras.distribute.strategy import make_strategy
     from raykeras.driver.cluster import connect
-    from raykeras.worker.train import open_stream
 
     scale = rk.Scale()
     budget = connect(scale, in_process=True)
@@ -215,7 +214,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
         floatx="float32",
     )
     make_strategy(scale)  # as at the start of a worker
-    stream = open_stream(spec, scale, budget, 0, None)
+    stream = spec.open(0, scale, budget, num_steps=None)
     try:
         return steady(stream.endless_dataset(), spec.num_steps, next_in_this_thread)
     finally:

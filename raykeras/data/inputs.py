@@ -6,10 +6,9 @@ refused before anything is started.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,16 +18,16 @@ from raykeras.core.config import Run, Scale
 from raykeras.core.errors import OptionError
 from raykeras.core.structures import Structure, structure_of
 from raykeras.data.adapters.adapter import Batches, as_batches
-from raykeras.data.adapters.epochs import BatchesSpec
-from raykeras.data.adapters.transport import BatchFeeder
+from raykeras.data.adapters.spec import BatchesSpec
 from raykeras.data.batch_spec import BatchSpec, ElementSpec, Role, class_weighted_shape
 from raykeras.data.plan import default_num_shards, window_rows_for
 from raykeras.data.resolve import check_weights, class_weight_by_output, resolve
-from raykeras.data.sources.arrays import ArrayReader, ArraySource, from_arrays
+from raykeras.data.sources.arrays import ArraySource, from_arrays
 from raykeras.data.sources.base import OpenSource, Source, listed
 from raykeras.data.sources.ray_dataset import is_ray_dataset
 from raykeras.data.streaming.cache import CachedRows, should_cache
 from raykeras.data.streaming.spec import RowsSpec
+from raykeras.data.train_input import DataSpec
 
 _WHOLE_SHARD = 1 << 62  # unlimited window: shuffling rows in memory needs no buffer
 
@@ -122,7 +121,7 @@ def train_spec(
     scale: Scale,
     seed: int,
     floatx: str,
-) -> RowsSpec | BatchesSpec:
+) -> DataSpec:
     """Describe how the training data is used.
 
     Args:
@@ -166,7 +165,7 @@ def validation_spec(
     seed: int,
     floatx: str,
     steps_name: str = "validation_steps",
-) -> RowsSpec | BatchesSpec:
+) -> DataSpec:
     """Describe how validation data is used.
 
     Every validation uses the same rows in the same order; a generator continues where it stopped.
@@ -207,43 +206,6 @@ def validation_spec(
 
 def _cached(source: Source, opened: OpenSource, batch_spec: BatchSpec) -> CachedRows | None:
     return CachedRows(opened, batch_spec) if should_cache(source, opened, batch_spec) else None
-
-
-@contextlib.contextmanager
-def for_workers(job: RowsSpec | BatchesSpec | None, num_workers: int, cpus_per_task: float) -> Iterator[Any]:
-    """Make data available to workers in other processes while the block runs; yields the spec to pickle for them.
-
-    Arrays are put into Ray's object store; batches are sent by a `BatchFeeder`.
-
-    Args:
-        job: The data; None if there is none.
-        num_workers: Number of workers.
-        cpus_per_task: Logical CPUs of a task that makes batches.
-    """
-    if isinstance(job, BatchesSpec):
-        feeder = BatchFeeder(job, num_workers, cpus_per_task)
-        try:
-            yield replace(job, batches=job.batches.without_data(), channels=feeder.channels)
-        finally:
-            feeder.close()
-        return
-    if job is not None:
-        reader = job.cache.reader if job.cache is not None else job.opened.reader
-        if isinstance(reader, ArrayReader):
-            reader.share()
-    yield job
-
-
-def read_ahead(specs: Iterable[RowsSpec | BatchesSpec | None]) -> None:
-    """Start reading the rows that will be cached, in the background."""
-    for spec in specs:
-        if isinstance(spec, RowsSpec) and spec.cache is not None:
-            spec.cache.start()
-
-
-def in_memory(specs: Iterable[RowsSpec | BatchesSpec | None]) -> bool:
-    """Return whether none of them needs Ray Data."""
-    return all(not isinstance(spec, RowsSpec) or spec.in_memory for spec in specs)
 
 
 def _require_end(batches: Batches, steps: int | None, name: str, scale: Scale) -> None:

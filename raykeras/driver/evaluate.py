@@ -18,10 +18,7 @@ from raykeras.data.inputs import (
     check_batch_size,
     check_positive,
     check_scale_and_run,
-    for_workers,
-    in_memory,
     open_data,
-    read_ahead,
     validation_spec,
 )
 from raykeras.data.streaming.resources import CpuBudget
@@ -93,8 +90,9 @@ def evaluate(
     common: dict[str, Any] = {"scale": scale, "seed": seed, "floatx": floatx}
     spec = validation_spec(data, batch_size=batch_size, steps=steps, steps_name="steps", **common)
     in_process = runs_here(scale)
-    read_ahead([spec])
-    budget = CpuBudget() if in_process and in_memory([spec]) else connect(scale, in_process=in_process)
+    spec.read_ahead()
+    is_local = in_process and not spec.uses_ray_data
+    budget = CpuBudget() if is_local else connect(scale, in_process=in_process)
     job = EvaluationJob(spec, scale, seed, budget)
     keras_callbacks = only_keras_callbacks(callbacks, "evaluate")
     if in_process:
@@ -104,7 +102,7 @@ def evaluate(
         from ray import cloudpickle
 
         packed = (*pack_model(model), pack(keras_callbacks, cloudpickle.dumps))
-        with for_workers(spec, scale.workers, budget.cpus_per_task) as shared:
+        with spec.for_workers(scale.workers, budget.cpus_per_task) as shared:
             task = ray.put((dataclasses.replace(job, data=shared), *packed, "tensorflow" in sys.modules))
             config, cpus = {"task": task}, budget.cpus_per_worker
             logs, values, states = run_on_workers(evaluate_on_worker, config, scale=scale, cpus_per_worker=cpus)

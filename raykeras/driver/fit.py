@@ -28,10 +28,8 @@ from raykeras.data.inputs import (
     Rows,
     check_positive,
     check_scale_and_run,
-    in_memory,
     open_data,
     open_validation,
-    read_ahead,
     steps_within,
     train_spec,
     validation_spec,
@@ -184,9 +182,11 @@ def fit(
         validation = validation_spec(val_data, batch_size=size, steps=validation_steps, **common)
 
     in_process = runs_here(scale)
-    read_ahead([train, validation])
+    specs = [train] if validation is None else [train, validation]
+    for spec in specs:
+        spec.read_ahead()
     budget = CpuBudget()
-    if not in_process or not in_memory([train, validation]):
+    if not in_process or any(spec.uses_ray_data for spec in specs):
         budget = connect(scale, in_process=in_process)
     packed = None if in_process else pack_for_workers(model, worker_callbacks)
     folder = _run_folder(run)

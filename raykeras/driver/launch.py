@@ -11,7 +11,6 @@ from raykeras.checkpoint.model_io import is_model, pack_model
 from raykeras.compat.keras_api import api_of
 from raykeras.compat.quiet import import_tensorflow
 from raykeras.core.errors import WorkerLostError
-from raykeras.data.inputs import for_workers
 from raykeras.driver.elastic import watched_capacity
 from raykeras.driver.event_log import EventDispatcher, forwarding
 from raykeras.driver.interrupt import Interrupt
@@ -108,10 +107,9 @@ def fit_on_workers(
 
     scale, budget, coordinator = job.scale, job.budget, RunCoordinator(job.scale.workers)
     with contextlib.ExitStack() as stack:
-        train, validation = (
-            stack.enter_context(for_workers(spec, scale.workers, budget.cpus_per_task))
-            for spec in (job.train, job.validation)
-        )
+        cpus = budget.cpus_per_task
+        train = stack.enter_context(job.train.for_workers(scale.workers, cpus))
+        validation = job.validation and stack.enter_context(job.validation.for_workers(scale.workers, cpus))
         shared = dataclasses.replace(job, train=train, validation=validation)
         stack.enter_context(forwarding(coordinator, dispatcher))
         stack.enter_context(interrupt.reaching(coordinator.call))

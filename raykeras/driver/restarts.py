@@ -16,11 +16,7 @@ from raykeras.checkpoint.store import FOLDER, Checkpoint, RunFolder
 from raykeras.core import events
 from raykeras.core.errors import CheckpointError, OptionError, WorkerLostError
 from raykeras.core.events import Event
-from raykeras.data.adapters.epochs import BatchesSpec
-from raykeras.data.adapters.transport import may_change
-from raykeras.data.sources.base import what_changed
 from raykeras.data.streaming.resources import plan_budget
-from raykeras.data.streaming.spec import RowsSpec
 from raykeras.driver.elastic import wait_for_capacity
 from raykeras.driver.interrupt import Interrupt
 from raykeras.worker.job import Outcome, Resumption, TrainJob
@@ -61,7 +57,7 @@ def train(job: TrainJob, attempt: Attempt, send: Callable[[Event], None], interr
         except WorkerLostError as error:
             resumption = _newest_resumption(job, send)
             failures = failures + 1 if resumption == job.resumption else 1
-            is_final = failures > job.run.max_failures or interrupt.is_requested or not _can_restart(job)
+            is_final = failures > job.run.max_failures or interrupt.is_requested or not job.train.can_restart
             send(_failure_event(error, resumption, is_final))
             if is_final:
                 raise _final_error(error, job, failures) from None
@@ -101,7 +97,7 @@ def _failure_event(error: WorkerLostError, resumption: Resumption | None, is_fin
 
 def _final_error(error: WorkerLostError, job: TrainJob, failures: int) -> WorkerLostError:
     why = f"This was failure {failures} without a new checkpoint; `max_failures` is {job.run.max_failures}."
-    if not _can_restart(job):
+    if not job.train.can_restart:
         why = (
             "Workers cannot be restarted in this process, because the data is a generator, or a Sequence with "
             "`on_epoch_begin` or `on_epoch_end`, which cannot be iterated again from its beginning."
@@ -164,27 +160,15 @@ def resumed(job: TrainJob, send: Callable[[Event], None]) -> TrainJob:
 
 
 def _describe_change(name: str, saved_position: Mapping[str, Any], job: TrainJob) -> str:
-    if name == "fingerprint" and "fingerprint_parts" in saved_position and isinstance(job.train, RowsSpec):
-        return what_changed(saved_position["fingerprint_parts"], job.train.opened)
+    if name == "fingerprint" and (change := job.train.what_changed(saved_position)) is not None:
+        return change
     return f"{name} was {saved_position.get(name)!r} and is now {job.position.get(name)!r}"
 
 
 def _resume_from(job: TrainJob, resumption: Resumption | None) -> TrainJob:
     """Return the job for the steps after a checkpoint."""
-    train = job.train
-    if resumption is not None and isinstance(train, BatchesSpec):
-        is_epoch_end = resumption.step == job.num_steps
-        skip = (resumption.epoch + 1, 0) if is_epoch_end else (resumption.epoch, resumption.step)
-        train = dataclasses.replace(train, skip=skip)
+    train = job.train if resumption is None else job.train.skip_to(resumption.epoch, resumption.step)
     return dataclasses.replace(job, train=train, resumption=resumption)
-
-
-def _can_restart(job: TrainJob) -> bool:
-    """Return whether the data can be iterated again from its beginning, in this process."""
-    if not isinstance(job.train, BatchesSpec):
-        return True
-    batches = job.train.batches
-    return batches.kind != "generator" and not (batches.kind == "sequence" and may_change(batches.data))
 
 
 def _set_aside(folder: RunFolder, checkpoint: Checkpoint) -> str:

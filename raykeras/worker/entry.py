@@ -17,7 +17,6 @@ from raykeras.core.error_context import loading
 from raykeras.core.events import EventSender
 from raykeras.core.logs import Logs
 from raykeras.core.temporary import remove_abandoned
-from raykeras.data.inputs import in_memory
 from raykeras.data.streaming.resources import discover_budget
 from raykeras.worker.callback_placement import Artifacts, OnChief, placed, states_of, unwrapped
 from raykeras.worker.coordinator import StepBarrier
@@ -123,7 +122,7 @@ def train_on_worker(config: dict[str, Any]) -> Outcome | None:
     remove_abandoned()
     coordinator = config["coordinator"]
     coordinator.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
-    if not in_memory([job.train, job.validation]):
+    if job.train.uses_ray_data or (job.validation is not None and job.validation.uses_ray_data):
         job = dataclasses.replace(job, budget=discover_budget(job.budget, rank))
     artifacts = Artifacts(job.folder) if rank == 0 else None
     with contextlib.ExitStack() as stack:
@@ -171,7 +170,7 @@ def evaluate_on_worker(config: dict[str, Any]) -> tuple[Logs, list[Any], list[di
     with loading(rank):
         job, api, build, packed, driver_has_keras = ray.get(config["task"])
         all_callbacks = cloudpickle.loads(packed)
-    if not in_memory([job.data]):
+    if job.data.uses_ray_data:
         job = dataclasses.replace(job, budget=discover_budget(job.budget, rank))
     callbacks = unwrapped(all_callbacks if rank == 0 else [c for c in all_callbacks if not isinstance(c, OnChief)])
     logs, values = worker.evaluate(

@@ -10,9 +10,8 @@ import numpy as np
 
 from raykeras.checkpoint.store import RunFolder
 from raykeras.core.config import Run, Scale
-from raykeras.data.adapters.epochs import BatchesSpec
 from raykeras.data.streaming.resources import CpuBudget
-from raykeras.data.streaming.spec import RowsSpec
+from raykeras.data.train_input import DataSpec
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,11 @@ class TrainJob:
         grow_after_s: Seconds for which more workers must fit into the cluster before they are started.
         resumption: Checkpoint to continue from; None for a new training.
         attempt: Number of attempts before this one.
+        ends_epochs: Whether Keras ends an epoch where the data ends, as Keras 3 does and tf_keras does not.
     """
 
-    train: RowsSpec | BatchesSpec
-    validation: RowsSpec | BatchesSpec | None
+    train: DataSpec
+    validation: DataSpec | None
     epochs: int
     initial_epoch: int
     steps_per_epoch: int | None
@@ -65,6 +65,7 @@ class TrainJob:
     grow_after_s: float = 5.0
     resumption: Resumption | None = None
     attempt: int = 0
+    ends_epochs: bool = True
 
     @property
     def position(self) -> dict[str, Any]:
@@ -77,6 +78,12 @@ class TrainJob:
         if self.resumption is None or self.resumption.weights_only:
             return self.initial_epoch, 0
         return self.resumption.epoch, self.resumption.step
+
+    @property
+    def first_step(self) -> int:
+        """The same, as a step counted over all passes: an epoch's row order does not depend on where a run begins."""
+        epoch, step = self.start
+        return self.steps_before(epoch) + step
 
     @property
     def trains_nothing(self) -> bool:
@@ -92,17 +99,14 @@ class TrainJob:
     @property
     def ends_with_pass(self) -> bool:
         """Whether some epochs have fewer steps than others."""
-        train, steps = self.train, self.steps_per_epoch
-        return bool(steps and isinstance(train, RowsSpec) and train.ends_epochs and train.num_steps % steps)
+        steps, pass_steps = self.steps_per_epoch, self.train.num_steps
+        return bool(self.ends_epochs and self.train.ends_epochs and steps and pass_steps and pass_steps % steps)
 
     @property
     def may_end_with_pass(self) -> bool:
         """Whether an epoch may have fewer steps than others because the dataset's length is unknown."""
-        if not isinstance(self.train, BatchesSpec) or self.scale.workers > 1:
-            return False
-        batches = self.train.batches
-        is_unknown = batches.num_batches is None and not batches.is_infinite
-        return bool(self.steps_per_epoch) and batches.kind == "dataset" and is_unknown
+        ends_epochs = self.ends_epochs and self.train.ends_epochs
+        return bool(ends_epochs and self.steps_per_epoch and self.train.num_steps is None and self.scale.workers == 1)
 
     def steps_before(self, epoch: int) -> int:
         """Return the number of steps in all epochs before one; 0 if unknown."""
@@ -129,7 +133,7 @@ class EvaluationJob:
         budget: Logical CPUs of the workers and of the tasks that read data.
     """
 
-    data: RowsSpec | BatchesSpec
+    data: DataSpec
     scale: Scale
     seed: int
     budget: CpuBudget

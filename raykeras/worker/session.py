@@ -26,10 +26,7 @@ from raykeras.compat.keras_callbacks import of_keras
 from raykeras.core import events
 from raykeras.core.events import Event
 from raykeras.core.logs import plain_logs, plain_number
-from raykeras.data.adapters.dataset import BatchStream
-from raykeras.data.adapters.epochs import BatchesSpec
-from raykeras.data.streaming.dataset import Stream
-from raykeras.data.streaming.spec import RowsSpec
+from raykeras.data.train_input import TrainInput
 from raykeras.worker import callbacks as callbacks_
 from raykeras.worker.callback_placement import Artifacts, go_on_writing, is_no_state
 from raykeras.worker.callbacks import StepControl
@@ -65,23 +62,6 @@ class WorkerContext:
     return_variables: bool = False
 
 
-@dataclass(frozen=True)
-class TrainInput:
-    """The training data of one worker.
-
-    Attributes:
-        stream: The stream that `fit` reads.
-        spec: Spec of the data.
-        first_step: Step, counted over all passes, at which the stream begins.
-        counts_steps: As for `resuming_list`.
-    """
-
-    stream: Stream | BatchStream
-    spec: RowsSpec | BatchesSpec
-    first_step: int
-    counts_steps: bool
-
-
 class TrainingSession:
     """One call of Keras' `fit` on one worker.
 
@@ -91,7 +71,8 @@ class TrainingSession:
         api: The model's Keras package.
         model: A compiled model, and a built one if the job has a checkpoint to continue from.
         callbacks: The user's callbacks that run here, by name.
-        train: The training data.
+        train: The training data of this rank.
+        counts_steps: As for `resuming_list`.
     """
 
     def __init__(
@@ -101,10 +82,12 @@ class TrainingSession:
         api: KerasAPI,
         model: Any,
         callbacks: Mapping[str, Any],
+        *,
         train: TrainInput,
+        counts_steps: bool,
     ) -> None:
         self._job, self._context, self._api, self._model = job, context, api, model
-        self._callbacks, self._train = callbacks, train
+        self._callbacks, self._train, self._counts_steps = callbacks, train, counts_steps
         self._send = context.send or _discard
         history_type = api.module.callbacks.History
         histories = [callback for callback in callbacks.values() if isinstance(callback, history_type)]
@@ -135,13 +118,12 @@ class TrainingSession:
             logs={name: np.asarray(value) for name, value in state.get("step_logs", {}).items()},
         )
         callbacks = [*self._callbacks.values(), *self._added_callbacks()]
-        return resuming_list(self._api, callbacks, self._model, self, start, self._train.counts_steps)
+        return resuming_list(self._api, callbacks, self._model, self, start, self._counts_steps)
 
     def steps_of(self, epoch: int) -> int | None:
         """Return the number of steps of an epoch; None if unknown."""
         first, step = self._job.start
-        stream = self._train.stream
-        if epoch == first and isinstance(stream, BatchStream) and stream.is_epoch_over:
+        if epoch == first and self._train.is_epoch_over:
             return step
         return self._job.steps_of(epoch)
 
@@ -181,7 +163,7 @@ class TrainingSession:
         model_signature = {**signature, "variables": variables_of(self._model)}
         check_signature(checkpoint, checkpoint.state["signature"], model_signature)
         restored = restore(self._model, self._api, checkpoint)
-        self._manager.begin_at(resumption.epoch, resumption.step, self._train.first_step)
+        self._manager.begin_at(resumption.epoch, resumption.step, self._job.first_step)
         go_on_writing(self._callbacks.values() if self._context.rank == 0 else (), resumption.epoch)
         return restored
 
@@ -208,25 +190,25 @@ class TrainingSession:
         )
 
     def _added_callbacks(self) -> list[Any]:
-        context, train, position = self._context, self._train, self._job.start
+        context, job, train = self._context, self._job, self._train
         make = functools.partial(of_keras, self._api)
-        internal = [train.stream.ending_callback(self._api)] if isinstance(train.stream, BatchStream) else []
+        internal = train.callbacks(self._api)
         if self._adds_history:
             internal.append(self._history)
         internal.append(
             make(callbacks_.EventCallback)(
                 self._send,
                 rank=context.rank,
-                batch_rows=_batch_rows(train.spec),
-                waited_s=train.stream.waited_s,
-                position=position,
-                first_step=train.first_step,
+                batch_rows=job.train.batch_num_rows,
+                waited_s=train.waited_s,
+                position=job.start,
+                first_step=job.first_step,
             )
         )
         if context.artifacts is not None:
             internal.append(make(callbacks_.EpochEndCallback)(self._store_artifacts))
         control = make(callbacks_.StepControlCallback)
-        internal.append(control(context.step_control, self._manager, train.first_step, position))
+        internal.append(control(context.step_control, self._manager, job.first_step, job.start))
         if context.heartbeat is not None:
             internal.append(make(callbacks_.HeartbeatCallback)(context.heartbeat))
         return internal
@@ -252,14 +234,6 @@ class TrainingSession:
     def _store_artifacts(self, epoch: int) -> None:
         for path in self._context.artifacts.collect() if self._context.artifacts is not None else ():
             self._send(events.ArtifactSaved(rank=self._context.rank, epoch=epoch, path=path))
-
-
-def _batch_rows(data: RowsSpec | BatchesSpec) -> Callable[[int], int]:
-    """Return a function that maps a step to the number of rows of its global batch; to 0 for the user's batches."""
-    if isinstance(data, BatchesSpec):
-        return lambda step: 0
-    plan = data.plan(0)
-    return lambda step: plan.batch_num_rows(step % plan.num_steps)
 
 
 def _discard(event: Event) -> None:

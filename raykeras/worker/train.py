@@ -9,16 +9,11 @@ from typing import Any
 
 from raykeras.compat import tf_keras
 from raykeras.compat.keras_api import KerasAPI, api_of
-from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause, user_code_error
 from raykeras.core.errors import ModelError, RaykerasError
 from raykeras.core.logs import Logs, plain_logs
-from raykeras.data.adapters.dataset import BatchStream
-from raykeras.data.adapters.epochs import BatchesSpec
 from raykeras.data.batch_spec import BatchSpec
-from raykeras.data.streaming.dataset import Stream
-from raykeras.data.streaming.resources import CpuBudget, reading
-from raykeras.data.streaming.spec import RankInput, RowsSpec
+from raykeras.data.train_input import TrainInput
 from raykeras.distribute.build import make_variables
 from raykeras.distribute.exact import building, exact
 from raykeras.distribute.executions import counted_executions, is_countable, steps_left, without_xla
@@ -28,7 +23,7 @@ from raykeras.distribute.self_check import check_version
 from raykeras.distribute.strategy import distribute, make_strategy, scope
 from raykeras.worker.callbacks import TrainingPreempted
 from raykeras.worker.job import EvaluationJob, Outcome, TrainJob
-from raykeras.worker.session import TrainingSession, TrainInput, WorkerContext
+from raykeras.worker.session import TrainingSession, WorkerContext
 
 
 def run(job: TrainJob, context: WorkerContext, *, api: KerasAPI, build: Callable[[], Any]) -> Outcome:
@@ -43,8 +38,8 @@ def run(job: TrainJob, context: WorkerContext, *, api: KerasAPI, build: Callable
     Raises:
         RaykerasError: If the job cannot be run; a `UserCodeError` for an exception in the user's code.
     """
-    with contextlib.ExitStack() as stack, _translated_errors(context.rank) as streams, context.callbacks as callbacks:
-        return _run(job, context, api, build, callbacks, streams, stack)
+    with contextlib.ExitStack() as stack, _translated_errors(context.rank) as inputs, context.callbacks as callbacks:
+        return _run(job, context, api, build, callbacks, inputs, stack)
 
 
 def evaluate(
@@ -67,7 +62,7 @@ def evaluate(
         RaykerasError: As for `run`.
     """
     data, scale = job.data, job.scale
-    with contextlib.ExitStack() as stack, _translated_errors(rank) as streams:
+    with contextlib.ExitStack() as stack, _translated_errors(rank) as inputs:
         strategy = make_strategy(scale)
         api.seed(job.seed)
         model, api = _build_model(build, api, strategy, stack)
@@ -77,11 +72,11 @@ def evaluate(
             data = data.with_spec(check_model(model, api, data.batch_spec))
         if api.is_legacy and strategy is not None and data.batch_spec.role("sample_weight"):
             tf_keras.check_weighted_metrics(model)
-        stream = open_stream(data, scale, job.budget, rank, num_steps=data.num_steps)
-        streams.append(stream)
-        stream.begin()
-        rows = [] if strategy is None else stream.sample()
-        dataset = distribute(strategy, stream.pass_dataset(data.num_steps))
+        rank_input = data.open(rank, scale, job.budget, num_steps=data.num_steps)
+        inputs.append(rank_input)
+        rank_input.begin()
+        rows = [] if strategy is None else rank_input.sample()
+        dataset = distribute(strategy, rank_input.pass_dataset(data.num_steps))
         executions = _executions(model, api, strategy, None, data.num_steps)
         with exact(model, api, data.batch_spec, strategy, rows, training=False), executions:
             options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
@@ -90,24 +85,24 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _translated_errors(rank: int) -> Iterator[list[Stream | BatchStream]]:
-    """Turn exceptions of the block into RaykerasErrors; yield a list whose streams are closed when the block ends."""
-    streams: list[Stream | BatchStream] = []
+def _translated_errors(rank: int) -> Iterator[list[TrainInput]]:
+    """Turn exceptions of the block into RaykerasErrors; yield a list whose items are closed when the block ends."""
+    inputs: list[TrainInput] = []
     try:
-        yield streams
+        yield inputs
     except RaykerasError:
         raise
     except Exception as raised:
-        # tf.data passes on only the text of an exception in a stream
-        error = next((stream.failure for stream in streams if stream.failure is not None), raised)
+        # tf.data passes on only the text of an exception in a dataset
+        error = next((item.failure for item in inputs if item.failure is not None), raised)
         cause = root_cause(error)
         if isinstance(cause, RaykerasError):
             raise cause from None
         raise user_code_error(error, rank) from error
     finally:
-        for stream in streams:
+        for item in inputs:
             with contextlib.suppress(Exception):
-                stream.close()
+                item.close()
 
 
 def _run(
@@ -116,7 +111,7 @@ def _run(
     api: KerasAPI,
     build: Callable[[], Any],
     callbacks: Mapping[str, Any],
-    streams: list[Stream | BatchStream],
+    inputs: list[TrainInput],
     stack: contextlib.ExitStack,
 ) -> Outcome:
     strategy = make_strategy(job.scale)
@@ -127,27 +122,28 @@ def _run(
         job = _with_checked_specs(job, model, api)
     _lower_steps_per_execution(model, api, strategy)
 
-    train = _open_train(job, context.rank, model, api)
-    streams.append(train.stream)
-    train.stream.begin()  # while the model is compiled
-    data, steps = _train_dataset(job, train.stream, model, api)
+    train = _open_train(job, context.rank)
+    inputs.append(train)
+    train.begin()  # while the model is compiled
+    data, steps = _train_dataset(job, train, model, api)
     validation: dict[str, Any] = {}
     test_steps = None
     if job.validation is not None:
-        streams.append(_open_stream_of(job, job.validation, context.rank, num_steps=None))
         test_steps = job.validation.num_steps
+        inputs.append(job.validation.open(context.rank, job.scale, job.budget, num_steps=None, num_inputs=2))
         validation = {
-            "validation_data": distribute(strategy, streams[-1].pass_dataset(test_steps)),
+            "validation_data": distribute(strategy, inputs[-1].pass_dataset(test_steps)),
             "validation_steps": test_steps,
             "validation_freq": job.validation_freq,
         }
     if job.resumption is not None or job.trains_nothing:
-        make_variables(model, api, train.spec.batch_spec, strategy)  # a checkpoint needs all variables
-    rows = [] if strategy is None else train.stream.sample()
+        make_variables(model, api, job.train.batch_spec, strategy)  # a checkpoint needs all variables
+    rows = [] if strategy is None else train.sample()
     known_steps = _known_steps(job, model, api)
     executions = _executions(model, api, strategy, known_steps, test_steps, start=job.start, steps_of=job.steps_of)
-    with exact(model, api, train.spec.batch_spec, strategy, rows), executions:
-        session = TrainingSession(job, context, api, model, callbacks, train)
+    counts_steps = _counts_steps(job, model, api)
+    with exact(model, api, job.train.batch_spec, strategy, rows), executions:
+        session = TrainingSession(job, context, api, model, callbacks, train=train, counts_steps=counts_steps)
         try:
             model.fit(
                 distribute(strategy, data),
@@ -167,27 +163,22 @@ def _run(
 def _with_checked_specs(job: TrainJob, model: Any, api: KerasAPI) -> TrainJob:
     """Return the job with the batch specs as the model takes them."""
     train = job.train.with_spec(check_model(model, api, job.train.batch_spec))
-    if api.is_legacy and isinstance(train, RowsSpec):
-        train = dataclasses.replace(train, ends_epochs=False)
     validation = job.validation
     if validation is not None:
         validation = validation.with_spec(_validation_spec(model, api, validation.batch_spec))
-    return dataclasses.replace(job, train=train, validation=validation)
+    return dataclasses.replace(job, train=train, validation=validation, ends_epochs=not api.is_legacy)
 
 
-def _open_train(job: TrainJob, rank: int, model: Any, api: KerasAPI) -> TrainInput:
-    epoch, step = job.start
-    first_step = job.steps_before(epoch) + step  # an epoch's row order does not depend on where a run begins
-    last_step = None if job.num_steps is None else job.steps_before(max(job.epochs, epoch + 1))
-    stream = _open_stream_of(job, job.train, rank, num_steps=last_step, first_step=first_step)
-    return TrainInput(stream, job.train, first_step, _counts_steps(job, model, api))
-
-
-def _open_stream_of(
-    job: TrainJob, data: RowsSpec | BatchesSpec, rank: int, num_steps: int | None, first_step: int = 0
-) -> Stream | BatchStream:
-    num_streams = 1 if job.validation is None else 2
-    return open_stream(data, job.scale, job.budget, rank, num_steps, first_step, num_streams)
+def _open_train(job: TrainJob, rank: int) -> TrainInput:
+    last_step = None if job.num_steps is None else job.steps_before(max(job.epochs, job.start[0] + 1))
+    return job.train.open(
+        rank,
+        job.scale,
+        job.budget,
+        num_steps=last_step,
+        first_step=job.first_step,
+        num_inputs=1 if job.validation is None else 2,
+    )
 
 
 def _build_model(
@@ -210,12 +201,12 @@ def _validation_spec(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchS
         raise ModelError(f"Validation data: {error}") from None
 
 
-def _train_dataset(job: TrainJob, train: Stream | BatchStream, model: Any, api: KerasAPI) -> tuple[Any, int | None]:
+def _train_dataset(job: TrainJob, train: TrainInput, model: Any, api: KerasAPI) -> tuple[Any, int | None]:
     """Return the dataset and `steps_per_epoch` for `fit`."""
     num_steps = job.num_steps
     if num_steps is None:
         return train.pass_dataset(None), None
-    if job.may_end_with_pass and isinstance(train, BatchStream) and not api.is_legacy:
+    if job.may_end_with_pass:
         return train.ending_dataset(num_steps), num_steps
     if _shows_end(job, model, api):
         return train.pass_dataset(num_steps), None
@@ -237,48 +228,9 @@ def _counts_steps(job: TrainJob, model: Any, api: KerasAPI) -> bool:
     return job.ends_with_pass or (in_middle and (api.is_legacy or _shows_end(job, model, api)))
 
 
-def open_stream(
-    data: RowsSpec | BatchesSpec,
-    scale: Scale,
-    budget: CpuBudget,
-    rank: int,
-    num_steps: int | None,
-    first_step: int = 0,
-    num_streams: int = 1,
-) -> Stream | BatchStream:
-    """Return the stream of one rank.
-
-    Args:
-        data: Spec of the data.
-        scale: Scale of the run.
-        budget: Logical CPUs of the workers and of the tasks that read data.
-        rank: Rank of this worker.
-        num_steps: Step, counted over all passes, at which the stream ends; None for no limit.
-        first_step: Step, counted over all passes, at which the stream begins.
-        num_streams: Number of streams of this worker that share the budget.
-    """
-    if isinstance(data, BatchesSpec):
-        num_steps = None if num_steps is None else num_steps - first_step
-        return BatchStream(data, rank, scale.workers, scale.local_replicas, num_steps)
-    opened, batch_spec = (data.opened, data.batch_spec) if data.cache is None else data.cache.source(data.batch_spec)
-    rank_input = RankInput(
-        opened=opened,
-        batch_spec=batch_spec,
-        plan=data.plan,
-        rank=rank,
-        num_ranks=scale.workers,
-        local_replicas=scale.local_replicas,
-        num_steps=num_steps,
-        first_step=first_step,
-        reading=None if data.in_memory else reading(budget, scale.workers, num_streams),
-    )
-    return Stream(rank_input)
-
-
 def _known_steps(job: TrainJob, model: Any, api: KerasAPI) -> int | None:
     """Return the number of steps of each epoch if it is certain and Keras' functions run the steps; else None."""
-    is_generator = isinstance(job.train, BatchesSpec) and job.train.batches.kind == "generator"
-    may_end = is_generator or (job.may_end_with_pass and not api.is_legacy)
+    may_end = job.train.may_run_out or job.may_end_with_pass
     return None if may_end or not (api.is_legacy or is_countable(model)) else job.num_steps
 
 

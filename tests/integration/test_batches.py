@@ -20,7 +20,7 @@ import tf_keras
 
 import raykeras as rk
 from raykeras.data.adapters.adapter import as_batches
-from raykeras.data.adapters.epochs import BatchesSpec
+from raykeras.data.adapters.epochs import Epochs
 from raykeras.data.adapters.transport import BatchChunk, BatchFeeder, received
 from tests.support.compare import assert_same_training, assert_same_weights
 from tests.support.models import (
@@ -459,7 +459,7 @@ def test_user_exception_keeps_user_traceback(scale: rk.Scale, tmp_path: Path) ->
 def test_pump_splits_batches_over_ranks_in_order(form: str) -> None:
     batches = as_batches(made(form, "keras", (X, Y, WEIGHT), 40), "float32")
     assert batches is not None
-    pump = BatchFeeder(BatchesSpec(batches, batches.batch_spec, batches.num_batches, False, 0, None), 2)
+    pump = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 2)
     try:
         taken = [batches_of(received(channel), 12) for channel in pump.channels]
     finally:
@@ -491,7 +491,7 @@ def test_pump_sends_incomplete_chunk_without_waiting() -> None:
 
     batches = as_batches(slow(), "float32")
     assert batches is not None
-    pump = BatchFeeder(BatchesSpec(batches, batches.batch_spec, batches.num_batches, False, 0, None), 1)
+    pump = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 1)
     try:
         chunks = received(pump.channels[0])
         assert len(batches_of(chunks, 2)) == 2

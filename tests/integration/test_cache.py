@@ -19,7 +19,7 @@ from raykeras.data.resolve import resolve
 from raykeras.data.sources.base import Source
 from raykeras.data.streaming.cache import CachedRows
 from raykeras.data.streaming.dataset import Stream
-from raykeras.data.streaming.spec import RankInput
+from raykeras.data.streaming.interleave import RankInput
 from tests.support.kept_workers import TWO
 
 ROWS, BATCH = 103, 16

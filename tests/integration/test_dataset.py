@@ -22,7 +22,7 @@ from raykeras.data.resolve import resolve
 from raykeras.data.sources import ray_dataset
 from raykeras.data.sources.ray_dataset import is_ray_dataset
 from raykeras.data.streaming.dataset import Stream
-from raykeras.data.streaming.spec import RankInput
+from raykeras.data.streaming.interleave import RankInput
 from tests.support.compare import assert_same_training
 from tests.support.object_store import free_garbage, store_nbytes
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from raykeras.compat.tensorflow import has_threads_of_its_own, next_in_this_thread
 from raykeras.data.streaming.dataset import Stream
-from raykeras.data.streaming.spec import RankInput
+from raykeras.data.streaming.interleave import RankInput
 from tests.support.sources import small_source
 
 

@@ -23,9 +23,9 @@ from raykeras.data.resolve import resolve
 from raykeras.data.streaming import reader
 from raykeras.data.streaming.cache import CachedRows
 from raykeras.data.streaming.dataset import Stream
+from raykeras.data.streaming.interleave import RankInput
 from raykeras.data.streaming.reader import gather_tasks, read_windows
 from raykeras.data.streaming.resources import CpuBudget, plan_budget, reading
-from raykeras.data.streaming.spec import RankInput
 from tests.support.cpus import all_held_but
 from tests.support.sources import small_source
 

@@ -22,7 +22,7 @@ README = PACKAGE.parent / "README.md"
 PACKAGES = ["core", "compat", "data", "checkpoint", "distribute", "worker", "driver", "cli"]
 """In dependency order; `data` and `checkpoint` do not import each other."""
 
-DATA = ["data.sources", "data", "data.streaming", "data.adapters", "data.inputs"]
+DATA = ["data.sources", "data", "data.streaming", "data.adapters", "data.train_input", "data.inputs"]
 """Parts of `data` in dependency order."""
 
 

@@ -14,9 +14,9 @@ import tensorflow as tf
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.keras_callbacks import accepting_tensors
 from raykeras.data.adapters.adapter import fits, other_shape, parts_of
-from raykeras.data.adapters.epochs import BatchesSpec, too_few
-from raykeras.data.adapters.transport import BatchChunk, chunk_of, received
-from raykeras.data.batch_spec import ElementSpec
+from raykeras.data.adapters.epochs import Epochs, too_few
+from raykeras.data.adapters.transport import BatchChunk, Channel, chunk_of, received
+from raykeras.data.batch_spec import BatchSpec, ElementSpec
 from raykeras.data.elements import packed
 from raykeras.data.plan import replica_cuts
 from raykeras.data.tf_dataset import dtype_of, from_iterator, no_autograph
@@ -27,33 +27,34 @@ _PREFETCHED_BATCHES = 4
 
 
 class BatchStream:
-    """The batches of a `BatchesSpec`. Not thread-safe; only one iteration at a time.
+    """The user's batches for one rank; a `raykeras.data.train_input.TrainInput`.
 
     Args:
-        job: The batches.
-        rank: Rank of the worker, from 0.
+        epochs: The batches.
+        batch_spec: Spec of a batch as the model takes it.
         num_ranks: Number of workers.
         local_replicas: Replicas of this worker, which share its part of each batch.
-        num_steps: Steps after which the stream ends, counted through all epochs; None for an endless stream.
-
-    Attributes:
-        failure: The exception that ended the iteration, of which tf.data reports only the text.
-        is_epoch_over: Whether the first epoch has no batches left when training resumes; see `ending_dataset`.
+        channel: Channel from which the rank's part of the batches is received; None to make them in this process.
+        num_epochs: Epochs after which the stream ends; None for an endless stream.
     """
 
     def __init__(
-        self, job: BatchesSpec, rank: int, num_ranks: int, local_replicas: int, num_steps: int | None = None
+        self,
+        epochs: Epochs,
+        batch_spec: BatchSpec,
+        *,
+        num_ranks: int,
+        local_replicas: int,
+        channel: Channel | None = None,
+        num_epochs: int | None = None,
     ) -> None:
         self.failure: Exception | None = None
         self.is_epoch_over = False
-        self._job, self._batches = job, job.batches
+        self._batches, self._batch_spec, self._skip = epochs.batches, batch_spec, epochs.skip
         self._num_ranks, self._local_replicas = num_ranks, local_replicas
-        self._num_yielded, self._num_batches = job.skip[1], -1  # batches of a generator; -1 until it has ended
-        self._num_skipped = job.skip[1]  # batches of the first epoch
-        self._channel = received(job.channels[rank]) if job.channels else None
-        epochs = job.epochs()
-        steps = job.steps or job.num_steps
-        num_epochs = None if num_steps is None or steps is None else -(-num_steps // steps)
+        self._num_skipped = self._skip[1]  # batches of the first epoch
+        self._num_yielded, self._num_batches = self._num_skipped, -1  # batches of a generator; -1 until it has ended
+        self._channel = received(channel) if channel else None
         self._epochs, self._iterator = epochs, iter(epochs)
         self._local_epochs = itertools.islice(self._iterator, num_epochs)
 
@@ -69,7 +70,7 @@ class BatchStream:
         """Return 0: the time that the user's code takes is not measured."""
         return 0.0
 
-    def ending_callback(self, api: KerasAPI) -> Any:
+    def callbacks(self, api: KerasAPI) -> list[Any]:
         """Return a callback that stops training in the epoch in which a generator ends."""
         stream = self
 
@@ -95,21 +96,16 @@ class BatchStream:
             def is_over(self) -> bool:
                 return self.num_steps + self.num_steps_here >= stream._num_batches >= 0
 
-        return accepting_tensors(EndingCallback())
+        return [accepting_tensors(EndingCallback())]
 
     def endless_dataset(self) -> tf.data.Dataset:
         """Return the batches of all epochs; the cardinality is infinite, even if the batches end."""
-        if self._in_graph and self._job.skip == (0, 0):
+        if self._in_graph and self._skip == (0, 0):
             return self._prefetched(self._from_flat(self._flat(self._batches.data.repeat())))
         return self._prefetched(self._from_chunks(self._one_epoch).repeat())
 
     def pass_dataset(self, num_steps: int | None) -> tf.data.Dataset:
-        """Return the batches of one epoch; each iteration continues with the next epoch.
-
-        Args:
-            num_steps: Batches in an epoch; None for all.
-        """
-        if self._in_graph and self._job.skip == (0, 0):
+        if self._in_graph and self._skip == (0, 0):
             flat = self._flat(self._batches.data)
             if num_steps is not None:
                 flat = flat.take(num_steps)
@@ -118,18 +114,13 @@ class BatchStream:
             dataset = self._from_flat(flat)
         else:
             dataset = self._from_chunks(lambda: self._one_epoch(num_steps))
-        if num_steps is not None and not self._job.skip[1]:
+        if num_steps is not None and not self._skip[1]:
             dataset = dataset.repeat().take(num_steps * self._local_replicas)  # makes the cardinality known
         return self._prefetched(dataset)
 
     def ending_dataset(self, num_steps: int) -> tf.data.Dataset:
-        """Return the batches of one pass over the user's dataset; after a resume, first the rest of a pass.
-
-        It is for `fit` in Keras 3, where an epoch of `num_steps` continues the pass of the epoch before, and ends where
-        the pass ends.
-        """
         flat = self._flat(self._batches.data)
-        epochs, steps = self._job.skip
+        epochs, steps = self._skip
         if epochs or steps:
             pass_steps = int(self._batches.data.reduce(np.int64(0), lambda number, *batch: number + 1))
             skip = epochs % -(-pass_steps // num_steps) * num_steps + steps
@@ -211,7 +202,7 @@ class BatchStream:
 
     def _from_chunks(self, chunks: Callable[[], Iterator[BatchChunk]]) -> tf.data.Dataset:
         # Dimensions that the model leaves open may vary, even if they are the same in the first batches.
-        model_tensors = [tensor for tensor in self._job.batch_spec.tensors if tensor.role != "sample_weight"]
+        model_tensors = [tensor for tensor in self._batch_spec.tensors if tensor.role != "sample_weight"]
         by_name = {(tensor.role, tensor.name): tensor for tensor in model_tensors}
         tensors = [by_name.get((tensor.role, tensor.name), tensor) for tensor in self._batches.batch_spec.tensors]
 
@@ -251,13 +242,13 @@ class BatchStream:
 
     def _element(self, tensors: Sequence[Any]) -> Any:
         """Return the tensors of a batch, nested as Keras takes them."""
-        return self._job.batch_spec.element(self._with_weights(tensors))
+        return self._batch_spec.element(self._with_weights(tensors))
 
     def _with_weights(self, tensors: Sequence[Any]) -> list[Any]:
         """Return the tensors that the model takes: weights include class weights; missing weights are 1."""
         by_name = {(t.role, t.name): v for t, v in zip(self._batches.batch_spec.tensors, tensors, strict=True)}
         values = []
-        for tensor in self._job.batch_spec.tensors:
+        for tensor in self._batch_spec.tensors:
             value = by_name.get((tensor.role, tensor.name))
             if tensor.role == "sample_weight":
                 value = by_name.get((tensor.role, None)) if value is None else value

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from raykeras.core.errors import OptionError
 from raykeras.data.adapters.adapter import Batches, Flat
-from raykeras.data.batch_spec import BatchSpec
 
 
 class Epochs:
@@ -34,6 +31,7 @@ class Epochs:
             A generator makes them again.
 
     Attributes:
+        batches, seed, skip: As passed.
         is_over: Whether the last batch of a generator has been yielded; always False for the other kinds.
     """
 
@@ -48,12 +46,12 @@ class Epochs:
         skip: tuple[int, int] = (0, 0),
     ) -> None:
         self.is_over = False
-        self._skip = skip
-        self._batches, self._shuffle, self._seed = batches, shuffle, seed
+        self.batches, self.seed, self.skip = batches, seed, skip
+        self._shuffle = shuffle
         self._steps, self._restart = steps, restart
 
     def __iter__(self) -> Generator[Iterator[Flat]]:
-        if self._batches.kind == "sequence":
+        if self.batches.kind == "sequence":
             with contextlib.closing(self.indexes()) as epochs:
                 yield from map(self._load, epochs)
             return
@@ -68,9 +66,9 @@ class Epochs:
 
         `on_epoch_end` of an epoch is called when the next epoch is requested or this iterator is closed.
         """
-        data = self._batches.data
-        num_batches = self._steps or self._batches.num_batches
-        skipped_epochs, skipped_batches = self._skip
+        data = self.batches.data
+        num_batches = self._steps or self.batches.num_batches
+        skipped_epochs, skipped_batches = self.skip
         for number, epoch in enumerate(self._split(self._order(number) for number in itertools.count())):
             yielded: list[int] = []
             _call_hook(data, "on_epoch_begin")
@@ -89,8 +87,8 @@ class Epochs:
 
     def _skip_used(self, epochs: Iterator[Iterator[Flat]]) -> Iterator[Iterator[Flat]]:
         """Yield the epochs after the skipped ones, the first of them without its skipped batches."""
-        skipped_epochs, skipped_batches = self._skip
-        starts_passes = self._steps is None and self._batches.kind != "generator"
+        skipped_epochs, skipped_batches = self.skip
+        starts_passes = self._steps is None and self.batches.kind != "generator"
         for epoch in itertools.islice(epochs, skipped_epochs):
             if starts_passes:  # an order that changes from pass to pass may depend on how many were started
                 next(epoch, None)
@@ -111,16 +109,16 @@ class Epochs:
 
     def _order(self, number: int) -> Iterator[int]:
         """Return the indexes of a Sequence's batches in the order of a pass."""
-        if self._batches.num_batches is None:
+        if self.batches.num_batches is None:
             return itertools.count()
-        order = np.arange(self._batches.num_batches)
+        order = np.arange(self.batches.num_batches)
         if self._shuffle:
-            np.random.Generator(np.random.PCG64(np.random.SeedSequence([3, self._seed, number]))).shuffle(order)
+            np.random.Generator(np.random.PCG64(np.random.SeedSequence([3, self.seed, number]))).shuffle(order)
         return iter(order.tolist())
 
     def _load(self, indexes: Iterator[int]) -> Iterator[Flat]:
         """Yield batches of a Sequence. If its `workers` is above 1, that many threads make them ahead."""
-        data, flat = self._batches.data, self._batches.flat
+        data, flat = self.batches.data, self.batches.flat
         workers = int(getattr(data, "workers", 1) or 1)
         if workers == 1:
             for index in indexes:
@@ -139,7 +137,7 @@ class Epochs:
             pool.shutdown(cancel_futures=True)
 
     def _passes(self) -> Iterator[Iterator[Flat]]:
-        batches, flat = self._batches, self._batches.flat
+        batches, flat = self.batches, self.batches.flat
         if batches.kind == "generator":
             # A generator may reuse its arrays.
             iterator = (flat(b, i, copy=True) for i, b in enumerate(itertools.chain(batches.taken, batches.data)))
@@ -165,7 +163,7 @@ class Epochs:
             number += 1
             yield batch
         if self._restart and self._steps and number < self._steps:
-            raise too_few(self._batches, self._steps, number)
+            raise too_few(self.batches, self._steps, number)
 
 
 def too_few(batches: Batches, steps: int, number: int | None) -> OptionError:
@@ -202,57 +200,3 @@ def _endless(passes: Iterator[Iterator[Any]]) -> Iterator[Any]:
             return
         yield first
         yield from items
-
-
-@dataclass(frozen=True)
-class BatchesSpec:
-    """The user's batches, and how they are used.
-
-    Attributes:
-        batches: The batches; without the user's object in a process that receives them through a channel.
-        batch_spec: Spec of a batch as the model takes it; it may have sample weights that the batches do not.
-        num_steps: Batches in a pass; None if unknown.
-        shuffle: See `Epochs`.
-        seed: See `Epochs`.
-        steps: See `Epochs`.
-        restart: See `Epochs`.
-        channels: For each rank the channel from which it receives its part of the batches; empty if the process that
-            uses them also makes them.
-        skip: See `Epochs`.
-        params: The parameters that `RunStarted` reports.
-    """
-
-    batches: Batches
-    batch_spec: BatchSpec
-    num_steps: int | None
-    shuffle: bool
-    seed: int
-    steps: int | None
-    restart: bool = False
-    channels: tuple[Any, ...] = ()
-    skip: tuple[int, int] = (0, 0)
-    params: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def position(self) -> dict[str, Any]:
-        """The properties of the data that must equal those in a checkpoint to resume from it."""
-        return {"batches": self.batches.kind, "num_batches": self.num_steps, "shuffle": self.shuffle}
-
-    def with_shards(self, position: Mapping[str, Any]) -> BatchesSpec:
-        """Return self: the user's batches have no shards."""
-        return self
-
-    def epochs(self) -> Epochs:
-        """Return the epochs from where training starts or resumes."""
-        return Epochs(
-            self.batches,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            steps=self.steps,
-            restart=self.restart,
-            skip=self.skip,
-        )
-
-    def with_spec(self, batch_spec: BatchSpec) -> BatchesSpec:
-        """Return the same batches with another batch spec."""
-        return dataclasses.replace(self, batch_spec=batch_spec)

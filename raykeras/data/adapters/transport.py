@@ -20,7 +20,7 @@ import numpy as np
 from raykeras.core.error_context import root_cause, user_code_error
 from raykeras.core.errors import RaykerasError
 from raykeras.data.adapters.adapter import Batches, Flat
-from raykeras.data.adapters.epochs import BatchesSpec
+from raykeras.data.adapters.epochs import Epochs
 from raykeras.data.plan import replica_cuts
 
 CHUNK_NBYTES = 4 << 20
@@ -79,7 +79,7 @@ class BatchFeeder:
     Reading ahead does not stop at the last epoch.
 
     Args:
-        job: The batches.
+        epochs: The batches.
         num_ranks: Number of workers.
         cpus_per_task: Logical CPUs of a task that makes batches of a Sequence.
 
@@ -87,12 +87,10 @@ class BatchFeeder:
         channels: The channel of each rank.
     """
 
-    def __init__(self, job: BatchesSpec, num_ranks: int, cpus_per_task: float = 1.0) -> None:
-        batches = job.batches
-        self._batches, self._num_ranks, self._seed = batches, num_ranks, job.seed
+    def __init__(self, epochs: Epochs, num_ranks: int, cpus_per_task: float = 1.0) -> None:
+        batches = epochs.batches
+        self._epochs, self._batches, self._num_ranks = epochs, batches, num_ranks
         self._cpus_per_task = cpus_per_task
-        self._first_epoch = job.skip[0]
-        self._epochs = job.epochs()
         self._stopped = threading.Event()
         self._pending: list[Any] = []
         self._number = 0
@@ -126,11 +124,11 @@ class BatchFeeder:
         size, metadata, sequence = batches_per_task(batches), ray.put(batches.without_data()), None
         epochs = self._epochs.indexes()
         try:
-            for number, indexes in enumerate(epochs, self._first_epoch):
+            for number, indexes in enumerate(epochs, self._epochs.skip[0]):
                 if sequence is None or may_change(batches.data):
                     sequence = ray.put(batches.data)
                 while task_indexes := list(itertools.islice(indexes, size)):
-                    refs = make.remote(metadata, sequence, task_indexes, (self._seed, number), num_ranks)
+                    refs = make.remote(metadata, sequence, task_indexes, (self._epochs.seed, number), num_ranks)
                     if not self._send([[ref] for ref in (refs if num_ranks > 1 else [refs])]):
                         return
         except Exception as error:

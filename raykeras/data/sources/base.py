@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -128,7 +129,7 @@ class OpenSource:
     unusable: Mapping[str, ValidationError] = dataclasses.field(default_factory=dict)
     fingerprint_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def num_rows(self) -> int:
         """The number of rows."""
         return int(self.unit_rows.sum())

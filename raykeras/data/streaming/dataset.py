@@ -18,8 +18,7 @@ import tensorflow as tf
 
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.elements import packed
-from raykeras.data.streaming.interleave import RowChunk, chunks_of, components
-from raykeras.data.streaming.spec import RankInput
+from raykeras.data.streaming.interleave import RankInput, RowChunk, chunks_of, components
 from raykeras.data.tf_dataset import dtype_of, from_iterator, no_autograph
 
 PREFETCHED_CHUNKS = 2  # an execution of many steps may need the end of one chunk and the start of the next
@@ -28,7 +27,9 @@ _CLOSE_S = 10.0
 
 
 class Stream:
-    """The batches of a `RankInput`. Not thread-safe; only one iteration at a time."""
+    """The batches of a `RankInput`; a `raykeras.data.train_input.TrainInput`."""
+
+    is_epoch_over = False
 
     def __init__(self, rank_input: RankInput) -> None:
         self.rank_input = rank_input
@@ -41,7 +42,6 @@ class Stream:
         self._chunks = self._ordered_chunks()
 
     def begin(self) -> None:
-        """Start to read before the first batch is requested."""
         self._first_chunk = Future()
         # A daemon, so that an interrupted program does not wait for it.
         self._first_thread = threading.Thread(
@@ -73,17 +73,14 @@ class Stream:
         return as_tensors(batch_spec, batch_spec.assemble(batch_spec.apply_transform(columns, (0,), where), where))
 
     def waited_s(self, step: int, since: float) -> float:
-        """Return the seconds after `since` until a step's batch was available.
-
-        Args:
-            step: Number of the step, counted through all passes.
-            since: When the previous step ended, by `time.perf_counter`.
-        """
         waited = 0.0
         while self._handed and self._handed[0][0] <= step:
             _, requested, received = self._handed.popleft()
             waited = max(0.0, received - max(requested, since))
         return waited
+
+    def callbacks(self, api: Any) -> list[Any]:
+        return []
 
     def endless_dataset(self) -> tf.data.Dataset:
         """Return the batches of all passes, for `fit(steps_per_epoch=…)`.
@@ -118,6 +115,9 @@ class Stream:
         if first_step:
             return dataset
         return dataset.apply(tf.data.experimental.assert_cardinality(num_steps * self.rank_input.local_replicas))
+
+    def ending_dataset(self, num_steps: int) -> tf.data.Dataset:
+        return self.pass_dataset()
 
     def _observed(self) -> Generator[RowChunk]:
         """Yield the chunks; record when they arrive, and the exception, of which tf.data reports only the text."""

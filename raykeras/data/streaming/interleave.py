@@ -15,15 +15,56 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raykeras.compat.ray_data import ReadLimits
 from raykeras.core.errors import ColumnError
 from raykeras.data.batch_spec import BatchSpec, ElementSpec
 from raykeras.data.plan import PassPlan, Window, replica_cuts
 from raykeras.data.sources.base import Columns, OpenSource
 from raykeras.data.streaming.reader import Block, gather_tasks, local_blocks, ray_blocks
-from raykeras.data.streaming.spec import RankInput
 
 CHUNK_NBYTES = 1 << 20
 MAX_CHUNK_BATCHES = 512
+
+
+@dataclass(frozen=True)
+class RankInput:
+    """The rows of one rank, pass after pass.
+
+    Attributes:
+        opened: The source.
+        batch_spec: The tensors to make of its rows.
+        plan: Returns the plan of a pass, given its index. All plans have the same number of steps.
+        rank: Rank of the worker, from 0.
+        num_ranks: Number of workers.
+        local_replicas: Replicas of this worker, which share its part of each batch.
+        num_steps: Steps after which the input ends, counted through all passes; None for an endless input.
+        first_step: Step at which the input begins, counted through all passes.
+        reading: Limits for Ray Data; None to read in this process.
+    """
+
+    opened: OpenSource
+    batch_spec: BatchSpec
+    plan: Callable[[int], PassPlan]
+    rank: int
+    num_ranks: int
+    local_replicas: int
+    num_steps: int | None = None
+    first_step: int = 0
+    reading: ReadLimits | None = None
+
+    def passes(self) -> Iterator[tuple[int, PassPlan, int, int]]:
+        """Yield the index, the plan, and the first and past-the-last step of each pass."""
+        step = self.first_step
+        plan = self.plan(0)
+        while self.num_steps is None or step < self.num_steps:
+            index, first = divmod(step, plan.num_steps)
+            if plan.epoch != index:
+                plan = self.plan(index)
+            last = plan.num_steps
+            if self.num_steps is not None:
+                last = min(last, self.num_steps - index * plan.num_steps)
+            yield index, plan, first, last
+            step += last - first
 
 
 @dataclass(frozen=True)

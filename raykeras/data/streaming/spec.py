@@ -1,63 +1,29 @@
-"""Specs of planned rows: of a whole source, made by the driver, and of one rank's input."""
+"""The specification of planned rows: a source, and the order in which its rows are used."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from raykeras.compat.ray_data import ReadLimits
+from raykeras.core.config import Scale
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.plan import Order, PassPlan
-from raykeras.data.sources.base import OpenSource
+from raykeras.data.sources.arrays import ArrayReader
+from raykeras.data.sources.base import OpenSource, what_changed
 from raykeras.data.streaming.cache import CachedRows
+from raykeras.data.streaming.interleave import RankInput
+from raykeras.data.streaming.resources import CpuBudget, reading
 
-
-@dataclass(frozen=True)
-class RankInput:
-    """The rows of one rank, pass after pass.
-
-    Attributes:
-        opened: The source.
-        batch_spec: The tensors to make of its rows.
-        plan: Returns the plan of a pass, given its index. All plans have the same number of steps.
-        rank: Rank of the worker, from 0.
-        num_ranks: Number of workers.
-        local_replicas: Replicas of this worker, which share its part of each batch.
-        num_steps: Steps after which the input ends, counted through all passes; None for an endless input.
-        first_step: Step at which the input begins, counted through all passes.
-        reading: Limits for Ray Data; None to read in this process.
-    """
-
-    opened: OpenSource
-    batch_spec: BatchSpec
-    plan: Callable[[int], PassPlan]
-    rank: int
-    num_ranks: int
-    local_replicas: int
-    num_steps: int | None = None
-    first_step: int = 0
-    reading: ReadLimits | None = None
-
-    def passes(self) -> Iterator[tuple[int, PassPlan, int, int]]:
-        """Yield the index, the plan, and the first and past-the-last step of each pass."""
-        step = self.first_step
-        plan = self.plan(0)
-        while self.num_steps is None or step < self.num_steps:
-            index, first = divmod(step, plan.num_steps)
-            if plan.epoch != index:
-                plan = self.plan(index)
-            last = plan.num_steps
-            if self.num_steps is not None:
-                last = min(last, self.num_steps - index * plan.num_steps)
-            yield index, plan, first, last
-            step += last - first
+if TYPE_CHECKING:
+    from raykeras.data.streaming.dataset import Stream
 
 
 @dataclass(frozen=True)
 class RowsSpec:
-    """A source, and the order in which its rows are used.
+    """A source, and the order in which its rows are used; a `raykeras.data.train_input.DataSpec`.
 
     Attributes:
         opened: The source.
@@ -81,28 +47,29 @@ class RowsSpec:
     cache: CachedRows | None = None
     ends_epochs: bool = False
 
-    def with_spec(self, batch_spec: BatchSpec) -> RowsSpec:
-        """Return the same rows with another batch spec."""
-        return dataclasses.replace(self, batch_spec=batch_spec)
+    @property
+    def uses_ray_data(self) -> bool:
+        """Whether tasks of Ray Data read the rows; False if all epochs are read from memory."""
+        return self.cache is None and not self.opened.reader.in_memory
 
     @property
-    def in_memory(self) -> bool:
-        """Whether all epochs are read from memory."""
-        return self.cache is not None or self.opened.reader.in_memory
+    def may_run_out(self) -> bool:
+        return False
+
+    @property
+    def can_restart(self) -> bool:
+        return True
 
     @property
     def num_steps(self) -> int:
-        """The number of batches in a pass."""
         return -(-self.opened.num_rows // self.batch_size)
 
     @property
     def params(self) -> dict[str, Any]:
-        """The parameters that `RunStarted` reports."""
         return {"batch_size": self.batch_size, "num_rows": self.opened.num_rows}
 
     @property
     def position(self) -> dict[str, Any]:
-        """The properties of the data that must equal those in a checkpoint to resume from it."""
         return {
             "fingerprint": self.opened.fingerprint,
             "fingerprint_parts": self.opened.fingerprint_parts,
@@ -113,12 +80,64 @@ class RowsSpec:
             "window_rows": self.window_rows,
         }
 
+    def with_spec(self, batch_spec: BatchSpec) -> RowsSpec:
+        return dataclasses.replace(self, batch_spec=batch_spec)
+
     def with_shards(self, position: Mapping[str, Any]) -> RowsSpec:
-        """Return the same rows with the shards and windows of a checkpoint's `position`."""
         num_shards, window_rows = position.get("num_shards"), position.get("window_rows")
         if num_shards is None or window_rows is None:
             return self
         return dataclasses.replace(self, num_shards=num_shards, window_rows=window_rows)
+
+    def skip_to(self, epoch: int, step: int) -> RowsSpec:
+        return self  # `open` takes the first step
+
+    def what_changed(self, position: Mapping[str, Any]) -> str | None:
+        parts = position.get("fingerprint_parts")
+        return None if parts is None else what_changed(parts, self.opened)
+
+    def batch_num_rows(self, step: int) -> int:
+        first_row = step % self.num_steps * self.batch_size
+        return min(self.batch_size, self.opened.num_rows - first_row)
+
+    def read_ahead(self) -> None:
+        if self.cache is not None:
+            self.cache.start()
+
+    @contextlib.contextmanager
+    def for_workers(self, num_workers: int, cpus_per_task: float) -> Iterator[RowsSpec]:
+        """Put arrays into Ray's object store."""
+        reader = self.cache.reader if self.cache is not None else self.opened.reader
+        if isinstance(reader, ArrayReader):
+            reader.share()
+        yield self
+
+    def open(
+        self,
+        rank: int,
+        scale: Scale,
+        budget: CpuBudget,
+        *,
+        num_steps: int | None,
+        first_step: int = 0,
+        num_inputs: int = 1,
+    ) -> Stream:
+        from raykeras.data.streaming.dataset import Stream  # imports TensorFlow
+
+        cached = None if self.cache is None else self.cache.source(self.batch_spec)
+        opened, batch_spec = cached or (self.opened, self.batch_spec)
+        rank_input = RankInput(
+            opened=opened,
+            batch_spec=batch_spec,
+            plan=self.plan,
+            rank=rank,
+            num_ranks=scale.workers,
+            local_replicas=scale.local_replicas,
+            num_steps=num_steps,
+            first_step=first_step,
+            reading=reading(budget, scale.workers, num_inputs) if self.uses_ray_data else None,
+        )
+        return Stream(rank_input)
 
     def plan(self, pass_index: int) -> PassPlan:
         """Return the plan of a pass."""
