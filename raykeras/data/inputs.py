@@ -19,11 +19,11 @@ from raykeras.core.errors import OptionError
 from raykeras.core.structures import Structure, structure_of
 from raykeras.data.adapters.adapter import Batches, as_batches
 from raykeras.data.adapters.spec import BatchesSpec
-from raykeras.data.batch_spec import BatchSpec, ElementSpec, Role, class_weighted_shape
+from raykeras.data.batch_spec import BatchSpec, Role
 from raykeras.data.plan import default_num_shards, window_rows_for
-from raykeras.data.resolve import check_weights, class_weight_by_output, resolve
+from raykeras.data.resolve import check_weights, resolve, with_class_weight
 from raykeras.data.sources.arrays import ArraySource, from_arrays
-from raykeras.data.sources.base import OpenSource, Source, listed
+from raykeras.data.sources.base import OpenSource, Source
 from raykeras.data.sources.ray_dataset import is_ray_dataset
 from raykeras.data.streaming.cache import CachedRows, should_cache
 from raykeras.data.streaming.spec import RowsSpec
@@ -141,7 +141,7 @@ def train_spec(
     """
     if isinstance(data, Batches):
         _require_end(data, steps_per_epoch, "steps_per_epoch", scale)
-        batch_spec = _with_class_weight(data.batch_spec, class_weight, floatx)
+        batch_spec = with_class_weight(data.batch_spec, class_weight, floatx)
         return BatchesSpec(data, batch_spec, data.num_batches, bool(shuffle), seed, steps_per_epoch)
     batch_size = check_batch_size("batch_size", batch_size or 32, scale)
     batch_spec = resolve(data.source, data.opened, class_weight=class_weight, floatx=floatx, structures=data.structures)
@@ -245,32 +245,6 @@ def check_picklable(sequence: Any) -> None:
         f"{type(sequence).__name__} cannot be pickled: {error}. Create such attributes in `__getitem__` on first use, "
         "leave them out in `__getstate__`, or use one worker."
     )
-
-
-def _with_class_weight(batch_spec: BatchSpec, class_weight: Mapping[Any, Any] | None, floatx: str) -> BatchSpec:
-    """Return the batch spec with a weight for each output if any output has a weight or a class weight."""
-    outputs, weights = batch_spec.role("y"), {tensor.name: tensor for tensor in batch_spec.role("sample_weight")}
-    names = [tensor.name for tensor in outputs]
-    if class_weight and batch_spec.is_sequence("y"):  # outputs of a list are named by their index
-        class_weight = {str(k) if isinstance(v, Mapping) else k: v for k, v in class_weight.items()}
-    by_output = class_weight_by_output(class_weight, names)
-    if not by_output and (not weights or None in weights):
-        return batch_spec
-    for name in weights:
-        if name is not None and name not in names:
-            raise OptionError(f"Weights must be named like the outputs of y; got {name!r}. Outputs: {listed(names)}.")
-    output_weights = []
-    for output in outputs:
-        weight = weights.get(output.name) or weights.get(None)
-        if output.name in by_output and output.kind != "dense":
-            raise OptionError(f"`class_weight` requires class labels in y; {output.label} contains text.")
-        shape, dtype = (weight.shape, weight.dtype) if weight else ((), floatx)
-        weighting = by_output.get(output.name, ())
-        if weighting:
-            dtype, shape = floatx, class_weighted_shape(shape, output.shape)
-        output_weights.append(ElementSpec("sample_weight", output.name, (), "dense", dtype, shape, weighting))
-    unweighted = tuple(tensor for tensor in batch_spec.tensors if tensor.role != "sample_weight")
-    return replace(batch_spec, tensors=(*unweighted, *output_weights)).weighted_as_y()
 
 
 def as_source(x: Any, y: Any, sample_weight: Any) -> tuple[Source, Mapping[Role, Structure]]:

@@ -75,8 +75,8 @@ def resolve(
     for role, spec in roles:
         for name, columns in _entries(role, spec):
             tensors.append(_tensor(role, name, columns, fields, source, floatx))
-    tensors = _with_weights(tensors, class_weight, floatx)
-    return dataclasses.replace(batch_spec, tensors=tuple(tensors), structures=structures or {}).weighted_as_y()
+    batch_spec = dataclasses.replace(batch_spec, tensors=tuple(tensors), structures=structures or {})
+    return with_class_weight(batch_spec, class_weight, floatx)
 
 
 def check_weights(opened: OpenSource, batch_spec: BatchSpec) -> None:
@@ -166,53 +166,56 @@ def _tensor(
     return ElementSpec(role, name, names, kind, dtype, shape)  # type: ignore[arg-type]
 
 
-def _with_weights(tensors: list[ElementSpec], class_weight: ClassWeight | None, floatx: str) -> list[ElementSpec]:
-    """Add class weights; if any output is weighted, outputs without weights get weights of 1."""
-    outputs = [t for t in tensors if t.role == "y"]
-    weights = {t.name: t for t in tensors if t.role == "sample_weight"}
-    names = [t.name for t in outputs]
-    if None not in weights:
-        for name in weights:
-            if name not in names:
-                raise OptionError(
-                    f"The keys of `sample_weight` must be outputs of y; got {name!r}."
-                    f"{nearest(str(name), [str(n) for n in names])} Outputs: {listed(names)}."
-                )
-    by_output = class_weight_by_output(class_weight, names)
+def with_class_weight(batch_spec: BatchSpec, class_weight: ClassWeight | None, floatx: str) -> BatchSpec:
+    """Multiply class weights into the sample weights; if any output is weighted, others get weights of 1.
+
+    Args:
+        batch_spec: The tensors without class weights.
+        class_weight: Weights of classes, as the user passed them.
+        floatx: dtype of weights.
+
+    Raises:
+        OptionError: If the weights do not fit the outputs.
+    """
+    outputs, weights = batch_spec.role("y"), {tensor.name: tensor for tensor in batch_spec.role("sample_weight")}
+    names = [output.name for output in outputs]
+    for name in weights:
+        if name is not None and name not in names:
+            raise OptionError(
+                f"The keys of `sample_weight` must be outputs of y; got {name!r}."
+                f"{nearest(name, map(str, names))} Outputs: {listed(names)}."
+            )
+    by_output = _class_weight_by_output(class_weight, names)
     if not by_output and (not weights or None in weights):
-        return tensors
+        return batch_spec.weighted_as_y()
     output_weights = []
     for output in outputs:
         weight = weights.get(output.name) or weights.get(None)
         weight = weight or ElementSpec("sample_weight", output.name, (), "dense", floatx)
         if weighting := by_output.get(output.name):
-            if output.kind != "dense" or len(output.columns) != 1:
-                raise OptionError(f"`class_weight` requires class labels in y; {output.label} has none.")
-            weight = ElementSpec(
-                "sample_weight",
-                output.name,
-                weight.columns,
-                "dense",
-                floatx,
-                class_weighted_shape(weight.shape, output.shape),
-                weighting,
-                output.columns[0],
+            if output.kind != "dense" or len(output.columns) > 1:
+                what = "contains text" if output.kind == "string" else "has none"
+                raise OptionError(f"`class_weight` requires class labels in y; {output.label} {what}.")
+            weight = dataclasses.replace(
+                weight,
+                dtype=floatx,
+                shape=class_weighted_shape(weight.shape, output.shape),
+                class_weight=weighting,
+                class_column=output.columns[0] if output.columns else None,
             )
-        output_weights.append(ElementSpec(**{**weight.__dict__, "name": output.name}))
-    return [t for t in tensors if t.role != "sample_weight"] + output_weights
+        output_weights.append(dataclasses.replace(weight, name=output.name))
+    unweighted = tuple(tensor for tensor in batch_spec.tensors if tensor.role != "sample_weight")
+    return dataclasses.replace(batch_spec, tensors=(*unweighted, *output_weights)).weighted_as_y()
 
 
-def class_weight_by_output(
+def _class_weight_by_output(
     class_weight: ClassWeight | None, names: Sequence[str | None]
 ) -> dict[str | None, tuple[tuple[int, float], ...]]:
     """Return the pairs of class and weight for each output that has class weights.
 
     Args:
         class_weight: As the user passed it.
-        names: Names of the outputs; None for a single one.
-
-    Raises:
-        OptionError: If it is not a mapping of classes to weights, or does not fit the outputs.
+        names: Names of the outputs; None for a single one. Outputs of a list are named by their index.
     """
     if not class_weight:
         return {}
@@ -223,13 +226,14 @@ def class_weight_by_output(
     if not names:
         raise OptionError("`class_weight` requires y, which contains the classes; got a source without y.")
     if any(isinstance(value, Mapping) for value in class_weight.values()):
-        for name in class_weight:
+        by_name = {name if name in names else str(name): weights for name, weights in class_weight.items()}
+        for name in by_name:
             if name not in names:
                 raise OptionError(
                     f"The keys of a nested `class_weight` must be outputs of y; got {name!r}."
                     f"{nearest(str(name), map(str, names))} Outputs: {listed(names)}."
                 )
-        return {name: _weighting(weights) for name, weights in class_weight.items()}
+        return {name: _weighting(weights) for name, weights in by_name.items()}
     if names != [None] and len(names) > 1:
         raise OptionError(
             "With several outputs, `class_weight` must name the output that it is for, such as "
