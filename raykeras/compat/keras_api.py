@@ -74,6 +74,29 @@ class KerasAPI:
         in_safe_mode = self.names.IN_SAFE_MODE.find() if self.name in sys.modules else None
         return in_safe_mode is not None and in_safe_mode() is False
 
+    @property
+    def ends_epochs_with_data(self) -> bool:
+        """Whether `fit(steps_per_epoch=…)` ends an epoch where the data ends; tf_keras stops training there."""
+        return not self.is_legacy
+
+    @property
+    def compiles_executions(self) -> bool:
+        """Whether a model's functions are compiled for `steps_per_execution`, and may run beyond an epoch's end.
+
+        In tf_keras, it is a variable that may change while the model is trained.
+        """
+        return not self.is_legacy
+
+    @property
+    def requires_listed_weights(self) -> bool:
+        """Whether sample weights must be a list if the outputs are a list."""
+        return not self.is_legacy
+
+    @property
+    def can_leave_strategy(self) -> bool:
+        """Whether a model that was built under a strategy can be used outside of it."""
+        return not self.is_legacy
+
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy, TensorFlow and the package."""
         self.module.utils.set_random_seed(seed)
@@ -250,12 +273,29 @@ class KerasAPI:
         with patched(layer, "load_own_variables", load_arrays):
             yield
 
-    def build_symbolically(self, model: Any, batch: Any) -> None:
-        """Create all variables of a Keras 3 model, as its `fit` does from the shapes of a batch."""
-        if self.has_call(model):
+    def check_weighted_metrics(self, model: Any) -> None:
+        """Warn, if this package does, that no metric uses the sample weights of a dataset."""
+        if self.is_legacy:
+            tf_keras.check_weighted_metrics(model)
+
+    def losses_in_layers(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which layers may call losses under a strategy."""
+        return tf_keras.losses_in_layers() if self.is_legacy else contextlib.nullcontext()
+
+    def build(self, model: Any, batch: tuple[Any, ...]) -> None:
+        """Create the variables of a model, its metrics and its optimizer, as `fit` does in the first step.
+
+        Args:
+            model: A compiled model.
+            batch: A batch with the shapes of the data.
+        """
+        if self.has_call(model) and not self.is_legacy:
             keras3.build_symbolically(model, batch)
-        else:
-            self.build_optimizer(model)
+            return
+        if self.has_call(model):
+            x, y = (*batch, None)[:2]
+            tf_keras.build_losses_and_metrics(model, y, model(x, training=False))
+        self.build_optimizer(model)
 
     def build_optimizer(self, model: Any) -> None:
         """Create the optimizer's variables, which Keras otherwise creates in the first step."""

@@ -1,10 +1,11 @@
-"""Find what knows the strategy of a Keras 3 model, for which Keras has no interface."""
+"""Find the variables of a Keras 3 model and what knows its strategy, for which Keras has no interface."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from raykeras.compat.keras3 import FLATTEN_LAYERS
+from raykeras.compat.keras_api import KerasAPI
 
 INSTANCE_NAMES = (
     "keras.Variable._value",
@@ -17,9 +18,12 @@ _STRATEGY = "_distribute_strategy"  # of a model and of its layers that are mode
 _OPTIMIZER_STRATEGY = "_distribution_strategy"
 
 
-def wrapped(variable: Any) -> Any | None:
-    """Return the TensorFlow variable in a Keras variable; None for other variables, and before it is created."""
-    return getattr(variable, "_value", None)
+def variables(model: Any) -> list[Any]:
+    """Return each TensorFlow variable of a model, its optimizer, metrics and random layers once."""
+    api = KerasAPI("keras")
+    wrappers = [*api.variables(model), *api.metric_variables(model), *api.seed_states(model)]
+    found = [getattr(wrapper, "_value", None) for wrapper in wrappers]  # None before it is created.
+    return list({id(variable): variable for variable in found if variable is not None}.values())
 
 
 def strategy_of(model: Any) -> Any | None:

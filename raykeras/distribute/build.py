@@ -9,7 +9,6 @@ import numpy as np
 import tensorflow as tf
 
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.tf_keras import build_losses_and_metrics
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.tf_dataset import dtype_of
 from raykeras.distribute.model_checks import check_model
@@ -27,20 +26,12 @@ def make_variables(model: Any, api: KerasAPI, batch_spec: BatchSpec, strategy: t
         batch_spec: Spec of the training batches.
         strategy: Strategy to create the variables under; None for a single replica.
     """
-    batch: tuple[Any, ...] = zeros(batch_spec)
+    batch = zeros(batch_spec)
     with scope(strategy):
-        if not api.is_legacy:
-            api.build_symbolically(model, batch)
-            return
-        if not api.has_call(model):
-            api.build_optimizer(model)
-            return
-        x, y = (*batch, None)[:2]
-        build_losses_and_metrics(model, y, model(x, training=False))
-        api.build_optimizer(model)
+        api.build(model, batch)
 
 
-def zeros(batch_spec: BatchSpec) -> Any:
+def zeros(batch_spec: BatchSpec) -> tuple[Any, ...]:
     """Return a batch of one row of zeros with the shapes and dtypes of a spec."""
     flat = []
     for tensor in batch_spec.tensors:

@@ -30,7 +30,6 @@ import tensorflow as tf
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import patched_method
 from raykeras.compat.tensorflow import replicas_joined
-from raykeras.compat.tf_keras import losses_in_layers
 from raykeras.core.errors import ModelError
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.elements import unpacked
@@ -38,6 +37,8 @@ from raykeras.distribute.exact_keras import patch_keras
 from raykeras.distribute.exact_tf_keras import patch_tf_keras
 from raykeras.distribute.loss_probe import Probe
 from raykeras.distribute.weighting import ScalarLosses, current
+
+_PATCHES = {"keras": patch_keras, "tf_keras": patch_tf_keras}
 
 
 @contextlib.contextmanager
@@ -70,12 +71,8 @@ def exact(
     with contextlib.ExitStack() as stack:
         stack.enter_context(replicas_joined())
         losses = ScalarLosses()
-        if api.is_legacy:
-            patch_tf_keras(stack, model, losses)
-        else:
-            patch_keras(stack, model, batch_spec, strategy, losses)
+        has_custom_loss = _PATCHES[api.name](stack, model, batch_spec, strategy, losses)
         with strategy.scope():
-            has_custom_loss = not api.is_legacy and not api.is_plain(model, "compute_loss")
             probe = Probe(model, batch_spec.structure, strategy, _set_share, training, has_custom_loss)
             losses.scalars = probe.scalars(sample)
         for name in ("train_step", "test_step"):
@@ -85,7 +82,7 @@ def exact(
 
 def building(api: KerasAPI, strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which a model can be built under a strategy; its layers may call losses of tf_keras."""
-    return losses_in_layers() if api.is_legacy and strategy is not None else contextlib.nullcontext()
+    return contextlib.nullcontext() if strategy is None else api.losses_in_layers()
 
 
 def _set_share(share: float | None, is_raw: bool = False) -> None:

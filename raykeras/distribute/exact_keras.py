@@ -37,7 +37,7 @@ def patch_keras(
     batch_spec: BatchSpec,
     strategy: tf.distribute.Strategy,
     scalar_losses: ScalarLosses,
-) -> None:
+) -> bool:
     """Weight losses, merge metrics and clip gradients over all replicas.
 
     Args:
@@ -46,10 +46,13 @@ def patch_keras(
         batch_spec: Spec of the batches.
         strategy: Strategy over several replicas.
         scalar_losses: Kinds of the scalar losses; set after the probe.
+
+    Returns:
+        Whether the result of a custom `compute_loss` is weighted.
     """
     api, logs = KerasAPI("keras"), ReplicaLogs(model)
     with strategy.scope():
-        api.build_symbolically(model, zeros(batch_spec))
+        api.build(model, zeros(batch_spec))
     stack.enter_context(keras3.unbuilt_by_fit(model))
     patch_own_calls(
         stack, model, api.module.losses.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v
@@ -63,12 +66,14 @@ def patch_keras(
         keras3.added_loss_replaced(model, lambda original: _weight_added_loss(original, model, scalar_losses))
     )
     _patch_optimizer(stack, model)
+    has_custom_loss = not api.is_plain(model, "compute_loss")
     if api.has_own_steps(model):
         _patch_compute_loss(stack, api.base_with(model, "compute_loss"))
-        if not api.is_plain(model, "compute_loss"):
+        if has_custom_loss:
             stack.enter_context(patched_method(model, "compute_loss", _weight_total(model, scalar_losses)))
         patch_means(stack, model, api.module.metrics.Mean)
         logs.note_results(stack)
+    return has_custom_loss
 
 
 def _patch_compute_loss(stack: contextlib.ExitStack, base: Any) -> None:

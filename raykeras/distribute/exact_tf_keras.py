@@ -12,6 +12,7 @@ from raykeras.compat import tf_keras
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import Proxy, patched_method
 from raykeras.compat.tf_keras import LossFunctions
+from raykeras.data.batch_spec import BatchSpec
 from raykeras.distribute.loss_probe import Kind, current_record
 from raykeras.distribute.replica_logs import ReplicaLogs
 from raykeras.distribute.weighting import (
@@ -27,13 +28,17 @@ from raykeras.distribute.weighting import (
 )
 
 
-def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses) -> None:
-    """Weight losses and merge metrics over all replicas.
+def patch_tf_keras(
+    stack: contextlib.ExitStack,
+    model: Any,
+    batch_spec: BatchSpec,
+    strategy: tf.distribute.Strategy,
+    losses: ScalarLosses,
+) -> bool:
+    """Weight losses and merge metrics over all replicas; as `raykeras.distribute.exact_keras.patch_keras`.
 
-    Args:
-        stack: Undoes the patches when it closes.
-        model: A compiled model, created under a strategy.
-        losses: Kinds of the scalar losses; set after the probe.
+    Returns:
+        False: the losses in a custom `compute_loss` are weighted, and not its result.
     """
     api, logs = KerasAPI("tf_keras"), ReplicaLogs(model)
     has_own_steps = api.has_own_steps(model)
@@ -48,6 +53,7 @@ def patch_tf_keras(stack: contextlib.ExitStack, model: Any, losses: ScalarLosses
     stack.enter_context(
         tf_keras.loss_functions_replaced(lambda original: _WeightedLosses(original, losses, has_own_steps).functions())
     )
+    return False
 
 
 class _WeightedLosses:

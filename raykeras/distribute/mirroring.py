@@ -17,12 +17,14 @@ from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.tf_variables import Contents, assign, contents_of, like, set_contents, value_of
 from raykeras.distribute.strategy import scope
 
+_MODULES: dict[str, Any] = {"keras": keras_variables, "tf_keras": tf_keras_variables}
+
 _STEP_FUNCTIONS = ("train_function", "test_function", "predict_function", "train_tf_function")
 
 
 def is_made_elsewhere(model: Any, api: KerasAPI, strategy: tf.distribute.Strategy | None) -> bool:
     """Return whether the variables of a model belong to another strategy, or to none."""
-    return _names(api).strategy_of(model) is not strategy
+    return _MODULES[api.name].strategy_of(model) is not strategy
 
 
 @contextlib.contextmanager
@@ -36,23 +38,24 @@ def mirrored(model: Any, api: KerasAPI, strategy: tf.distribute.Strategy | None)
         api: The model's Keras package.
         strategy: None for a single replica.
     """
-    original_strategy = _names(api).strategy_of(model)
+    names = _MODULES[api.name]
+    original_strategy = names.strategy_of(model)
     originals: list[tuple[Any, Contents]] = []
     strategies: list[tuple[Any, str, Any]] = []
     try:
-        originals += _replace(_variables(model, api), strategy)
-        strategies += _names(api).set_strategy(model, strategy, tf.distribute.get_strategy())
+        originals += _replace(names.variables(model), strategy)
+        strategies += names.set_strategy(model, strategy, tf.distribute.get_strategy())
         _forget_functions(model)
         yield
     finally:
         is_original = {id(variable) for variable, _ in originals}
-        created = [variable for variable in _variables(model, api) if id(variable) not in is_original]
+        created = [variable for variable in names.variables(model) if id(variable) not in is_original]
         for variable, contents in originals:
             value = value_of(variable)
             set_contents(variable, contents)
             assign(variable, value)
         _replace(created, original_strategy)
-        _names(api).set_strategy(model, original_strategy, tf.distribute.get_strategy())
+        names.set_strategy(model, original_strategy, tf.distribute.get_strategy())
         for holder, name, value in strategies:
             setattr(holder, name, value)
         _forget_functions(model)
@@ -67,19 +70,6 @@ def _replace(variables: Sequence[Any], strategy: tf.distribute.Strategy | None) 
     for variable, new in zip(variables, created, strict=True):
         set_contents(variable, contents_of(new))
     return previous
-
-
-def _names(api: KerasAPI) -> Any:
-    return tf_keras_variables if api.is_legacy else keras_variables
-
-
-def _variables(model: Any, api: KerasAPI) -> list[Any]:
-    """Return each TensorFlow variable that belongs to a model once."""
-    if api.is_legacy:
-        return tf_keras_variables.variables(model)
-    variables = [*api.variables(model), *api.metric_variables(model), *api.seed_states(model)]
-    found = [wrapped for variable in variables if (wrapped := keras_variables.wrapped(variable)) is not None]
-    return list({id(variable): variable for variable in found}.values())
 
 
 def _forget_functions(model: Any) -> None:

@@ -35,12 +35,14 @@ def check_model(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:
 
 
 def _with_listed_weights(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:
-    """Return the batch spec with sample weights as a list if the outputs are a list, as Keras 3 requires."""
+    """Return the batch spec with sample weights as a list if the outputs are a list and Keras requires it."""
     names, weights = api.output_names(model), batch_spec.role("sample_weight")
-    if api.is_legacy or names is None or isinstance(model.outputs, dict) or batch_spec.is_sequence("sample_weight"):
+    if not api.requires_listed_weights or names is None or isinstance(model.outputs, dict):
         return batch_spec
     struct = api.output_structure(model)
-    if not isinstance(struct, list | tuple) or {str(t.name) for t in weights} != set(names):
+    if batch_spec.is_sequence("sample_weight") or not isinstance(struct, list | tuple):
+        return batch_spec
+    if {str(t.name) for t in weights} != set(names):
         return batch_spec
     return batch_spec.with_structure("sample_weight", tuple(names))
 

@@ -67,8 +67,8 @@ def fit_here(
             return train.run(job, context, api=api, build=build_and_keep)
 
     outcome = run_here(work)
-    is_bound_to_strategy = not is_model(model) and job.scale.local_replicas > 1 and api_of(models[-1]).is_legacy
-    return outcome, None if is_bound_to_strategy else models[-1]
+    has_strategy = not is_model(model) and job.scale.local_replicas > 1
+    return outcome, None if has_strategy and not api_of(models[-1]).can_leave_strategy else models[-1]
 
 
 def pack_for_workers(model: Any, callbacks: list[Any]) -> Packed:

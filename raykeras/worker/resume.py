@@ -189,7 +189,7 @@ class _ResumingList(_CallbackList):
             self._stop_training = self._start.is_over
             return
         batch += self._num_before
-        if self._api.is_legacy and self._num_steps is not None:
+        if not self._api.compiles_executions and self._num_steps is not None:
             batch = min(batch, self._num_steps - 1)
         self._call("on_train_batch_end", batch, logs)
         if self._ends_epochs and self._num_steps is not None and batch + 1 >= self._num_steps:
@@ -198,7 +198,7 @@ class _ResumingList(_CallbackList):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         if self._stop_training is not None:
             self.model.stop_training, self._stop_training = self._stop_training, None
-            if self._api.is_legacy:
+            if not self._api.compiles_executions:
                 self.model.steps_per_execution.assign(self._steps_per_execution)
         self._num_before = 0
         super().on_epoch_end(epoch, logs)
@@ -218,8 +218,8 @@ class _ResumingList(_CallbackList):
                 function(batch, logs)
 
     def _limit_execution(self, batch: int) -> None:
-        """Limit an execution of tf_keras to the steps left; for Keras 3 see `raykeras.distribute.executions`."""
-        if not self._api.is_legacy or self._steps_per_execution == 1:
+        """Limit an execution to the steps left, unless it is compiled; see `raykeras.distribute.executions`."""
+        if self._api.compiles_executions or self._steps_per_execution == 1:
             return
         if self._ends_epochs and self._num_steps is not None:
             left = self._num_steps - batch - self._num_before

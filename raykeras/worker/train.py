@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from raykeras.compat import tf_keras
 from raykeras.compat.keras_api import KerasAPI, api_of
 from raykeras.core.error_context import root_cause, user_code_error
 from raykeras.core.errors import ModelError, RaykerasError
@@ -70,8 +69,8 @@ def evaluate(
         with scope(strategy):
             _lower_steps_per_execution(model, api, strategy)
             data = data.with_spec(check_model(model, api, data.batch_spec))
-        if api.is_legacy and strategy is not None and data.batch_spec.role("sample_weight"):
-            tf_keras.check_weighted_metrics(model)
+        if strategy is not None and data.batch_spec.role("sample_weight"):
+            api.check_weighted_metrics(model)
         rank_input = data.open(rank, scale, job.budget, num_steps=data.num_steps)
         inputs.append(rank_input)
         rank_input.begin()
@@ -166,7 +165,7 @@ def _with_checked_specs(job: TrainJob, model: Any, api: KerasAPI) -> TrainJob:
     validation = job.validation
     if validation is not None:
         validation = validation.with_spec(_validation_spec(model, api, validation.batch_spec))
-    return dataclasses.replace(job, train=train, validation=validation, ends_epochs=not api.is_legacy)
+    return dataclasses.replace(job, train=train, validation=validation, ends_epochs=api.ends_epochs_with_data)
 
 
 def _open_train(job: TrainJob, rank: int) -> TrainInput:
@@ -214,8 +213,8 @@ def _train_dataset(job: TrainJob, train: TrainInput, model: Any, api: KerasAPI) 
 
 
 def _shows_end(job: TrainJob, model: Any, api: KerasAPI) -> bool:
-    """Return whether Keras 3 must see where an epoch's data ends, since whole executions would run into the next."""
-    if job.num_steps is None or job.ends_with_pass or job.may_end_with_pass or api.is_legacy:
+    """Return whether Keras must see where an epoch's data ends, since whole executions would run into the next."""
+    if job.num_steps is None or job.ends_with_pass or job.may_end_with_pass or not api.compiles_executions:
         return False
     return _known_steps(job, model, api) is None and bool(job.num_steps % api.steps_per_execution(model))
 
@@ -225,18 +224,18 @@ def _counts_steps(job: TrainJob, model: Any, api: KerasAPI) -> bool:
     if job.num_steps is None:
         return False
     in_middle = job.start[1] > 0
-    return job.ends_with_pass or (in_middle and (api.is_legacy or _shows_end(job, model, api)))
+    return job.ends_with_pass or (in_middle and (not api.compiles_executions or _shows_end(job, model, api)))
 
 
 def _known_steps(job: TrainJob, model: Any, api: KerasAPI) -> int | None:
     """Return the number of steps of each epoch if it is certain and Keras' functions run the steps; else None."""
     may_end = job.train.may_run_out or job.may_end_with_pass
-    return None if may_end or not (api.is_legacy or is_countable(model)) else job.num_steps
+    return None if may_end or (api.compiles_executions and not is_countable(model)) else job.num_steps
 
 
 def _lower_steps_per_execution(model: Any, api: KerasAPI, strategy: Any) -> None:
-    """Set `steps_per_execution` to 1 for custom functions, whose loop Keras 3 cannot run under a strategy."""
-    if strategy is not None and not api.is_legacy and not is_countable(model):
+    """Set `steps_per_execution` to 1 for custom functions, whose compiled loop cannot run under a strategy."""
+    if strategy is not None and api.compiles_executions and not is_countable(model):
         model.steps_per_execution = 1
 
 
@@ -251,7 +250,7 @@ def _executions(
     steps_of: Callable[[int], int | None] = lambda epoch: None,
 ) -> contextlib.AbstractContextManager[None]:
     """Return a context in which `steps_per_execution` runs exactly the steps of each epoch and evaluation."""
-    if api.is_legacy:
+    if not api.compiles_executions:
         return contextlib.nullcontext()
     if strategy is None or not is_countable(model):
         test_steps = None  # without a strategy, a callback may evaluate other data
