@@ -195,7 +195,7 @@ def steady(dataset: Any, num_batches: int, next_batch: Callable[[Any], Any] = ne
 
 def raykeras(case: Case, folder: Path, cache: Any) -> float:
     import raykeras as rk
-    from raykeras.compat.tensorflow import next_in_this_thread
+    from raykeras.compat.tensorflow import next_in_calling_thread
     from raykeras.data.inputs import open_data, train_spec
     from raykeras.distribute.strategy import make_strategy
     from raykeras.driver.cluster import connect
@@ -216,7 +216,7 @@ def raykeras(case: Case, folder: Path, cache: Any) -> float:
     make_strategy(scale)  # as at the start of a worker
     stream = spec.open(0, scale, budget, num_steps=None)
     try:
-        return steady(stream.endless_dataset(), spec.num_steps, next_in_this_thread)
+        return steady(stream.endless_dataset(), spec.num_steps, next_in_calling_thread)
     finally:
         stream.close()
 

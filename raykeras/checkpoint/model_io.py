@@ -18,7 +18,7 @@ from typing import Any
 import fsspec
 
 from raykeras.checkpoint.store import MODEL_FILE, STATE_FILE, WEIGHTS_FILE, Checkpoint
-from raykeras.compat.keras_api import KerasAPI, api_of, likely_api
+from raykeras.compat.keras_api import KerasAPI, api_of, guess_api
 from raykeras.compat.keras_custom_objects import recorded, restored
 from raykeras.core.error_context import loading
 from raykeras.core.errors import CheckpointError, ModelError, OptionError
@@ -99,7 +99,7 @@ def pack_model(model: Any, *, lazily: bool = False) -> tuple[KerasAPI, bytes]:
         api = api_of(model)
         return api, b"" if lazily else cloudpickle.dumps(functools.partial(load_model, save_model(model, api), api))
     pickled = cloudpickle.dumps(model)
-    return model.api if isinstance(model, ModelFile) else likely_api(pickled), pickled
+    return model.api if isinstance(model, ModelFile) else guess_api(pickled), pickled
 
 
 def unpack_model(build: bytes, rank: int | None = None) -> Any:
@@ -119,7 +119,7 @@ def unpack_model(build: bytes, rank: int | None = None) -> Any:
     return create()
 
 
-def weights_into(model: Any, checkpoint: str) -> Any:
+def load_weights_into(model: Any, checkpoint: str) -> Any:
     """Return a function that creates the model and loads a checkpoint's weights into it.
 
     Args:
@@ -144,7 +144,7 @@ def weights_into(model: Any, checkpoint: str) -> Any:
                 target.build_from_config(config)
             api = api_of(target)
             api.build_optimizer(target)  # Keras skips the state of an optimizer that is not built.
-            with api.taken_as_built(target), api.loading():
+            with api.marked_as_built(target), api.loading():
                 target.load_weights(local)
         return target
 

@@ -104,7 +104,7 @@ def take(
         unserializable: That of an earlier snapshot of this model.
     """
     build_config = model.get_build_config() if model.built else None
-    with TemporaryFolder("snapshot") as folder, weights_copied(api, buffers) as weights, api.taken_as_built(model):
+    with TemporaryFolder("snapshot") as folder, weights_copied(api, buffers) as weights, api.marked_as_built(model):
         path = Path(folder, MODEL_FILE)
         if not unserializable:
             unserializable = _try_save(model, str(path))
@@ -205,7 +205,7 @@ def restore_weights(model: Any, api: KerasAPI, checkpoint: Checkpoint) -> None:
     api.build_optimizer(model)  # Keras skips the state of an optimizer that is not built.
     with checkpoint.local_file(checkpoint.weights_file) as path:
         try:
-            with api.taken_as_built(model), api.loading():
+            with api.marked_as_built(model), api.loading():
                 model.load_weights(path)
         except Exception as error:
             raise CheckpointError(

@@ -23,7 +23,7 @@ import fsspec
 from raykeras.checkpoint.train_state import dump_state, parse_state
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.core.errors import CheckpointError
-from raykeras.core.storage_errors import is_garbled, is_of_storage, retried
+from raykeras.core.storage_errors import is_corrupted, is_storage_error, retry
 from raykeras.core.temporary import TemporaryFolder
 
 MODEL_FILE = "model.keras"
@@ -120,9 +120,9 @@ class RunFolder:
     def _retried(self, call: Callable[[], T]) -> T:
         """Call a function, retrying temporary failures; raise storage failures as `CheckpointError`."""
         try:
-            return retried(call)
+            return retry(call)
         except Exception as error:
-            if not is_of_storage(error):
+            if not is_storage_error(error):
                 raise
             raise CheckpointError(
                 f"A run's storage must be readable and writable; {self.path!r} is not: {type(error).__name__}: {error} "
@@ -157,7 +157,7 @@ class RunFolder:
 
         return self._retried(list_folders)
 
-    def newest_whole(self, on_damaged: Callable[[Checkpoint, CheckpointError], None]) -> Checkpoint | None:
+    def newest_complete(self, on_damaged: Callable[[Checkpoint, CheckpointError], None]) -> Checkpoint | None:
         """Return the newest checkpoint from which training can resume; None if there is none.
 
         Args:
@@ -247,12 +247,12 @@ class Checkpoint:
         The error has a cause if storage failed, and none if the checkpoint is damaged.
         """
         try:
-            return retried(read)
+            return retry(read)
         except Exception as error:
-            if not is_of_storage(error):
+            if not is_storage_error(error):
                 raise
             bad_disk = "://" not in self.path and getattr(error, "errno", None) == errno.EIO
-            if isinstance(error, FileNotFoundError) or is_garbled(error) or bad_disk:
+            if isinstance(error, FileNotFoundError) or is_corrupted(error) or bad_disk:
                 raise CheckpointError(f"{self.path} is damaged: {type(error).__name__}: {error}") from None
             raise CheckpointError(
                 f"{self.path} cannot be read at the moment: {type(error).__name__}: {error} Try again once the storage "
@@ -362,7 +362,7 @@ def store(run: RunFolder, name: str, write: Callable[[str], None]) -> Checkpoint
             for file in sorted(os.listdir(folder), key=lambda file: file == STATE_FILE):
                 fs.put_file(os.path.join(folder, file), f"{target}/{file}")
     except Exception as error:
-        if not is_of_storage(error):
+        if not is_storage_error(error):
             raise
         raise CheckpointError(
             f"A checkpoint could not be written to {target!r}: {type(error).__name__}: {error}"

@@ -14,7 +14,7 @@ from raykeras.core import events
 from raykeras.core.config import Run
 from raykeras.core.errors import CheckpointError, RaykerasError
 from raykeras.core.events import Event
-from raykeras.core.storage_errors import is_of_storage, is_temporary
+from raykeras.core.storage_errors import is_storage_error, is_temporary
 
 _BACKOFF_S = (0.5, 1, 2, 4, 8, 16, 30)
 """Seconds between the attempts to write a checkpoint; the last value repeats."""
@@ -158,7 +158,7 @@ class AsyncCheckpointWriter:
 
 def _permanent_error(error: Exception) -> RaykerasError:
     """Return the error to raise after a failure that retrying cannot fix."""
-    if is_of_storage(error.__cause__ or error):
+    if is_storage_error(error.__cause__ or error):
         return CheckpointError(
             f"{_text(error)} Retrying will not help: fix the cause, and call `fit` again to resume the run."
         )

@@ -190,9 +190,9 @@ def _inference_arguments(
 
 def _load_model(loaded: rk.Pipeline, checkpoint: str) -> Any:
     """Load a checkpoint's weights into the pipeline's model, so that custom classes need no registration."""
-    from raykeras.checkpoint.model_io import weights_into
+    from raykeras.checkpoint.model_io import load_weights_into
 
-    return weights_into(loaded.model, checkpoint)
+    return load_weights_into(loaded.model, checkpoint)
 
 
 def _as_source(data: str) -> Any:
@@ -204,7 +204,7 @@ def _as_source(data: str) -> Any:
 def _override(options: Any, overrides: dict[str, Any]) -> Any:
     """Return a `Scale` or `Run` with the overrides of its fields, which are removed from `overrides`."""
     if "workers" in overrides and isinstance(options, rk.Scale):
-        options = dataclasses.replace(options, least_workers=None)  # also override a range of the pipeline
+        overrides["min_workers"] = None  # also override a range of the pipeline
     names = {field.name for field in dataclasses.fields(options)} & set(overrides)
     return dataclasses.replace(options, **{name: overrides.pop(name) for name in sorted(names)})
 
@@ -233,7 +233,7 @@ def inspect(data: str) -> None:
     console.print(
         f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units of {sizes} rows each"
     )
-    cached = f", {opened.kept_footers:,} footers from the cache" if opened.kept_footers else ""
+    cached = f", {opened.num_cached_footers:,} footers from the cache" if opened.num_cached_footers else ""
     console.print(f"metadata read in {seconds:.1f} s{cached}")
 
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from raykeras.compat.quiet import quiet
 from raykeras.core.errors import OptionError
-from raykeras.data.sources.base import nearest
+from raykeras.data.sources.base import did_you_mean
 
 _WORDS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
 
@@ -73,7 +73,7 @@ def module_name(path: Path) -> str:
 def _load(path: Path) -> ModuleType:
     if not path.is_file():
         siblings = [str(p) for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise OptionError(f"A pipeline is a Python file; there is no {str(path)!r}.{nearest(str(path), siblings)}")
+        raise OptionError(f"A pipeline is a Python file; there is no {str(path)!r}.{did_you_mean(str(path), siblings)}")
     name = f"raykeras_pipeline_{re.sub(r'[^A-Za-z0-9]', '_', path.stem)}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
@@ -101,8 +101,8 @@ def _convert_parameters(function: Callable[..., Any], parameters: Mapping[str, s
         if parameter is None and not takes_any:
             known = ", ".join(signature.parameters) or "none"
             raise OptionError(
-                f"`-s` sets a parameter of the pipeline; {path} has no {name!r}.{nearest(name, signature.parameters)} "
-                f"Parameters: {known}."
+                f"`-s` sets a parameter of the pipeline; {path} has no {name!r}."
+                f"{did_you_mean(name, signature.parameters)} Parameters: {known}."
             )
         kind = hints.get(name)
         if kind is None and parameter is not None and parameter.default not in (None, parameter.empty):

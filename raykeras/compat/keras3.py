@@ -150,7 +150,7 @@ def clipping_replaced(
     return CLIP_GRADIENTS.replaced_on(optimizer, replacement_for(CLIP_GRADIENTS.of(optimizer)))
 
 
-def unbuilt_by_fit(model: Any) -> contextlib.AbstractContextManager[None]:
+def fit_without_building(model: Any) -> contextlib.AbstractContextManager[None]:
     """Keep `fit` and `evaluate` from building a model in a context; they fail to on several workers."""
     return MAYBE_SYMBOLIC_BUILD.replaced_on(model, lambda iterator=None, data_batch=None: None)
 

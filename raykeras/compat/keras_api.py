@@ -144,7 +144,7 @@ class KerasAPI:
         inner = _functional(model)
         return getattr(inner, "output", None) if getattr(inner, "outputs", None) else None
 
-    def in_order(self, model: Any, logs: dict[str, Any]) -> list[Any]:
+    def ordered_values(self, model: Any, logs: dict[str, Any]) -> list[Any]:
         """Return the values of `evaluate(return_dict=True)` in the order of `return_dict=False`."""
         if self.is_legacy:
             names = model.metrics_names
@@ -163,7 +163,7 @@ class KerasAPI:
         steps = getattr(model, "steps_per_execution", None)
         return 1 if steps is None else int(steps if isinstance(steps, int) else steps.numpy())
 
-    def quick_hooks(self, callbacks: Sequence[Any], hook: str) -> list[Callable[..., None]] | None:
+    def direct_hooks(self, callbacks: Sequence[Any], hook: str) -> list[Callable[..., None]] | None:
         """Return the overridden hooks of this name, if all of these callbacks accept tensors in `logs`; else None.
 
         Keras 3 converts the logs to numbers for every callback, which waits for the step to finish; tf_keras only for
@@ -207,12 +207,12 @@ class KerasAPI:
         states.append(None if generator is None else generator.state)
         return [state for state in states if state is not None]
 
-    def is_plain(self, model: Any, method: str) -> bool:
+    def inherits(self, model: Any, method: str) -> bool:
         """Return whether a model inherits a method from Keras rather than overriding it."""
         owner = next((cls for cls in type(model).__mro__ if method in vars(cls)), None)
         return owner is not None and self._defines(owner)
 
-    def base_with(self, model: Any, method: str) -> type:
+    def defining_class(self, model: Any, method: str) -> type:
         """Return the class of Keras that defines a method of a model, which the model may override."""
         return next(cls for cls in type(model).__mro__ if method in vars(cls) and self._defines(cls))
 
@@ -237,14 +237,14 @@ class KerasAPI:
 
     def has_own_steps(self, model: Any) -> bool:
         """Return whether a model overrides `train_step`, `test_step` or `compute_loss`."""
-        return not all(self.is_plain(model, method) for method in ("train_step", "test_step", "compute_loss"))
+        return not all(self.inherits(model, method) for method in ("train_step", "test_step", "compute_loss"))
 
     def has_call(self, model: Any) -> bool:
         """Return whether a model defines `call`; a model with a custom `train_step` need not."""
         return type(model).call is not self.module.Model.call
 
     @contextlib.contextmanager
-    def taken_as_built(self, model: Any) -> Iterator[None]:
+    def marked_as_built(self, model: Any) -> Iterator[None]:
         """Mark a model without `call`, which is never built, as built while the block runs.
 
         Keras saves and loads the weights of built models only.
@@ -339,7 +339,7 @@ def api_of(model: Any) -> KerasAPI:
     )
 
 
-def likely_api(pickled_build: bytes) -> KerasAPI:
+def guess_api(pickled_build: bytes) -> KerasAPI:
     """Guess the package that a pickled build function uses, without calling it."""
     legacy = b"tf_keras" in pickled_build or os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "True", "true")
     return KerasAPI("tf_keras" if legacy else "keras")

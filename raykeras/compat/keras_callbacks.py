@@ -35,7 +35,7 @@ INSTANCE_NAMES = (
 """Attributes of instances that this module names."""
 
 
-def of_keras(api: Any, hooks: type) -> Any:
+def as_callback_class(api: Any, hooks: type) -> Any:
     """Return a class of hooks as a callback class of a Keras package, whose hooks accept tensors in `logs`.
 
     Args:

@@ -23,7 +23,7 @@ class Buffers:
         self._free: dict[tuple[Any, ...], list[np.ndarray]] = {}
 
     def copy(self, array: np.ndarray) -> np.ndarray:
-        """Return a copy, which the caller returns to the pool with `give_back`."""
+        """Return a copy, which the caller returns to the pool with `release`."""
         free = self._free.get((array.shape, array.dtype.str))
         if not free:
             return np.array(array)
@@ -31,7 +31,7 @@ class Buffers:
         np.copyto(buffer, array)
         return buffer
 
-    def give_back(self, arrays: Iterable[np.ndarray]) -> None:
+    def release(self, arrays: Iterable[np.ndarray]) -> None:
         """Return copies to the pool."""
         for array in arrays:
             self._free.setdefault((array.shape, array.dtype.str), []).append(array)
@@ -85,7 +85,7 @@ class CopiedWeights:
     def release(self) -> None:
         """Return the memory to the pool; nothing is left to write."""
         for group in self.groups:
-            self.buffers.give_back(group.values())
+            self.buffers.release(group.values())
         self.groups.clear()
 
 

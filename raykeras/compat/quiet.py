@@ -39,7 +39,7 @@ def _is_unreported(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def eager_strategy_unreported() -> Iterator[None]:
+def without_eager_strategy_warning() -> Iterator[None]:
     """Drop TensorFlow's warning about strategies in eager execution while the block runs."""
 
     def is_other(record: logging.LogRecord) -> bool:

@@ -48,7 +48,7 @@ _key_bases = itertools.count(100_000, 100_000)
 
 
 @contextlib.contextmanager
-def replicas_joined() -> Iterator[None]:
+def prompt_replica_join() -> Iterator[None]:
     """Have `strategy.run` return as soon as its replica threads end while the block runs.
 
     TensorFlow polls them once per second, often just before one ends.
@@ -75,7 +75,7 @@ def separate_collectives() -> contextlib.AbstractContextManager[None]:
     return COLLECTIVE_KEY_BASE.replaced(next(_key_bases))
 
 
-def rest_idle_threads() -> None:
+def disable_thread_spinning() -> None:
     """Make idle TensorFlow threads sleep instead of busy-wait, which leaves the core for reading rows.
 
     This is possible only before TensorFlow's context is initialised. A configuration of the user's is left unchanged.
@@ -102,13 +102,13 @@ def cpu_replicas(count: int) -> Iterator[None]:
         yield
 
 
-def has_threads_of_its_own(iterator: Any) -> bool:
+def has_private_threadpool(iterator: Any) -> bool:
     """Return whether the dataset of an iterator has a private thread pool, separate from TensorFlow's functions."""
     dataset = getattr(iterator, "_dataset", None)  # An iterator over several replicas has none.
     return dataset is not None and dataset.options().threading.private_threadpool_size is not None
 
 
-def next_in_this_thread(iterator: Any) -> Any:
+def next_in_calling_thread(iterator: Any) -> Any:
     """Return `next(iterator)` in a `tf.function`, computed by the calling thread if all its tensors are dense.
 
     Args:

@@ -28,14 +28,14 @@ class Scale:
             GPUs, it may be left at 1 and then equals `gpus_per_worker`.
         cpus_per_worker: Logical CPUs that each worker process reserves in Ray, above 0. Defaults to 1, or to less
             if the data tasks would otherwise get none.
-        least_workers: The minimum of a `(min, max)` pair; `workers` is then the maximum.
+        min_workers: The minimum of a `(min, max)` pair; `workers` is then the maximum.
     """
 
     workers: Any = 1
     gpus_per_worker: int = 0
     replicas_per_worker: int = 1
     cpus_per_worker: float | None = None
-    least_workers: int | None = None
+    min_workers: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.workers, tuple | list):
@@ -43,11 +43,11 @@ class Scale:
                 raise OptionError(f"`workers` must be a number, or a pair (min, max); got {self.workers!r}.")
             min_workers, max_workers = self.workers
             object.__setattr__(self, "workers", max_workers)
-            object.__setattr__(self, "least_workers", min_workers)
+            object.__setattr__(self, "min_workers", min_workers)
         _require_int("workers", self.workers, 1)
-        if self.least_workers is not None:
-            _require_int("least_workers", self.least_workers, 1)
-            _require_int("workers", self.workers, self.least_workers)
+        if self.min_workers is not None:
+            _require_int("min_workers", self.min_workers, 1)
+            _require_int("workers", self.workers, self.min_workers)
         _require_int("gpus_per_worker", self.gpus_per_worker, 0)
         _require_int("replicas_per_worker", self.replicas_per_worker, 1)
         if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
@@ -60,14 +60,20 @@ class Scale:
                 f"{self.replicas_per_worker} and {self.gpus_per_worker}. Leave `replicas_per_worker` out."
             )
 
-    def of(self, workers: int) -> Scale:
+    def with_workers(self, workers: int) -> Scale:
         """Return a copy with exactly `workers` workers."""
-        return replace(self, workers=workers, least_workers=None)
+        return replace(self, workers=workers, min_workers=None)
 
     @property
-    def min_workers(self) -> int:
-        """The minimum number of workers."""
-        return int(self.workers if self.least_workers is None else self.least_workers)
+    def worker_range(self) -> tuple[int, int]:
+        """The minimum and the maximum number of workers."""
+        return int(self.workers if self.min_workers is None else self.min_workers), int(self.workers)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change."""
+        min_workers, max_workers = self.worker_range
+        return min_workers < max_workers
 
     @property
     def local_replicas(self) -> int:

@@ -49,7 +49,7 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
         if not frame.filename.startswith(library_paths) and "/__autograph_generated" not in frame.filename
     ]
     stack = "".join(traceback.format_list(user_frames[-_MAX_FRAMES:]))
-    lines = essential(error)
+    lines = message_lines(error)
     name = type(error).__name__.removeprefix("MultilineMessage")  # AutoGraph's subclass of KeyError
     lines[0] = lines[0].removeprefix(f"{name}: ")
     message = f"{name}: " + "\n".join(lines)
@@ -66,7 +66,7 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
     return user_error.also_as(error)
 
 
-def essential(error: BaseException) -> list[str]:
+def message_lines(error: BaseException) -> list[str]:
     """Return the lines of an exception's message that say what is wrong.
 
     TensorFlow surrounds them with the stack of the graph or the frames of a traced function.

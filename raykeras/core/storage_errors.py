@@ -28,7 +28,7 @@ _PERMANENT_TYPES = {
     *("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError"),
 }
 
-_GARBLED_TYPES = {
+_CORRUPTED_TYPES = {
     *("ChecksumError", "FlexibleChecksumError"),  # gcsfs, botocore
     *("ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError", "ContentDecodingError"),
 }
@@ -39,7 +39,7 @@ READ_PAUSES_S = (0.5, 1.0, 2.0, 4.0)
 T = TypeVar("T")
 
 
-def is_of_storage(error: BaseException) -> bool:
+def is_storage_error(error: BaseException) -> bool:
     """Return whether an exception comes from storage or a network, rather than from a bug."""
     packages = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
     return isinstance(error, OSError) or bool(_PACKAGES & packages)
@@ -48,15 +48,15 @@ def is_of_storage(error: BaseException) -> bool:
 def is_temporary(error: BaseException) -> bool:
     """Return whether storage failed temporarily, not for lack of permissions, credentials, a bucket or space."""
     chain = list(_chain(error))
-    return any(map(is_of_storage, chain)) and not any(map(_is_permanent, chain))
+    return any(map(is_storage_error, chain)) and not any(map(_is_permanent, chain))
 
 
-def is_garbled(error: BaseException) -> bool:
+def is_corrupted(error: BaseException) -> bool:
     """Return whether the data that storage sent was truncated or did not match its checksum."""
-    return any(_GARBLED_TYPES & _names(cause) for cause in _chain(error))
+    return any(_CORRUPTED_TYPES & _names(cause) for cause in _chain(error))
 
 
-def retried(call: Callable[[], T], pauses_s: Sequence[float] | None = None) -> T:
+def retry(call: Callable[[], T], pauses_s: Sequence[float] | None = None) -> T:
     """Call a function again while it fails temporarily.
 
     Args:

@@ -44,11 +44,11 @@ def _is_filtering() -> bool:
     return keras is None or not hasattr(keras, "config") or bool(keras.config.is_traceback_filtering_enabled())
 
 
-def outside(traceback: types.TracebackType | None) -> types.TracebackType | None:
+def without_package_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
     """Return a traceback without the frames of this package."""
     if traceback is None:
         return None
-    inner = outside(traceback.tb_next)
+    inner = without_package_frames(traceback.tb_next)
     if traceback.tb_frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
         return inner
     return types.TracebackType(inner, traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno)
@@ -61,7 +61,7 @@ def _install_hooks() -> None:
 
         def hook(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> Any:
             if isinstance(error, RaykerasError) and _is_filtering():
-                traceback = outside(traceback)
+                traceback = without_package_frames(traceback)
                 error.__traceback__ = traceback  # Python's default hook prints this one.
             return original_hook(kind, error, traceback)
 
@@ -72,4 +72,4 @@ def _install_hooks() -> None:
 
 
 def _show_in_ipython(shell: Any, kind: Any, error: Any, traceback: Any, tb_offset: Any = None) -> None:
-    shell.showtraceback((kind, error, outside(traceback)), tb_offset=tb_offset)
+    shell.showtraceback((kind, error, without_package_frames(traceback)), tb_offset=tb_offset)

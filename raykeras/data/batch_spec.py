@@ -20,7 +20,7 @@ import pyarrow as pa
 from raykeras.core.errors import ColumnError, UserCodeError, ValidationError
 from raykeras.core.structures import Structure, filled, has_none
 from raykeras.data.decode import decode, for_transform, from_transform
-from raykeras.data.sources.base import Columns, Field, Transform, listed, nearest
+from raykeras.data.sources.base import Columns, Field, Transform, did_you_mean, join_names
 
 Role = Literal["x", "y", "sample_weight"]
 
@@ -125,7 +125,7 @@ class BatchSpec:
         """Return a copy in which the tensors of a role are nested as given."""
         return dataclasses.replace(self, structures={**self.structures, role: structure})
 
-    def weighted_as_y(self) -> BatchSpec:
+    def with_weights_like_y(self) -> BatchSpec:
         """Return a copy in which the weights, one for each tensor of y, are nested like y."""
         return self.with_structure("sample_weight", self.structures["y"]) if "y" in self.structures else self
 
@@ -212,12 +212,12 @@ class BatchSpec:
         return [_unpack(t, table.column(i)) for i, t in enumerate(self.tensors)]
 
 
-def cut(column: Any, start: int, stop: int) -> Any:
+def slice_rows(column: Any, start: int, stop: int) -> Any:
     """Return rows of a decoded column; an error in its place is returned unchanged."""
     return column if isinstance(column, ColumnError) else column[start:stop]
 
 
-def joined(name: str, parts: Sequence[Any]) -> Any:
+def concatenate_column(name: str, parts: Sequence[Any]) -> Any:
     """Concatenate parts of a decoded column; return the error if one is an error or their shapes differ."""
     for part in parts:
         if isinstance(part, ColumnError):
@@ -277,8 +277,8 @@ def run_transform(
         if column in unavailable:
             reason = f"which cannot be used: {unavailable[column]}"
         else:
-            known = listed(columns)
-            reason = f"which is not among its columns.{nearest(str(column), columns)} Columns: {known}."
+            known = join_names(columns)
+            reason = f"which is not among its columns.{did_you_mean(str(column), columns)} Columns: {known}."
         raise ColumnError(f"`transform` {name!r} requested column {column!r} in {where}, {reason}") from None
     except Exception as error:
         raise transform_error(transform, error, where) from error

@@ -52,11 +52,11 @@ class Rows:
         return replace(self, opened=train), replace(self, opened=validation)
 
 
-Given = Rows | Batches
+OpenData = Rows | Batches
 """Data as the user passed it, opened."""
 
 
-def open_data(x: Any, y: Any, sample_weight: Any, floatx: str) -> Given:
+def open_data(x: Any, y: Any, sample_weight: Any, floatx: str) -> OpenData:
     """Open what the user passed as x, y and sample_weight.
 
     Raises:
@@ -71,13 +71,13 @@ def open_data(x: Any, y: Any, sample_weight: Any, floatx: str) -> Given:
     for name, value in (("y", y), ("sample_weight", sample_weight)):
         if value is not None:
             raise OptionError(
-                f"With a {batches.described}, `{name}` is part of the batches, (x, y) or (x, y, sample_weight); got "
+                f"With a {batches.type_name}, `{name}` is part of the batches, (x, y) or (x, y, sample_weight); got "
                 f"`{name}` as well. Leave it out."
             )
     return batches
 
 
-def open_validation(data: Any, floatx: str) -> Given:
+def open_validation(data: Any, floatx: str) -> OpenData:
     """Open what the user passed as `validation_data`; raises as `open_data`."""
     batches = as_batches(data, floatx)
     if batches is not None:
@@ -86,7 +86,7 @@ def open_validation(data: Any, floatx: str) -> Given:
     return Rows(source, source.open(), structures)
 
 
-def steps_within(data: Given, steps_per_epoch: int | None, batch_size: int | None) -> int | None:
+def steps_within(data: OpenData, steps_per_epoch: int | None, batch_size: int | None) -> int | None:
     """Return `steps_per_epoch`, or None if a pass over the user's batches is shorter.
 
     Warns if some epochs have fewer steps: Keras 3 ends an epoch when arrays or batches end. For arrays,
@@ -112,7 +112,7 @@ def steps_within(data: Given, steps_per_epoch: int | None, batch_size: int | Non
 
 
 def train_spec(
-    data: Given,
+    data: OpenData,
     *,
     batch_size: int | None,
     shuffle: bool | int,
@@ -157,7 +157,7 @@ def train_spec(
 
 
 def validation_spec(
-    data: Given,
+    data: OpenData,
     *,
     batch_size: int,
     steps: int | None,
@@ -212,12 +212,12 @@ def _require_end(batches: Batches, steps: int | None, name: str, scale: Scale) -
     """Check that the workers can know where an epoch ends, and that a Sequence can be sent to tasks."""
     if batches.is_infinite and steps is None:
         raise OptionError(
-            f"With infinite data, the number of batches must be specified; got an infinite {batches.described} "
+            f"With infinite data, the number of batches must be specified; got an infinite {batches.type_name} "
             f"without `{name}`. Pass `{name}`."
         )
     if batches.num_batches is None and steps is None and scale.workers > 1:
         raise OptionError(
-            f"With several workers, the number of batches must be known; got a {batches.described} of unknown length "
+            f"With several workers, the number of batches must be known; got a {batches.type_name} of unknown length "
             f"without `{name}`. Pass `{name}`, or use one worker."
         )
     if batches.kind == "sequence" and scale.workers > 1:

@@ -13,7 +13,7 @@ import numpy as np
 from raykeras.core.errors import ColumnError, OptionError, ValidationError
 from raykeras.core.structures import Structure
 from raykeras.data.batch_spec import BatchSpec, ElementSpec, Role, class_weighted_shape
-from raykeras.data.sources.base import Field, OpenSource, Source, Spec, flat_names, listed, nearest
+from raykeras.data.sources.base import Field, OpenSource, Source, Spec, did_you_mean, flat_names, join_names
 
 ClassWeight = Mapping[Any, Any]
 """Class to weight, or such a mapping by output name."""
@@ -140,7 +140,7 @@ def _tensor(
             origin = "returned by `transform`" if source.transform else "in the source"
             raise ColumnError(
                 f"Every column named by x, y or sample_weight must be {origin}; got {column!r} for {label}."
-                f"{nearest(column, fields)} Columns: {listed(fields)}."
+                f"{did_you_mean(column, fields)} Columns: {join_names(fields)}."
             )
     column_fields = [fields[column] for column in names]
     if isinstance(columns, str):
@@ -183,11 +183,11 @@ def with_class_weight(batch_spec: BatchSpec, class_weight: ClassWeight | None, f
         if name is not None and name not in names:
             raise OptionError(
                 f"The keys of `sample_weight` must be outputs of y; got {name!r}."
-                f"{nearest(name, map(str, names))} Outputs: {listed(names)}."
+                f"{did_you_mean(name, map(str, names))} Outputs: {join_names(names)}."
             )
     by_output = _class_weight_by_output(class_weight, names)
     if not by_output and (not weights or None in weights):
-        return batch_spec.weighted_as_y()
+        return batch_spec.with_weights_like_y()
     output_weights = []
     for output in outputs:
         weight = weights.get(output.name) or weights.get(None)
@@ -205,7 +205,7 @@ def with_class_weight(batch_spec: BatchSpec, class_weight: ClassWeight | None, f
             )
         output_weights.append(dataclasses.replace(weight, name=output.name))
     unweighted = tuple(tensor for tensor in batch_spec.tensors if tensor.role != "sample_weight")
-    return dataclasses.replace(batch_spec, tensors=(*unweighted, *output_weights)).weighted_as_y()
+    return dataclasses.replace(batch_spec, tensors=(*unweighted, *output_weights)).with_weights_like_y()
 
 
 def _class_weight_by_output(
@@ -231,7 +231,7 @@ def _class_weight_by_output(
             if name not in names:
                 raise OptionError(
                     f"The keys of a nested `class_weight` must be outputs of y; got {name!r}."
-                    f"{nearest(str(name), map(str, names))} Outputs: {listed(names)}."
+                    f"{did_you_mean(str(name), map(str, names))} Outputs: {join_names(names)}."
                 )
         return {name: _weighting(weights) for name, weights in by_name.items()}
     if names != [None] and len(names) > 1:

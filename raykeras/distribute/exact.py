@@ -29,7 +29,7 @@ import tensorflow as tf
 
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import patched_method
-from raykeras.compat.tensorflow import replicas_joined
+from raykeras.compat.tensorflow import prompt_replica_join
 from raykeras.core.errors import ModelError
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.elements import unpacked
@@ -69,7 +69,7 @@ def exact(
     if not api.has_call(model):  # its losses cannot be probed
         raise _unweighted_loss()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(replicas_joined())
+        stack.enter_context(prompt_replica_join())
         losses = ScalarLosses()
         has_custom_loss = _PATCHES[api.name](stack, model, batch_spec, strategy, losses)
         with strategy.scope():

@@ -53,7 +53,7 @@ def patch_keras(
     api, logs = KerasAPI("keras"), ReplicaLogs(model)
     with strategy.scope():
         api.build(model, zeros(batch_spec))
-    stack.enter_context(keras3.unbuilt_by_fit(model))
+    stack.enter_context(keras3.fit_without_building(model))
     patch_own_calls(
         stack, model, api.module.losses.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v
     )
@@ -66,13 +66,13 @@ def patch_keras(
         keras3.added_loss_replaced(model, lambda original: _weight_added_loss(original, model, scalar_losses))
     )
     _patch_optimizer(stack, model)
-    has_custom_loss = not api.is_plain(model, "compute_loss")
+    has_custom_loss = not api.inherits(model, "compute_loss")
     if api.has_own_steps(model):
-        _patch_compute_loss(stack, api.base_with(model, "compute_loss"))
+        _patch_compute_loss(stack, api.defining_class(model, "compute_loss"))
         if has_custom_loss:
             stack.enter_context(patched_method(model, "compute_loss", _weight_total(model, scalar_losses)))
         patch_means(stack, model, api.module.metrics.Mean)
-        logs.note_results(stack)
+        logs.record_results(stack)
     return has_custom_loss
 
 

@@ -24,7 +24,7 @@ import tensorflow as tf
 from raykeras.compat.keras3 import reduced_logs
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import patched_method
-from raykeras.compat.tensorflow import has_threads_of_its_own, next_in_this_thread
+from raykeras.compat.tensorflow import has_private_threadpool, next_in_calling_thread
 from raykeras.core.config import Scale
 
 Left = Callable[[int], int]
@@ -33,7 +33,7 @@ Left = Callable[[int], int]
 
 def is_countable(model: Any) -> bool:
     """Return whether Keras' own functions run the steps of a Keras 3 model, not functions that its class overrides."""
-    return all(KerasAPI("keras").is_plain(model, f"make_{kind}_function") for kind in ("train", "test"))
+    return all(KerasAPI("keras").inherits(model, f"make_{kind}_function") for kind in ("train", "test"))
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def _make_function(model: Any, step: Callable[[Any], Any], left: Left | None) ->
 
     @tf.autograph.experimental.do_not_convert
     def execution(iterator: Any, num_steps: tf.Tensor, has_own_threads: bool) -> Any:
-        get_next = next if model.run_eagerly or not has_own_threads else next_in_this_thread
+        get_next = next if model.run_eagerly or not has_own_threads else next_in_calling_thread
         return tf.while_loop(
             lambda i, _: i < num_steps,
             lambda i, _: (i + 1, one_step(get_next(iterator))),
@@ -157,7 +157,7 @@ def _make_function(model: Any, step: Callable[[Any], Any], left: Left | None) ->
             return logs
         num_steps = left(model.steps_per_execution)
         if iterator not in known:
-            known[iterator] = has_threads_of_its_own(iterator)
+            known[iterator] = has_private_threadpool(iterator)
         return execution(iterator, tf.constant(num_steps), known[iterator])
 
     return function

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import tensorflow as tf
 
-from raykeras.compat.quiet import eager_strategy_unreported
+from raykeras.compat.quiet import without_eager_strategy_warning
 from raykeras.core.errors import ModelError
 
 Kind = Literal["mean", "sum", "part"]
@@ -119,7 +119,7 @@ class Probe:
         Raises:
             ModelError: If a scalar is neither a mean nor a sum.
         """
-        with eager_strategy_unreported(), _state_kept(self._model, self._strategy):
+        with without_eager_strategy_warning(), _state_kept(self._model, self._strategy):
             answers = self._answers(sample, is_raw=False)
             total: Kind | None = None
             if self._has_custom_loss:

@@ -22,7 +22,7 @@ _MODULES: dict[str, Any] = {"keras": keras_variables, "tf_keras": tf_keras_varia
 _STEP_FUNCTIONS = ("train_function", "test_function", "predict_function", "train_tf_function")
 
 
-def is_made_elsewhere(model: Any, api: KerasAPI, strategy: tf.distribute.Strategy | None) -> bool:
+def needs_mirroring(model: Any, api: KerasAPI, strategy: tf.distribute.Strategy | None) -> bool:
     """Return whether the variables of a model belong to another strategy, or to none."""
     return _MODULES[api.name].strategy_of(model) is not strategy
 

@@ -12,7 +12,7 @@ from raykeras.compat.keras_api import KerasAPI, loss_arguments
 from raykeras.core.errors import ModelError
 from raykeras.core.structures import is_deep
 from raykeras.data.batch_spec import BatchSpec, ElementSpec
-from raykeras.data.sources.base import listed, nearest
+from raykeras.data.sources.base import did_you_mean, join_names
 
 
 def check_model(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:
@@ -54,8 +54,8 @@ def _without_unknown_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) ->
         return batch_spec
     unknown = [str(name) for name in names if name not in shapes]
     warnings.warn(
-        f"x should name only the model's inputs; got {listed(unknown)} as well, which the model ignores. Inputs: "
-        f"{listed(shapes)}.",
+        f"x should name only the model's inputs; got {join_names(unknown)} as well, which the model ignores. Inputs: "
+        f"{join_names(shapes)}.",
         stacklevel=2,
     )
     tensors = tuple(tensor for tensor in batch_spec.tensors if tensor.role != "x" or tensor.name in shapes)
@@ -88,8 +88,8 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
     names, tensors = list(shapes), batch_spec.role("x")
     if is_deep(structure):
         raise ModelError(
-            f"x must be nested like the model's inputs; got {structure!r:.200}, and the inputs are {listed(names)}. "
-            "Pass an array, or a list or dict of arrays."
+            f"x must be nested like the model's inputs; got {structure!r:.200}, and the inputs are "
+            f"{join_names(names)}. Pass an array, or a list or dict of arrays."
         )
     text = [tensor for tensor in tensors if tensor.kind == "string"]
     if text and not any(tensor.dtype in ("string", "object") for tensor in model.inputs):
@@ -101,7 +101,7 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
     if tensors[0].name is None:
         if len(names) > 1:
             raise ModelError(
-                f"x must name the inputs of a model that has several; got one tensor for {listed(names)}. "
+                f"x must name the inputs of a model that has several; got one tensor for {join_names(names)}. "
                 f"Pass `x={{{names[0]!r}: ..., {names[1]!r}: ...}}`."
             )
         _check_shape(names[0], shapes[names[0]], tensors[0])
@@ -110,13 +110,14 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
     none_names = [name for name, item in structure.items() if item is None] if isinstance(structure, Mapping) else []
     if isinstance(structure, tuple):
         if len(structure) != len(names):
-            raise ModelError(f"x must hold one array for each input; got {len(structure)} for {listed(names)}.")
+            raise ModelError(f"x must hold one array for each input; got {len(structure)} for {join_names(names)}.")
         none_names = [name for name, item in zip(names, structure, strict=True) if item is None]
         tensor_of = {name: tensor_of[item] for name, item in zip(names, structure, strict=True) if item is not None}
     for name in tensor_of:
         if name not in shapes:
             raise ModelError(
-                f"x must name the model's inputs; got {name!r}.{nearest(name, shapes)} Inputs: {listed(names)}."
+                f"x must name the model's inputs; got {name!r}.{did_you_mean(name, shapes)} "
+                f"Inputs: {join_names(names)}."
             )
     for name in none_names:
         if name in shapes and not api.is_optional(model, name):
@@ -128,12 +129,14 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
         if name in none_names:
             continue
         if name not in tensor_of:
-            raise ModelError(f"x must name all of the model's inputs; {name!r} is missing. Got: {listed(tensor_of)}.")
+            raise ModelError(
+                f"x must name all of the model's inputs; {name!r} is missing. Got: {join_names(tensor_of)}."
+            )
         _check_shape(name, shape, tensor_of[name])
 
 
 def _check_outputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
-    if not api.is_plain(model, "train_step"):
+    if not api.inherits(model, "train_step"):
         return  # a custom `train_step` may take anything
     tensors = batch_spec.role("y")
     if not tensors:
@@ -150,8 +153,8 @@ def _check_outputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
     for tensor in tensors:
         if tensor.name not in names:
             raise ModelError(
-                f"y must name the model's outputs; got {tensor.name!r}.{nearest(str(tensor.name), names)} "
-                f"Outputs: {listed(names)}."
+                f"y must name the model's outputs; got {tensor.name!r}.{did_you_mean(str(tensor.name), names)} "
+                f"Outputs: {join_names(names)}."
             )
 
 

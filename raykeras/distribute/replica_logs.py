@@ -33,7 +33,7 @@ class ReplicaLogs:
         self._has_metrics_result = True
         return self._get_metrics_result()
 
-    def note_results(self, stack: contextlib.ExitStack) -> None:
+    def record_results(self, stack: contextlib.ExitStack) -> None:
         """Record what metrics return to a custom step, so that its logs are recognized as metrics.
 
         Args:

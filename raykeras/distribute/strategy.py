@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from raykeras.compat.tensorflow import cpu_replicas, rest_idle_threads, separate_collectives
+from raykeras.compat.tensorflow import cpu_replicas, disable_thread_spinning, separate_collectives
 from raykeras.core.config import Scale
 from raykeras.core.errors import OptionError, ResourceError
 
@@ -43,7 +43,7 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
             with contextlib.suppress(RuntimeError):  # already in use by this process
                 tf.config.experimental.set_memory_growth(gpu, True)
     else:
-        rest_idle_threads()
+        disable_thread_spinning()
         if scale.local_replicas > 1:
             _make_logical_cpus(scale.local_replicas)
     if scale.total_replicas == 1:

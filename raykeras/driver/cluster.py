@@ -102,16 +102,17 @@ def _init_ray(scale: Scale) -> bool:
 
 
 def _check_resources(scale: Scale, cpus_per_worker: float, num_cpus: float, num_gpus: float, started: bool) -> None:
+    min_workers, _ = scale.worker_range
     where = "this machine" if started else "the cluster, at its maximum size,"
     for resource, per_worker, available in (
         ("CPUs", cpus_per_worker, num_cpus - 1),
         ("GPUs", scale.gpus_per_worker, num_gpus),
     ):
-        if scale.min_workers * per_worker > available:
+        if min_workers * per_worker > available:
             reserved = ", not counting one that is reserved for reading data" if resource == "CPUs" else ""
             max_workers = int(available // per_worker) if per_worker else 0
             raise ResourceError(
-                f"{scale.min_workers} workers with {per_worker:g} {resource} each need "
-                f"{scale.min_workers * per_worker:g}; {where} has {max(available, 0):g}{reserved}. Try "
+                f"{min_workers} workers with {per_worker:g} {resource} each need "
+                f"{min_workers * per_worker:g}; {where} has {max(available, 0):g}{reserved}. Try "
                 f"`workers={max(1, max_workers)}`, or a larger cluster."
             )

@@ -40,31 +40,32 @@ def wait_for_capacity(job: TrainJob) -> int:
         job: The job that the workers will run.
 
     Returns:
-        The number of workers to start, from `min_workers` to `workers` of the requested scale.
+        The number of workers to start, in the `worker_range` of the requested scale.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
 
     scale = job.requested_scale
+    min_workers, max_workers = scale.worker_range
     bundle = {"CPU": job.budget.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
     with contextlib.suppress(Exception):  # the cluster has no autoscaler
-        request_resources(bundles=[bundle] * scale.workers)
+        request_resources(bundles=[bundle] * max_workers)
     last_workers, is_warned, start = -1, False, time.monotonic()
     changed_at = start
     while True:
-        workers, now = min(capacity(job), scale.workers), time.monotonic()
-        if workers < scale.min_workers:
-            workers = min(capacity(job, allow_partial_cpu=True), scale.min_workers)
+        workers, now = min(capacity(job), max_workers), time.monotonic()
+        if workers < min_workers:
+            workers = min(capacity(job, allow_partial_cpu=True), min_workers)
         if workers != last_workers:
             last_workers, changed_at = workers, now
-        if workers == scale.workers or (workers >= scale.min_workers and now - changed_at >= _SETTLED_S):
+        if workers == max_workers or (workers >= min_workers and now - changed_at >= _SETTLED_S):
             return workers
         if not is_warned and now - start > _WARN_S:
             is_warned = True
             num_nodes = sum(node["Alive"] for node in ray.nodes())
             _LOG.warning(
                 "raykeras is waiting for %d workers; the %d nodes have capacity for %d.",
-                scale.min_workers,
+                min_workers,
                 num_nodes,
                 workers,
             )
@@ -84,12 +85,12 @@ def watched_capacity(job: TrainJob, coordinator: RunCoordinator) -> Iterator[Non
                 worker_nodes = {facts.get("node_id") for facts in notes.values()}
                 if worker_nodes & draining_nodes():
                     _LOG.warning("raykeras: a node is draining; the workers save a checkpoint and exit.")
-                    return coordinator.call("leave")
+                    return coordinator.request("leave")
                 if len(notes) < job.scale.workers or job.scale.workers == job.requested_scale.workers:
                     continue
                 free_since = (free_since or time.monotonic()) if capacity(job) > 0 else None
                 if free_since and time.monotonic() - free_since >= job.grow_after_s:
-                    return coordinator.call("leave")
+                    return coordinator.request("leave")
             except Exception:  # the workers, or the cluster, have just ended
                 return None
 

@@ -137,7 +137,7 @@ def with_fixed_workers(scale: Scale) -> Scale:
     Raises:
         OptionError: If `workers` is a pair.
     """
-    if scale.least_workers is not None:
+    if scale.min_workers is not None:
         raise OptionError(
             "`workers` must be one number here, since only `fit` accepts a pair; got "
             f"({scale.min_workers}, {scale.workers}). Pass `workers={scale.workers}`."

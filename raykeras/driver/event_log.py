@@ -20,7 +20,7 @@ from raykeras.core import events
 from raykeras.core.errors import redacted
 from raykeras.core.events import Event
 from raykeras.core.logs import as_json, plain_number
-from raykeras.core.storage_errors import is_temporary, retried
+from raykeras.core.storage_errors import is_temporary, retry
 from raykeras.core.temporary import TemporaryFolder
 from raykeras.worker.coordinator import RunCoordinator
 
@@ -53,7 +53,7 @@ class RunLog:
         self._local = self._temporary.name if self._temporary else folder.path
         self._failure: Exception | None = None
         if self._temporary:
-            retried(self._download)
+            retry(self._download)
         path = os.path.join(self._local, _EVENTS)
         _drop_partial_line(path)
         self._history = _read_history(os.path.join(self._local, _HISTORY))

@@ -24,7 +24,7 @@ from raykeras.core.events import Event
 from raykeras.core.temporary import remove_abandoned
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.inputs import (
-    Given,
+    OpenData,
     Rows,
     check_positive,
     check_scale_and_run,
@@ -34,7 +34,7 @@ from raykeras.data.inputs import (
     train_spec,
     validation_spec,
 )
-from raykeras.data.sources.base import listed, nearest
+from raykeras.data.sources.base import did_you_mean, join_names
 from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.callback import split_callbacks
 from raykeras.driver.cluster import connect
@@ -257,15 +257,17 @@ def _missing_monitor_warner(monitor: str) -> Callable[[Event], None]:
             is_checked = True
             if monitor not in event.logs:
                 warnings.warn(
-                    f"`Run.monitor` must be a metric of the run; got {monitor!r}.{nearest(monitor, event.logs)} "
-                    f"Metrics: {listed(event.logs)}. No checkpoint is kept as the best one.",
+                    f"`Run.monitor` must be a metric of the run; got {monitor!r}.{did_you_mean(monitor, event.logs)} "
+                    f"Metrics: {join_names(event.logs)}. No checkpoint is kept as the best one.",
                     stacklevel=1,
                 )
 
     return handle
 
 
-def _open_both(data: Given, validation_data: Any, validation_split: float, floatx: str) -> tuple[Given, Given | None]:
+def _open_both(
+    data: OpenData, validation_data: Any, validation_split: float, floatx: str
+) -> tuple[OpenData, OpenData | None]:
     """Return the training data and the validation data."""
     if validation_data is not None:
         return data, open_validation(validation_data, floatx)
@@ -274,7 +276,7 @@ def _open_both(data: Given, validation_data: Any, validation_split: float, float
     if not isinstance(data, Rows):
         raise OptionError(
             f"`validation_split` is only supported for arrays and sources; got {validation_split} with a "
-            f"{data.described}. Pass `validation_data` instead."
+            f"{data.type_name}. Pass `validation_data` instead."
         )
     return data.split(validation_split)
 

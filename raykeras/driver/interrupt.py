@@ -33,7 +33,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._call: Callable[[StepAction], None] | None = None
+        self._request: Callable[[StepAction], None] | None = None
         self._has_stepped = False
         self._received: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # safe to use in a signal handler
 
@@ -84,15 +84,15 @@ class Interrupt:
             thread.join(_JOIN_S)
 
     @contextlib.contextmanager
-    def reaching(self, call: Callable[[StepAction], None]) -> Iterator[None]:
-        """Use `call` to request an action of the workers while the block runs."""
-        self._call = call
+    def forwarding_to(self, request: Callable[[StepAction], None]) -> Iterator[None]:
+        """Preempt the workers with `request` at a signal while the block runs."""
+        self._request = request
         if self.is_requested:
-            call("leave")
+            request("leave")
         try:
             yield
         finally:
-            self._call = None
+            self._request = None
 
     def _preempt_workers(self) -> None:
         """Wait for a signal, preempt the workers, and say so."""
@@ -100,8 +100,8 @@ class Interrupt:
         if number is None:
             return
         with contextlib.suppress(Exception):  # the workers have just ended
-            if self._call is not None:
-                self._call("leave")
+            if self._request is not None:
+                self._request("leave")
         if self._has_stepped:
             message = (
                 f"\nraykeras: received {signal.Signals(number).name}; finishing the step and saving. Send it again to "

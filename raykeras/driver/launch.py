@@ -63,7 +63,7 @@ def fit_here(
                 step_control=step_control,
                 heartbeat=heartbeat,
             )
-            stack.enter_context(interrupt.reaching(step_control.call))
+            stack.enter_context(interrupt.forwarding_to(step_control.request))
             return train.run(job, context, api=api, build=build_and_keep)
 
     outcome = run_here(work)
@@ -112,7 +112,7 @@ def fit_on_workers(
         validation = job.validation and stack.enter_context(job.validation.for_workers(scale.workers, cpus))
         shared = dataclasses.replace(job, train=train, validation=validation)
         stack.enter_context(forwarding(coordinator, dispatcher))
-        stack.enter_context(interrupt.reaching(coordinator.call))
+        stack.enter_context(interrupt.forwarding_to(coordinator.request))
         stack.enter_context(watched_capacity(job, coordinator))
         try:
             outcome = run_on_workers(
@@ -122,7 +122,7 @@ def fit_on_workers(
                 scale=scale,
                 cpus_per_worker=budget.cpus_per_worker,
                 folder=job.folder,
-                waits=job.requested_scale.min_workers == job.requested_scale.workers,
+                waits=not job.requested_scale.is_elastic,
             )
         except WorkerLostError as error:
             raise _with_notes(error, coordinator) from None

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raykeras.core.errors import OptionError, RaykerasError
-from raykeras.core.storage_errors import is_of_storage, retried
+from raykeras.core.storage_errors import is_storage_error, retry
 from raykeras.data.sources.parquet_markers import INCOMPLETE, SUCCESS
 
 _PART_NAME = "part-{:06d}.parquet"
@@ -100,7 +100,7 @@ class RemoteOutput(Output):
 
     def write(self, tables: Iterable[pa.Table]) -> None:
         with self._explained_failures():
-            retried(functools.partial(self._fs.makedirs, self._folder, exist_ok=True))
+            retry(functools.partial(self._fs.makedirs, self._folder, exist_ok=True))
             self._put(INCOMPLETE, b"raykeras is writing predictions here, or was stopped before it finished.\n")
             for name in set(self._list_files()) - {INCOMPLETE}:  # of an earlier, incomplete call
                 self._remove(name)
@@ -137,11 +137,11 @@ class RemoteOutput(Output):
         def find() -> dict[str, Any]:
             return dict(self._fs.find(self._folder, detail=True))
 
-        files = retried(find).items()
+        files = retry(find).items()
         return {path[len(self._folder) :].strip("/"): info["size"] for path, info in files}
 
     def _put(self, name: str, data: bytes) -> None:
-        retried(functools.partial(self._fs.pipe_file, f"{self._folder}/{name}", data))
+        retry(functools.partial(self._fs.pipe_file, f"{self._folder}/{name}", data))
         if name != INCOMPLETE:
             self._sizes[name] = len(data)
 
@@ -150,7 +150,7 @@ class RemoteOutput(Output):
             with contextlib.suppress(FileNotFoundError):  # an earlier attempt may have removed it
                 self._fs.rm_file(f"{self._folder}/{name}")
 
-        retried(remove)
+        retry(remove)
 
     @contextlib.contextmanager
     def _explained_failures(self) -> Iterator[None]:
@@ -158,7 +158,7 @@ class RemoteOutput(Output):
         try:
             yield
         except Exception as error:
-            if not is_of_storage(error):
+            if not is_storage_error(error):
                 raise
             self._has_failed = True
             raise RaykerasError(

@@ -26,7 +26,14 @@ from raykeras.core.errors import OptionError, RaykerasError
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.adapters.adapter import Batches, Flat, as_batches
 from raykeras.data.adapters.epochs import Epochs
-from raykeras.data.adapters.transport import BatchChunk, alike, as_ours, batches_per_task, chunk_of, chunks_made
+from raykeras.data.adapters.transport import (
+    BatchChunk,
+    as_raykeras_error,
+    batches_per_task,
+    chunk_of,
+    have_same_shapes,
+    make_chunks,
+)
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.inputs import as_source, check_picklable, check_positive, check_scale_and_run
 from raykeras.data.resolve import resolve
@@ -123,7 +130,7 @@ def _groups(batches: Batches, steps: int | None) -> Iterator[BatchChunk]:
     group: list[Flat] = []
     nbytes = 0
     for batch in itertools.islice(_one_pass(batches), steps):
-        if group and (nbytes >= _GROUP_NBYTES or len(group) == _GROUP_BATCHES or not alike(group[0], batch)):
+        if group and (nbytes >= _GROUP_NBYTES or len(group) == _GROUP_BATCHES or not have_same_shapes(group[0], batch)):
             yield chunk_of(group, [len(b[0]) for b in group])
             group, nbytes = [], 0
         group.append(batch)
@@ -138,7 +145,7 @@ def _one_pass(batches: Batches) -> Iterator[Flat]:
     try:
         yield from next(epochs, iter(()))
     except Exception as error:
-        raise as_ours(error) from error
+        raise as_raykeras_error(error) from error
     finally:
         epochs.close()
 
@@ -147,7 +154,7 @@ def _make_in_tasks(batches: Batches, cpus_per_task: float, steps: int | None) ->
     """Yield references to lists of chunks, which Ray tasks make from a Sequence."""
     import ray
 
-    make = ray.remote(num_cpus=cpus_per_task)(chunks_made)
+    make = ray.remote(num_cpus=cpus_per_task)(make_chunks)
     metadata, sequence = ray.put(batches.without_data()), ray.put(batches.data)
     epochs = Epochs(batches, shuffle=False, seed=0, steps=None, restart=False).indexes()
     indexes = itertools.islice(next(epochs), steps)
@@ -222,7 +229,7 @@ def predict(
     if batches is not None:
         _check_batches(batches, columns, scale, steps)
         target = None if output is None else open_output(output)
-        with contextlib.closing(_batch_predictions(model, batches.of_x(), scale, steps, keras_callbacks)) as tables:
+        with contextlib.closing(_batch_predictions(model, batches.x_only(), scale, steps, keras_callbacks)) as tables:
             return _write_or_return(tables, target)
     source, structures = as_source(x, None, None)
     source = dataclasses.replace(source, y=None, sample_weight=None)
@@ -242,12 +249,12 @@ def _check_batches(batches: Batches, columns: Sequence[str], scale: Scale, steps
     """Raise OptionError if user-made batches cannot be predicted with these arguments."""
     if columns:
         raise OptionError(
-            f"`columns` must be columns of a source; got {list(columns)} and a {batches.described}, which has none. "
+            f"`columns` must be columns of a source; got {list(columns)} and a {batches.type_name}, which has none. "
             "Leave `columns` out: the predictions are in the order of the batches."
         )
     if batches.is_infinite and steps is None:
         raise OptionError(
-            f"`predict` needs finite data, since it predicts every row once; got an infinite {batches.described}. Pass "
+            f"`predict` needs finite data, since it predicts every row once; got an infinite {batches.type_name}. Pass "
             "`steps`."
         )
     if batches.kind == "sequence" and not _predicts_here(scale):

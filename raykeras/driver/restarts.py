@@ -50,7 +50,7 @@ def train(job: TrainJob, attempt: Attempt, send: Callable[[Event], None], interr
     """
     failures = 0
     while True:
-        if job.attempt or job.requested_scale.min_workers < job.requested_scale.workers:
+        if job.attempt or job.requested_scale.is_elastic:
             job = _rescaled(job, send, was_preempted=failures == 0)
         try:
             outcome, live_model = attempt(job)
@@ -74,10 +74,10 @@ def _rescaled(job: TrainJob, send: Callable[[Event], None], was_preempted: bool)
     workers = wait_for_capacity(job)
     job = dataclasses.replace(job, budget=plan_budget(job.budget.cpus_per_worker, workers))
     if not job.attempt:
-        return dataclasses.replace(job, scale=job.scale.of(workers))
+        return dataclasses.replace(job, scale=job.scale.with_workers(workers))
     if workers != job.scale.workers:
         send(events.WorldResized(workers=workers, before=job.scale.workers))
-        return dataclasses.replace(job, scale=job.scale.of(workers))
+        return dataclasses.replace(job, scale=job.scale.with_workers(workers))
     if was_preempted:  # to grow, but the capacity was gone: wait longer before the next try
         return dataclasses.replace(job, grow_after_s=4 * job.grow_after_s)
     return job
@@ -125,7 +125,7 @@ def _newest_checkpoint(folder: RunFolder, send: Callable[[Event], None]) -> Chec
     def report_damaged(checkpoint: Checkpoint, error: CheckpointError) -> None:
         send(events.CheckpointDamaged(path=checkpoint.path, cause=str(error)))
 
-    return folder.newest_whole(report_damaged)
+    return folder.newest_complete(report_damaged)
 
 
 def resumed(job: TrainJob, send: Callable[[Event], None]) -> TrainJob:

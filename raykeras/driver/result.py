@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raykeras.checkpoint.model_io import weights_into
+from raykeras.checkpoint.model_io import load_weights_into
 from raykeras.checkpoint.store import Checkpoint, RunFolder, is_better
 from raykeras.core.errors import CheckpointError
-from raykeras.data.sources.base import listed
+from raykeras.data.sources.base import join_names
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Result:
             return self.live_model
         newest = self.checkpoints[-1]
         if self.build is not None and not options:
-            return weights_into(self.build, newest.path)()
+            return load_weights_into(self.build, newest.path)()
         return newest.load_model(**options)
 
     @property
@@ -80,6 +80,6 @@ class Result:
                 best = (value, checkpoint)
         if best is None:
             raise CheckpointError(
-                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Metrics: {listed(sorted(names))}."
+                f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Metrics: {join_names(sorted(names))}."
             )
         return best[1]

@@ -73,7 +73,7 @@ def run_on_workers(
     try:
         return _in_thread(lambda: ray_train.run_on_workers(work, config, scaling_config, run_config))
     except WorkerGroupError as error:
-        raise worst(error.worker_failures) from None
+        raise most_severe(error.worker_failures) from None
     except PreemptionError as error:
         raise _worker_lost(f"A node of the run was preempted: {error}") from None
     except ControllerError as error:
@@ -129,7 +129,7 @@ def _in_thread(function: Callable[[], Any]) -> Any:
     return result["value"]
 
 
-def worst(failures: Mapping[int, BaseException]) -> RaykerasError:
+def most_severe(failures: Mapping[int, BaseException]) -> RaykerasError:
     """Return the most informative exception: when one worker fails, the others fail as a consequence.
 
     Errors of raykeras and of the user's code come first, then lost workers, and last workers that lost contact.

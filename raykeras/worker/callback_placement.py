@@ -27,7 +27,7 @@ from typing import Any, Literal
 from raykeras.checkpoint.store import RunFolder
 from raykeras.compat.keras_callbacks import FIT_ATTRIBUTES, PATH_ATTRIBUTES
 from raykeras.core.errors import OptionError
-from raykeras.core.storage_errors import retried
+from raykeras.core.storage_errors import retry
 from raykeras.core.temporary import TemporaryFolder
 
 FOLDER = "artifacts"
@@ -117,7 +117,7 @@ class Artifacts:
                 self._versions[path] = version
                 target = f"{self._run / FOLDER}/{os.path.relpath(path, self.path)}"
                 if self._staging:
-                    retried(functools.partial(self._put, path, target))
+                    retry(functools.partial(self._put, path, target))
                 stored.append(target)
         return stored
 
@@ -222,14 +222,14 @@ def placed(
         yield chosen
 
 
-def states_of(callbacks: Sequence[Any], keras_there: bool) -> list[dict[str, bytes]]:
+def states_of(callbacks: Sequence[Any], has_keras: bool) -> list[dict[str, bytes]]:
     """Return the attributes of each callback, pickled one by one.
 
     What holds variables is left out: reading them on one worker could wait forever for the others.
 
     Args:
         callbacks: The chief's callbacks, after training.
-        keras_there: Whether to include attributes that need Keras or TensorFlow to be unpickled.
+        has_keras: Whether to include attributes that need Keras or TensorFlow to be unpickled.
     """
     from ray import cloudpickle
 
@@ -254,7 +254,7 @@ def states_of(callbacks: Sequence[Any], keras_there: bool) -> list[dict[str, byt
             except Exception:  # such as an open file
                 continue
             data = buffer.getvalue()
-            if keras_there or not any(package in data for package in (b"keras", b"tensorflow")):
+            if has_keras or not any(package in data for package in (b"keras", b"tensorflow")):
                 state[name] = data
         states.append(state)
     return states
@@ -275,7 +275,7 @@ def restore_callbacks(
             vars(callback)[name] = loads(data)
 
 
-def go_on_writing(callbacks: Iterable[Any], epoch: int) -> None:
+def resume_loggers(callbacks: Iterable[Any], epoch: int) -> None:
     """Let loggers continue the files that they wrote before an interruption.
 
     Args:
@@ -292,7 +292,7 @@ def go_on_writing(callbacks: Iterable[Any], epoch: int) -> None:
         callback.append = True
 
 
-def is_no_state(callback: Any, attribute: str) -> bool:
+def is_transient_attribute(callback: Any, attribute: str) -> bool:
     """Return whether an attribute belongs to a `fit` call or a process instead of the training."""
     if attribute in FIT_ATTRIBUTES or attribute in PATH_ATTRIBUTES:
         return True

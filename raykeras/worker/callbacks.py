@@ -1,6 +1,7 @@
 """Keras callbacks that a worker adds to the user's: they send events, save, and stop when all workers do.
 
-Keras is imported lazily, and may be either package: `compat.keras_callbacks.of_keras` gives the classes their base.
+Keras is imported lazily, and may be either package: `compat.keras_callbacks.as_callback_class` gives the classes
+their base.
 """
 
 from __future__ import annotations

@@ -65,11 +65,11 @@ class RunCoordinator:
 
         return dict(ray.get(self._actor.notes.remote()))
 
-    def call(self, action: StepAction) -> None:
+    def request(self, action: StepAction) -> None:
         """Request an action of all workers."""
         import ray
 
-        ray.get(self._actor.call.remote(action))
+        ray.get(self._actor.request.remote(action))
 
     def await_round(self, round_: int) -> None:
         """Return once a round has started.
@@ -184,7 +184,7 @@ class LocalStepBarrier:
     def __init__(self) -> None:
         self._requests: deque[StepAction] = deque()
 
-    def call(self, action: StepAction) -> None:
+    def request(self, action: StepAction) -> None:
         """Request an action from another thread."""
         self._requests.append(action)
 
@@ -221,7 +221,7 @@ class CoordinatorActor:
     async def get(self) -> list[Event] | None:
         return await self._events.get()
 
-    async def call(self, action: StepAction) -> None:
+    async def request(self, action: StepAction) -> None:
         num_complete = sum(round_.is_complete.is_set() for round_ in self._rounds)
         self._round(num_complete).add(action)
 

@@ -86,7 +86,7 @@ class TrainJob:
         return self.steps_before(epoch) + step
 
     @property
-    def trains_nothing(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether no epoch is left."""
         epoch, step = self.start
         return epoch >= self.epochs and not step

@@ -18,7 +18,7 @@ import pyarrow as pa
 from raykeras.checkpoint.model_io import unpack_model
 from raykeras.compat.keras_api import KerasAPI, api_of
 from raykeras.compat.quiet import import_tensorflow, quiet
-from raykeras.data.adapters.transport import BatchChunk, as_ours
+from raykeras.data.adapters.transport import BatchChunk, as_raykeras_error
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.sources.base import OpenSource, Reader, UnitRef
 from raykeras.data.streaming.read_tasks import TaskFailure
@@ -143,14 +143,14 @@ class RemotePredictor:
         try:
             return self._predictor(table)
         except Exception as error:
-            raise TaskFailure(as_ours(error)) from None
+            raise TaskFailure(as_raykeras_error(error)) from None
 
     def of_batches(self, chunks: Sequence[BatchChunk]) -> pa.Table:
         """Return the predictions of batches in one table."""
         try:
             return pa.concat_tables(self._predictor.of_batches(chunk) for chunk in chunks)
         except Exception as error:
-            raise as_ours(error) from None
+            raise as_raykeras_error(error) from None
 
     @functools.cached_property
     def _predictor(self) -> Predictor:

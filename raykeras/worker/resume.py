@@ -149,7 +149,7 @@ class _ResumingList(_CallbackList):
         self._begins_epoch = start.step == 0
         self._model_function: Any = None  # the model's train function while another one replaces it
         self._stop_training: bool | None = None  # the callbacks' value while this class sets it to end an epoch
-        self._quick_hooks = {hook: api.quick_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
+        self._direct_hooks = {hook: api.direct_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
         self._steps_per_execution = api.steps_per_execution(model)
 
     def __iter__(self) -> Iterator[Any]:
@@ -210,11 +210,11 @@ class _ResumingList(_CallbackList):
 
     def _call(self, hook: str, batch: int, logs: Any) -> None:
         """Call a hook of all callbacks; wait for the step's logs only if a callback reads them."""
-        quick = self._quick_hooks[hook]
-        if quick is None:
+        direct = self._direct_hooks[hook]
+        if direct is None:
             getattr(super(), hook)(batch, logs)
         else:
-            for function in quick:
+            for function in direct:
                 function(batch, logs)
 
     def _limit_execution(self, batch: int) -> None:

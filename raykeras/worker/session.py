@@ -22,13 +22,13 @@ from raykeras.checkpoint.snapshot import (
 from raykeras.checkpoint.store import Checkpoint
 from raykeras.checkpoint.writer import AsyncCheckpointWriter
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.keras_callbacks import of_keras
+from raykeras.compat.keras_callbacks import as_callback_class
 from raykeras.core import events
 from raykeras.core.events import Event
 from raykeras.core.logs import plain_logs, plain_number
 from raykeras.data.train_input import TrainInput
 from raykeras.worker import callbacks as callbacks_
-from raykeras.worker.callback_placement import Artifacts, go_on_writing, is_no_state
+from raykeras.worker.callback_placement import Artifacts, is_transient_attribute, resume_loggers
 from raykeras.worker.callbacks import StepControl
 from raykeras.worker.checkpointer import CheckpointManager
 from raykeras.worker.job import Outcome, TrainJob
@@ -93,7 +93,7 @@ class TrainingSession:
         histories = [callback for callback in callbacks.values() if isinstance(callback, history_type)]
         self._history = histories[0] if histories else history_type()
         self._adds_history = not histories
-        self._states = CallbackStates({**callbacks, "History": self._history}, is_no_state)
+        self._states = CallbackStates({**callbacks, "History": self._history}, is_transient_attribute)
         self.params = {"epochs": job.epochs, "steps": job.num_steps, "verbose": 0}
         signature = signature_of(model, api)
         self._manager = CheckpointManager(job, model, api, context.writer, signature, self._extra)
@@ -164,7 +164,7 @@ class TrainingSession:
         check_signature(checkpoint, checkpoint.state["signature"], model_signature)
         restored = restore(self._model, self._api, checkpoint)
         self._manager.begin_at(resumption.epoch, resumption.step, self._job.first_step)
-        go_on_writing(self._callbacks.values() if self._context.rank == 0 else (), resumption.epoch)
+        resume_loggers(self._callbacks.values() if self._context.rank == 0 else (), resumption.epoch)
         return restored
 
     def _extra(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class TrainingSession:
 
     def _added_callbacks(self) -> list[Any]:
         context, job, train = self._context, self._job, self._train
-        make = functools.partial(of_keras, self._api)
+        make = functools.partial(as_callback_class, self._api)
         internal = train.callbacks(self._api)
         if self._adds_history:
             internal.append(self._history)

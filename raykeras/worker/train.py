@@ -16,7 +16,7 @@ from raykeras.data.train_input import TrainInput
 from raykeras.distribute.build import make_variables
 from raykeras.distribute.exact import building, exact
 from raykeras.distribute.executions import counted_executions, is_countable, steps_left, without_xla
-from raykeras.distribute.mirroring import is_made_elsewhere, mirrored
+from raykeras.distribute.mirroring import mirrored, needs_mirroring
 from raykeras.distribute.model_checks import check_model
 from raykeras.distribute.self_check import check_version
 from raykeras.distribute.strategy import distribute, make_strategy, scope
@@ -80,7 +80,7 @@ def evaluate(
         with exact(model, api, data.batch_spec, strategy, rows, training=False), executions:
             options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
             logs = model.evaluate(dataset, steps=data.num_steps, verbose=0, return_dict=True, **options)
-    return plain_logs(logs), api.in_order(model, logs)
+    return plain_logs(logs), api.ordered_values(model, logs)
 
 
 @contextlib.contextmanager
@@ -135,7 +135,7 @@ def _run(
             "validation_steps": test_steps,
             "validation_freq": job.validation_freq,
         }
-    if job.resumption is not None or job.trains_nothing:
+    if job.resumption is not None or job.is_finished:
         make_variables(model, api, job.train.batch_spec, strategy)  # a checkpoint needs all variables
     rows = [] if strategy is None else train.sample()
     known_steps = _known_steps(job, model, api)
@@ -188,7 +188,7 @@ def _build_model(
         model = build()
     api = api_of(model)
     check_version(api, strategy)
-    if is_made_elsewhere(model, api, strategy):
+    if needs_mirroring(model, api, strategy):
         stack.enter_context(mirrored(model, api, strategy))
     return model, api
 

@@ -184,12 +184,12 @@ def test_missing_name_of_keras_is_one_error(monkeypatch: pytest.MonkeyPatch) -> 
 def test_replicas_run_without_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorflow.python.distribute import mirrored_run
 
-    from raykeras.compat.tensorflow import replicas_joined
+    from raykeras.compat.tensorflow import prompt_replica_join
 
     monkeypatch.delattr(mirrored_run, "coordinator")
-    with pytest.warns(UserWarning, match="Without it, each start of several replicas takes"), replicas_joined():
+    with pytest.warns(UserWarning, match="Without it, each start of several replicas takes"), prompt_replica_join():
         pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # which it would raise a second time
-        with replicas_joined():
+        with prompt_replica_join():
             pass

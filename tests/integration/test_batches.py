@@ -21,7 +21,7 @@ import tf_keras
 import raykeras as rk
 from raykeras.data.adapters.adapter import as_batches
 from raykeras.data.adapters.epochs import Epochs
-from raykeras.data.adapters.transport import BatchChunk, BatchFeeder, received
+from raykeras.data.adapters.transport import BatchChunk, BatchFeeder, receive_chunks
 from tests.support.compare import assert_same_training, assert_same_weights
 from tests.support.models import (
     CLASS,
@@ -461,7 +461,7 @@ def test_pump_splits_batches_over_ranks_in_order(form: str) -> None:
     assert batches is not None
     pump = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 2)
     try:
-        taken = [batches_of(received(channel), 12) for channel in pump.channels]
+        taken = [batches_of(receive_chunks(channel), 12) for channel in pump.channels]
     finally:
         pump.close()
     for number, parts in enumerate(zip(*taken, strict=True)):
@@ -493,7 +493,7 @@ def test_pump_sends_incomplete_chunk_without_waiting() -> None:
     assert batches is not None
     pump = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 1)
     try:
-        chunks = received(pump.channels[0])
+        chunks = receive_chunks(pump.channels[0])
         assert len(batches_of(chunks, 2)) == 2
         arrived.set()
         rest = list(chunks)

@@ -121,7 +121,7 @@ def test_failed_removal_leaves_no_half_of_a_checkpoint(run: RunFolder, s3_server
 
 def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
     errors: list[str] = []
-    return run.newest_whole(lambda damaged, error: errors.append(str(error))), errors
+    return run.newest_complete(lambda damaged, error: errors.append(str(error))), errors
 
 
 @pytest.mark.parametrize("fault", ["short", "garbled"])

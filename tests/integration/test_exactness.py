@@ -71,12 +71,12 @@ def test_untested_keras_must_pass_self_check(package: str, monkeypatch: pytest.M
 def test_replica_threads_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorflow.python.distribute import mirrored_run
 
-    from raykeras.compat.tensorflow import replicas_joined
+    from raykeras.compat.tensorflow import prompt_replica_join
 
     original = mirrored_run.coordinator.Coordinator
     waits: list[float] = []
     monkeypatch.setattr(original, "wait_for_stop", lambda self, timeout: waits.append(timeout))
-    with replicas_joined():
+    with prompt_replica_join():
         leaving = threading.Thread(target=time.sleep, args=(0.1,))
         leaving.start()
         mirrored_run.coordinator.Coordinator().join([leaving])

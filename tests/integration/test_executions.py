@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from raykeras.compat.tensorflow import has_threads_of_its_own, next_in_this_thread
+from raykeras.compat.tensorflow import has_private_threadpool, next_in_calling_thread
 from raykeras.data.streaming.dataset import Stream
 from raykeras.data.streaming.interleave import RankInput
 from tests.support.sources import small_source
@@ -32,7 +32,7 @@ def test_elements_are_independent_of_thread(kind: str) -> None:
 
     @tf.function  # type: ignore[untyped-decorator]
     def both() -> Any:
-        return next(iterator), next_in_this_thread(other)
+        return next(iterator), next_in_calling_thread(other)
 
     for _ in range(3):
         expected, element = both()
@@ -42,13 +42,13 @@ def test_elements_are_independent_of_thread(kind: str) -> None:
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
     with pytest.raises(tf.errors.OutOfRangeError, match="End of sequence"):
-        tf.function(lambda: next_in_this_thread(other))()
+        tf.function(lambda: next_in_calling_thread(other))()
 
 
 def test_only_datasets_with_own_threads_are_read_inline(tmp_path: Path) -> None:
     """A dataset that runs Python, such as one that a callback trains on, would deadlock with the waiting thread."""
-    assert not has_threads_of_its_own(iter(datasets()["tuple"]))
+    assert not has_private_threadpool(iter(datasets()["tuple"]))
     stream = Stream(RankInput(*small_source(tmp_path), 0, 1, 1))
-    assert has_threads_of_its_own(iter(stream.endless_dataset()))
-    assert has_threads_of_its_own(iter(stream.pass_dataset()))
+    assert has_private_threadpool(iter(stream.endless_dataset()))
+    assert has_private_threadpool(iter(stream.pass_dataset()))
     stream.close()

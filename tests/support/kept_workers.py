@@ -23,7 +23,7 @@ from raykeras.checkpoint.store import RunFolder
 from raykeras.compat.patch import patched
 from raykeras.core.config import Scale
 from raykeras.driver import evaluate, launch
-from raykeras.driver.worker_group import run_on_workers, worst
+from raykeras.driver.worker_group import most_severe, run_on_workers
 from raykeras.worker.coordinator import CoordinatorActor, RunCoordinator
 
 TWO = Scale(workers=2)
@@ -113,7 +113,7 @@ class KeptWorkers:
                 rank, value, error = self._results.get(timeout=_PEER_TIMEOUT_S if failures else _TIMEOUT_S)
             except Empty:
                 if failures:  # the other worker waits for the failed one
-                    raise worst(failures) from None
+                    raise most_severe(failures) from None
                 raise TimeoutError(f"workers not finished after {_TIMEOUT_S} s; {self._stacks()}") from None
             if error is None:
                 values[rank] = value
@@ -121,7 +121,7 @@ class KeptWorkers:
                 failures[rank] = error
         self._is_broken = False
         if failures:
-            raise worst(failures)
+            raise most_severe(failures)
         return values[0]
 
     def _stacks(self) -> str:

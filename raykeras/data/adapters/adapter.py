@@ -62,7 +62,7 @@ class Batches:
     batch_nbytes: int = 0
 
     @property
-    def described(self) -> str:
+    def type_name(self) -> str:
         """The type of the object, for messages."""
         return {"dataset": "tf.data.Dataset", "loader": "DataLoader"}.get(self.kind, self.kind)
 
@@ -70,7 +70,7 @@ class Batches:
         """Return a copy that can be pickled: without the user's object."""
         return replace(self, data=None, taken=())
 
-    def of_x(self) -> Batches:
+    def x_only(self) -> Batches:
         """Return a copy whose spec has only the tensors of x."""
         num_tensors = len(self.batch_spec.role("x"))
         batch_spec = replace(self.batch_spec, tensors=self.batch_spec.tensors[:num_tensors])
@@ -94,7 +94,7 @@ class Batches:
                 raise OptionError(f"All batches must have the same structure; batch {number} has no {tensor.label}.")
             array = as_array(value)
             if array.ndim != 1 + len(tensor.shape):
-                raise other_shape(tensor, array.shape[1:], number)
+                raise shape_error(tensor, array.shape[1:], number)
             arrays.append(array.astype(_numpy_dtype(tensor), copy=copy))
         rows = [len(array) for array in arrays]
         if min(rows) != max(rows) or not rows[0]:
@@ -334,7 +334,7 @@ def _numpy_dtype(tensor: ElementSpec) -> np.dtype:
     return np.dtype(object if tensor.dtype == "string" else tensor.dtype)
 
 
-def other_shape(tensor: ElementSpec, shape: tuple[int, ...], number: int) -> OptionError:
+def shape_error(tensor: ElementSpec, shape: tuple[int, ...], number: int) -> OptionError:
     """Return the error for a batch whose rows have another shape than the spec."""
     return OptionError(
         f"The rows of all batches must have the same shape; those of {tensor.label} are {_shape_text(tensor.shape)}, "
@@ -343,7 +343,7 @@ def other_shape(tensor: ElementSpec, shape: tuple[int, ...], number: int) -> Opt
     )
 
 
-def fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+def matches_shape(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     """Return whether a shape matches one whose unknown dimensions are None."""
     return len(shape) == len(wanted) and all(w in (None, n) for w, n in zip(wanted, shape, strict=True))
 

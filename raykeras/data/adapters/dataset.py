@@ -13,9 +13,9 @@ import tensorflow as tf
 
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.keras_callbacks import accepting_tensors
-from raykeras.data.adapters.adapter import fits, other_shape, parts_of
-from raykeras.data.adapters.epochs import Epochs, too_few
-from raykeras.data.adapters.transport import BatchChunk, Channel, chunk_of, received
+from raykeras.data.adapters.adapter import matches_shape, parts_of, shape_error
+from raykeras.data.adapters.epochs import Epochs, too_few_batches
+from raykeras.data.adapters.transport import BatchChunk, Channel, chunk_of, receive_chunks
 from raykeras.data.batch_spec import BatchSpec, ElementSpec
 from raykeras.data.elements import packed
 from raykeras.data.plan import replica_cuts
@@ -54,7 +54,7 @@ class BatchStream:
         self._num_ranks, self._local_replicas = num_ranks, local_replicas
         self._num_skipped = self._skip[1]  # batches of the first epoch
         self._num_yielded, self._num_batches = self._num_skipped, -1  # batches of a generator; -1 until it has ended
-        self._channel = received(channel) if channel else None
+        self._channel = receive_chunks(channel) if channel else None
         self._epochs, self._iterator = epochs, iter(epochs)
         self._local_epochs = itertools.islice(self._iterator, num_epochs)
 
@@ -172,7 +172,7 @@ class BatchStream:
         """Return a dataset that fails when a batch is requested."""
 
         def elements() -> Iterator[Any]:
-            self.failure = too_few(self._batches, num_steps, None)
+            self.failure = too_few_batches(self._batches, num_steps, None)
             raise self.failure
             yield
 
@@ -210,8 +210,8 @@ class BatchStream:
             try:
                 for chunk in chunks():
                     for tensor, array in zip(tensors, chunk.arrays, strict=True):
-                        if not fits(array.shape[1:], tensor.shape):
-                            raise other_shape(tensor, array.shape[1:], self._num_yielded - 1)
+                        if not matches_shape(array.shape[1:], tensor.shape):
+                            raise shape_error(tensor, array.shape[1:], self._num_yielded - 1)
                     yield *chunk.arrays, _cuts(chunk.rows, self._local_replicas), chunk.global_rows
             except Exception as error:
                 self.failure = error

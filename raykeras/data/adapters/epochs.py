@@ -163,10 +163,10 @@ class Epochs:
             number += 1
             yield batch
         if self._restart and self._steps and number < self._steps:
-            raise too_few(self.batches, self._steps, number)
+            raise too_few_batches(self.batches, self._steps, number)
 
 
-def too_few(batches: Batches, steps: int, number: int | None) -> OptionError:
+def too_few_batches(batches: Batches, steps: int, number: int | None) -> OptionError:
     """Return the error for a validation or evaluation that has fewer batches than steps.
 
     Args:
@@ -176,7 +176,7 @@ def too_few(batches: Batches, steps: int, number: int | None) -> OptionError:
     """
     when = "earlier" if number is None else f"after {number}"
     return OptionError(
-        f"A validation or evaluation of {steps} steps needs as many batches; the {batches.described} ended {when}. "
+        f"A validation or evaluation of {steps} steps needs as many batches; the {batches.type_name} ended {when}. "
         "Use fewer steps."
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from raykeras.core.config import Scale
 from raykeras.data.adapters.adapter import Batches
 from raykeras.data.adapters.epochs import Epochs
-from raykeras.data.adapters.transport import BatchFeeder, may_change
+from raykeras.data.adapters.transport import BatchFeeder, has_epoch_hooks
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.streaming.resources import CpuBudget
 
@@ -58,7 +58,7 @@ class BatchesSpec:
     @property
     def can_restart(self) -> bool:
         batches = self.batches
-        return batches.kind != "generator" and not (batches.kind == "sequence" and may_change(batches.data))
+        return batches.kind != "generator" and not (batches.kind == "sequence" and has_epoch_hooks(batches.data))
 
     @property
     def uses_ray_data(self) -> bool:

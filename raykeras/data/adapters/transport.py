@@ -120,19 +120,19 @@ class BatchFeeder:
         import ray
 
         batches, num_ranks = self._batches, self._num_ranks
-        make = ray.remote(num_cpus=self._cpus_per_task, num_returns=num_ranks)(chunks_made)
+        make = ray.remote(num_cpus=self._cpus_per_task, num_returns=num_ranks)(make_chunks)
         size, metadata, sequence = batches_per_task(batches), ray.put(batches.without_data()), None
         epochs = self._epochs.indexes()
         try:
             for number, indexes in enumerate(epochs, self._epochs.skip[0]):
-                if sequence is None or may_change(batches.data):
+                if sequence is None or has_epoch_hooks(batches.data):
                     sequence = ray.put(batches.data)
                 while task_indexes := list(itertools.islice(indexes, size)):
                     refs = make.remote(metadata, sequence, task_indexes, (self._epochs.seed, number), num_ranks)
                     if not self._send([[ref] for ref in (refs if num_ranks > 1 else [refs])]):
                         return
         except Exception as error:
-            self._send([as_ours(error)] * num_ranks)
+            self._send([as_raykeras_error(error)] * num_ranks)
         finally:
             epochs.close()
 
@@ -146,7 +146,7 @@ class BatchFeeder:
                 self._buffer.put(None)
             self._buffer.end()
         except Exception as error:
-            self._buffer.end(as_ours(error))
+            self._buffer.end(as_raykeras_error(error))
 
     def _send_buffered(self) -> None:
         try:
@@ -157,7 +157,7 @@ class BatchFeeder:
                     return
             self._send([self._buffer.failure] * self._num_ranks)
         except Exception as error:  # sent to the workers, which would otherwise wait forever
-            self._send([as_ours(error)] * self._num_ranks)
+            self._send([as_raykeras_error(error)] * self._num_ranks)
 
     def _send(self, messages: list[Any]) -> bool:
         """Send a message to each rank, once the channels have accepted the previous ones.
@@ -229,7 +229,7 @@ class _Buffer:
             is_last = False
             while self._batches and not self._stopped.is_set():
                 batch = self._batches[0][0]
-                if batch is None or (taken and not alike(taken[0], batch)):
+                if batch is None or (taken and not have_same_shapes(taken[0], batch)):
                     break
                 taken.append(batch)
                 is_last = self._batches.popleft()[1]
@@ -310,7 +310,7 @@ class _MessageQueue:
             return self._messages.pop(number)
 
 
-def received(channel: Channel) -> Iterator[BatchChunk]:
+def receive_chunks(channel: Channel) -> Iterator[BatchChunk]:
     """Yield the chunks that a rank receives, requesting each message ahead; raise an exception that was sent."""
     import ray
 
@@ -338,11 +338,11 @@ def _make_batches(batches: Batches, sequence: Any, indexes: list[int], key: tupl
             np.random.seed(seeds[1])
             flat.append(batches.flat(sequence[index], index))
     except Exception as error:
-        raise as_ours(error) from None
+        raise as_raykeras_error(error) from None
     return flat
 
 
-def chunks_made(batches: Batches, sequence: Any, indexes: list[int], key: tuple[int, int], num_ranks: int) -> Any:
+def make_chunks(batches: Batches, sequence: Any, indexes: list[int], key: tuple[int, int], num_ranks: int) -> Any:
     """Make batches of a Sequence; the function of a Ray task.
 
     Args:
@@ -359,7 +359,7 @@ def chunks_made(batches: Batches, sequence: Any, indexes: list[int], key: tuple[
     ranks: list[list[BatchChunk]] = [[] for _ in range(num_ranks)]
     while waiting:
         group = [waiting.popleft()]
-        while waiting and alike(group[0], waiting[0]):
+        while waiting and have_same_shapes(group[0], waiting[0]):
             group.append(waiting.popleft())
         for chunks, chunk in zip(ranks, chunks_for_ranks(group, num_ranks), strict=True):
             chunks.append(chunk)
@@ -372,7 +372,7 @@ def batches_per_task(batches: Batches) -> int:
     return max(1, min(CHUNK_BATCHES, int(by_time), int(by_size)))
 
 
-def may_change(sequence: Any) -> bool:
+def has_epoch_hooks(sequence: Any) -> bool:
     """Return whether a Sequence may change between epochs: whether its class overrides an epoch hook."""
     for hook in ("on_epoch_begin", "on_epoch_end"):
         for cls in type(sequence).__mro__:
@@ -383,13 +383,13 @@ def may_change(sequence: Any) -> bool:
     return False
 
 
-def as_ours(error: Exception) -> RaykerasError:
+def as_raykeras_error(error: Exception) -> RaykerasError:
     """Return the root cause of an exception as a `RaykerasError`: itself, or a `UserCodeError` for it."""
     cause = root_cause(error)
     return cause if isinstance(cause, RaykerasError) else user_code_error(error, None)
 
 
-def alike(one: Flat, other: Flat) -> bool:
+def have_same_shapes(one: Flat, other: Flat) -> bool:
     """Return whether the rows of two batches have the same shapes."""
     return all(a.shape[1:] == b.shape[1:] for a, b in zip(one, other, strict=True))
 
@@ -399,7 +399,7 @@ def _nbytes(batch: Flat | None) -> int:
 
 
 def _put(chunk: BatchChunk) -> Any:
-    """Put a chunk into the object store; return a reference to a list of it, as from `chunks_made`."""
+    """Put a chunk into the object store; return a reference to a list of it, as from `make_chunks`."""
     import ray
 
     return ray.put([chunk])

@@ -21,10 +21,10 @@ from raykeras.data.sources.base import (
     Spec,
     Transform,
     UnitRef,
+    did_you_mean,
     fingerprint,
     flat_names,
-    listed,
-    nearest,
+    join_names,
 )
 
 _UNIT_NBYTES = 4 << 20
@@ -222,7 +222,7 @@ def _open_npz(path: str, keys: Sequence[str], may_be_transformed: bool) -> Colum
                 if key not in archive.files:
                     raise ColumnError(
                         f"Keys must exist in the archive; got {key!r}."
-                        f"{nearest(key, archive.files)} Keys of {path!r}: {listed(archive.files)}."
+                        f"{did_you_mean(key, archive.files)} Keys of {path!r}: {join_names(archive.files)}."
                     )
             return {key: archive[key] for key in keys or archive.files}
     except FileNotFoundError:

@@ -109,7 +109,7 @@ class OpenSource:
             there, and its number of rows: int64 (units,).
         fingerprint: Digest that changes when the data does.
         partitions: For each file the names and values of its hive partition.
-        kept_footers: Number of footers that were taken from the cache.
+        num_cached_footers: Number of footers that were taken from the cache.
         unit_group_rows: For each unit the rows of its row group, if files may change: int64 (units,).
         unusable: The error for each column that cannot be used.
         fingerprint_parts: What the fingerprint is made of, for `what_changed`: small and JSON-serializable.
@@ -124,7 +124,7 @@ class OpenSource:
     unit_rows: np.ndarray
     fingerprint: str
     partitions: tuple[tuple[tuple[str, Any], ...], ...] = ()
-    kept_footers: int = 0
+    num_cached_footers: int = 0
     unit_group_rows: np.ndarray | None = None
     unusable: Mapping[str, ValidationError] = dataclasses.field(default_factory=dict)
     fingerprint_parts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -151,9 +151,9 @@ class OpenSource:
             SourceError: If the column cannot be read.
         """
         if name not in self.fields:
-            known = listed(self.fields)
+            known = join_names(self.fields)
             raise ColumnError(
-                f"Columns must exist in the source; got {name!r}.{nearest(name, self.fields)} Columns: {known}."
+                f"Columns must exist in the source; got {name!r}.{did_you_mean(name, self.fields)} Columns: {known}."
             )
         if isinstance(error := self.unusable.get(name), SourceError):
             raise error
@@ -271,13 +271,13 @@ def flat_names(spec: Spec) -> list[str]:
     return [name for inner in nested for name in flat_names(inner)]
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a suggestion for messages, ` Did you mean 'image'?`, or an empty string if no known name is similar."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def listed(names: Iterable[Any]) -> str:
+def join_names(names: Iterable[Any]) -> str:
     """Return names as text for messages, at most the first ten of them."""
     texts = [str(name) for name in names]
     more = f" and {len(texts) - _MAX_LISTED} more" if len(texts) > _MAX_LISTED else ""

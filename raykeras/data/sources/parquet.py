@@ -23,8 +23,8 @@ from raykeras.data.sources.base import (
     Spec,
     Transform,
     UnitRef,
+    did_you_mean,
     fingerprint,
-    nearest,
 )
 from raykeras.data.sources.fields import is_narrow_list, stored_field
 from raykeras.data.sources.parquet_checks import check_columns
@@ -89,7 +89,7 @@ class ParquetSource(Source):
             fingerprint=fingerprint(parts),
             fingerprint_parts=parts,
             partitions=partitions,
-            kept_footers=num_cached,
+            num_cached_footers=num_cached,
             unit_group_rows=rows,
             unusable=unusable,
         )
@@ -295,7 +295,7 @@ def _nearest_path(fs: fsspec.AbstractFileSystem, path: str) -> str:
         siblings = [os.path.basename(str(p).rstrip("/")) for p in fs.ls(os.path.dirname(path), detail=False)]
     except (OSError, ValueError):
         return ""
-    return nearest(os.path.basename(path.rstrip("/")), siblings)
+    return did_you_mean(os.path.basename(path.rstrip("/")), siblings)
 
 
 def _fingerprint_parts(

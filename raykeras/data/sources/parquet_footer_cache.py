@@ -57,7 +57,7 @@ _TABLES = {
 }
 
 
-class Kept(NamedTuple):
+class CachedFooter(NamedTuple):
     """The cached footer of a file: its Arrow schema, and the rest as bytes."""
 
     schema: pa.Schema
@@ -73,7 +73,7 @@ def stamp(info: Mapping[str, Any]) -> str | None:
     return json.dumps([info.get("size"), info.get("ino"), *versions]) if versions else None
 
 
-def load(files: Sequence[tuple[str, str | None]]) -> dict[int, Kept]:
+def load(files: Sequence[tuple[str, str | None]]) -> dict[int, CachedFooter]:
     """Return the cached footers of files; never raises.
 
     Args:
@@ -82,7 +82,7 @@ def load(files: Sequence[tuple[str, str | None]]) -> dict[int, Kept]:
     Returns:
         The footers that are cached for the same stamp, by index in `files`.
     """
-    cached: dict[int, Kept] = {}
+    cached: dict[int, CachedFooter] = {}
     path = _path()
     if path is None or not (_only_user_writes(path.parent, stat.S_ISDIR) and _only_user_writes(path, stat.S_ISREG)):
         return cached
@@ -103,11 +103,11 @@ def load(files: Sequence[tuple[str, str | None]]) -> dict[int, Kept]:
             if digest not in schemas:
                 schemas[digest] = _schema(database, digest)
             if (schema := schemas[digest]) is not None:
-                cached[i] = Kept(schema, known)
+                cached[i] = CachedFooter(schema, known)
     return cached
 
 
-def save(files: Sequence[tuple[str, str | None, Kept]]) -> None:
+def save(files: Sequence[tuple[str, str | None, CachedFooter]]) -> None:
     """Cache footers, by URL and stamp of their files, if the cache can be written; never raises."""
     path = _path()
     if path is None:

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from raykeras.core.errors import SourceError
 from raykeras.data.sources import parquet_footer_cache as footer_cache
 from raykeras.data.sources.parquet_encryption import encrypted_leaves
-from raykeras.data.sources.parquet_footer_cache import MAX_NBYTES, Kept
+from raykeras.data.sources.parquet_footer_cache import MAX_NBYTES, CachedFooter
 
 _MIN_CACHED_FILES = 64  # the footers of sources with fewer files are not cached
 
@@ -67,20 +67,20 @@ class Footer:
     digest: str
     encrypted: frozenset[str] = frozenset()
 
-    def serves(self, columns: Iterable[str] | None) -> bool:
+    def covers(self, columns: Iterable[str] | None) -> bool:
         """Return whether the statistics of these columns were checked; None for all columns."""
         names = self.schema.names
         return self.checked.issuperset(names if columns is None else set(names).intersection(columns))
 
-    def packed(self) -> Kept:
+    def packed(self) -> CachedFooter:
         """Return the footer as it is cached."""
         fields = {name: getattr(self, name) for name in ("nulls", "lengths", "digest")}
         fields |= {"checked": sorted(self.checked), "encrypted": sorted(self.encrypted)}
         content = json.dumps(fields).encode() + b"\n" + self.rows.astype("<i8").tobytes()
-        return Kept(self.schema, zlib.compress(content, 1))
+        return CachedFooter(self.schema, zlib.compress(content, 1))
 
     @classmethod
-    def unpacked(cls, kept: Kept) -> Footer | None:
+    def unpacked(cls, kept: CachedFooter) -> Footer | None:
         """Return a packed footer; None if it is invalid, does not fit the schema, or is too large."""
         try:
             decompressor = zlib.decompressobj()
@@ -131,7 +131,7 @@ def read_footers(
     keys = [(fs.unstrip_protocol(path), footer_cache.stamp(info)) for path, info in files] if is_cached else []
     unpacked = {i: Footer.unpacked(kept) for i, kept in footer_cache.load(keys).items()} if is_cached else {}
     cached = {i: footer for i, footer in unpacked.items() if footer is not None}
-    missing = [i for i in range(len(files)) if i not in cached or not cached[i].serves(requested)]
+    missing = [i for i in range(len(files)) if i not in cached or not cached[i].covers(requested)]
     infos: dict[tuple[bytes, frozenset[str] | None], _SchemaInfo] = {}
     max_chunks = _MAX_CHECKED // max(len(missing), 1)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from raykeras.core.errors import OptionError
-from raykeras.data.batch_spec import BatchSpec, ElementSpec, cut, joined
+from raykeras.data.batch_spec import BatchSpec, ElementSpec, concatenate_column, slice_rows
 from raykeras.data.sources.arrays import ArrayReader
 from raykeras.data.sources.base import Columns, Field, OpenSource, Source, UnitRef
 
@@ -103,7 +103,7 @@ class CachedReader(ArrayReader):
         return {"_arrays": None if self._ref is not None else self.arrays, "_ref": self._ref}
 
     def read(self, unit: UnitRef, start: int, stop: int, columns: Sequence[str]) -> Columns:
-        return {name: cut(self.arrays[name], unit.start + start, unit.start + stop) for name in columns}
+        return {name: slice_rows(self.arrays[name], unit.start + start, unit.start + stop) for name in columns}
 
     def _fill(self, opened: OpenSource, batch_spec: BatchSpec) -> None:
         try:
@@ -141,7 +141,7 @@ def _read_columns(opened: OpenSource, batch_spec: BatchSpec) -> Columns:
     _read_units(opened, batch_spec, lambda unit, columns, where: unit_columns[unit].update(columns))
     all_columns: Columns = {}
     for name in batch_spec.columns:
-        all_columns[name] = joined(name, [columns.pop(name) for columns in unit_columns])
+        all_columns[name] = concatenate_column(name, [columns.pop(name) for columns in unit_columns])
     return all_columns
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from raykeras.compat.ray_data import ReadAhead, ReadLimits, execute
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import RaykerasError
-from raykeras.data.batch_spec import BatchSpec, cut, joined
+from raykeras.data.batch_spec import BatchSpec, concatenate_column, slice_rows
 from raykeras.data.plan import Window
 from raykeras.data.sources.base import OpenSource, Reader, UnitRef
 from raykeras.data.streaming.read_tasks import planned_dataset
@@ -174,8 +174,8 @@ def _transform(
         slices = []
         for unit, start, stop in window.pieces:
             lo = spans[unit][0]
-            slices.append(cut(loaded[unit][name], start - lo, stop - lo))
-        columns[name] = joined(name, slices)
+            slices.append(slice_rows(loaded[unit][name], start - lo, stop - lo))
+        columns[name] = concatenate_column(name, slices)
     names = list(dict.fromkeys(str(task.units[unit]) for unit, _, _ in window.pieces))
     where = "; ".join(names[:_NAMED_UNITS]) + (f"; or {len(names) - _NAMED_UNITS} more" if names[_NAMED_UNITS:] else "")
     return batch_spec.assemble(batch_spec.apply_transform(columns, window.key, where), where)

@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> RunFolder:
 def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest complete checkpoint and the errors of newer ones."""
     errors: list[str] = []
-    return run.newest_whole(lambda damaged, error: errors.append(str(error))), errors
+    return run.newest_complete(lambda damaged, error: errors.append(str(error))), errors
 
 
 def files_in_order(path: str) -> list[Path]:

@@ -19,7 +19,7 @@ from raykeras import OptionError, Run, Scale
         ({"workers": 1.5}, "`workers`"),
         ({"workers": (1, 2, 3)}, "a number, or a pair"),
         ({"workers": (3, 2)}, "`workers` must be a whole number of at least 3; got 2"),
-        ({"workers": (0, 2)}, "`least_workers` must be a whole number of at least 1"),
+        ({"workers": (0, 2)}, "`min_workers` must be a whole number of at least 1"),
         ({"gpus_per_worker": -1}, "`gpus_per_worker` must be a whole number of at least 0"),
         ({"replicas_per_worker": 0}, "`replicas_per_worker`"),
         ({"cpus_per_worker": 0}, "`cpus_per_worker` must be above 0"),
@@ -71,5 +71,5 @@ def test_checkpoint_interval_as_text() -> None:
 def test_workers_range() -> None:
     scale = Scale(workers=(2, 8), gpus_per_worker=4)
     assert (scale.min_workers, scale.workers, scale.total_replicas) == (2, 8, 32)
-    assert scale.of(3) == Scale(workers=3, gpus_per_worker=4)
+    assert scale.with_workers(3) == Scale(workers=3, gpus_per_worker=4)
     assert Scale(workers=(2, 2)).min_workers == 2

@@ -10,7 +10,7 @@ import pytest
 
 from raykeras.core import storage_errors
 from raykeras.core.errors import CheckpointError
-from raykeras.core.storage_errors import is_garbled, is_temporary, retried
+from raykeras.core.storage_errors import is_corrupted, is_temporary, retry
 from tests.support.s3 import S3
 
 
@@ -39,7 +39,7 @@ def test_failures_of_s3(s3_server: S3, bucket: str) -> None:
     for fault in ("unavailable", "dropped", "short", "garbled", "hangs", "expired", "denied"):
         with s3_server.failing(fault, method="GET", path="/x"), pytest.raises(Exception) as raised:
             fs.cat_file(f"{bucket}/x")
-        found[fault] = (is_temporary(raised.value), is_garbled(raised.value))
+        found[fault] = (is_temporary(raised.value), is_corrupted(raised.value))
     assert found == {
         "unavailable": (True, False),
         "dropped": (True, False),
@@ -95,8 +95,8 @@ def test_only_temporary_failures_are_retried(monkeypatch: pytest.MonkeyPatch) ->
             return "read"
 
         if num_calls == 3:
-            assert retried(call) == "read"
+            assert retry(call) == "read"
         else:
             with pytest.raises(PermissionError):
-                retried(call)
+                retry(call)
         assert len(calls) == num_calls

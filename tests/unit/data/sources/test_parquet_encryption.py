@@ -105,7 +105,7 @@ def test_encryption_is_cached(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(parquet_footers, "_MIN_CACHED_FILES", 1)
     for num_kept in (0, 1):
         opened = rk.parquet(path, x="x").open()
-        assert opened.kept_footers == num_kept
+        assert opened.num_cached_footers == num_kept
         assert sorted(opened.unusable) == ["hidden", "pair", "secret"]
 
 

@@ -52,10 +52,10 @@ def described(opened: OpenSource) -> list[object]:
 def test_cached_footers_equal_fresh_ones(folder: Path, cache: Path) -> None:
     source = rk.parquet(folder, x={"x": "x", "series": "series"})
     read = source.open()
-    assert read.kept_footers == 0
+    assert read.num_cached_footers == 0
     assert cache.exists()
     kept = source.open()
-    assert kept.kept_footers == NUM_FILES
+    assert kept.num_cached_footers == NUM_FILES
     assert described(kept) == described(read)
     assert kept.fields["series"].shape == (3,)
 
@@ -84,7 +84,7 @@ def test_only_changed_files_are_read_again(folder: Path) -> None:
     write(folder / "new.parquet", 1)
     (folder / "11.parquet").unlink()
     opened = source.open()
-    assert opened.kept_footers == NUM_FILES - 2
+    assert opened.num_cached_footers == NUM_FILES - 2
     assert opened.num_rows == 5 * NUM_FILES - 5 + 4 + 1
 
 
@@ -92,7 +92,7 @@ def test_newer_modification_time_invalidates_footer(folder: Path) -> None:
     source = rk.parquet(folder, x="x")
     source.open()
     os.utime(folder / "07.parquet", ns=(1, 1))
-    assert source.open().kept_footers == NUM_FILES - 1
+    assert source.open().num_cached_footers == NUM_FILES - 1
 
 
 def test_statistics_of_new_columns_are_checked(folder: Path) -> None:
@@ -103,8 +103,8 @@ def test_statistics_of_new_columns_are_checked(folder: Path) -> None:
             rk.parquet(folder, x="x", y="y").open()
         with pytest.raises(rk.ColumnError, match=r"'series' have 1 values .*33\.parquet, row group 2 and 3 in .*00\."):
             rk.parquet(folder, x="series").open()
-    assert rk.parquet(folder, x="x").open().kept_footers == NUM_FILES
-    assert rk.parquet(folder, x=["x", "y"], fill={"y": 0.0}).open().kept_footers == NUM_FILES
+    assert rk.parquet(folder, x="x").open().num_cached_footers == NUM_FILES
+    assert rk.parquet(folder, x=["x", "y"], fill={"y": 0.0}).open().num_cached_footers == NUM_FILES
 
 
 def test_damaged_cache_is_rebuilt(folder: Path, cache: Path) -> None:
@@ -114,7 +114,7 @@ def test_damaged_cache_is_rebuilt(folder: Path, cache: Path) -> None:
         cache.write_bytes(damage)
         assert described(source.open()) == described(read)
         source.open()
-        assert source.open().kept_footers == NUM_FILES
+        assert source.open().num_cached_footers == NUM_FILES
     with sqlite3.connect(cache) as database:
         database.execute("UPDATE footers SET known = substr(known, 1, 10) || x'00' || substr(known, 12)")
     assert described(source.open()) == described(read)
@@ -124,7 +124,7 @@ def test_unwritable_cache_is_bypassed(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAYKERAS_CACHE", str(folder / "00.parquet" / "cache"))
     source = rk.parquet(folder, x="x")
     assert described(source.open()) == described(source.open())
-    assert source.open().kept_footers == 0
+    assert source.open().num_cached_footers == 0
 
 
 def test_relative_cache_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,14 +132,14 @@ def test_relative_cache_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RAYKERAS_CACHE", "here")
     rk.parquet(folder, x="x").open()
     assert (folder.parent / "here" / "footers-2.sqlite").exists()
-    assert rk.parquet(folder, x="x").open().kept_footers == NUM_FILES
+    assert rk.parquet(folder, x="x").open().num_cached_footers == NUM_FILES
 
 
 def test_missing_home_bypasses_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAYKERAS_CACHE")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     rk.parquet(folder, x="x").open()
-    assert rk.parquet(folder, x="x").open().kept_footers == 0
+    assert rk.parquet(folder, x="x").open().num_cached_footers == 0
 
 
 def test_footers_of_other_filesystem_are_cached(folder: Path) -> None:
@@ -147,10 +147,10 @@ def test_footers_of_other_filesystem_are_cached(folder: Path) -> None:
     memory.put(str(folder), "/kept", recursive=True)
     source = rk.parquet("memory://kept", x="x")
     try:
-        assert source.open().kept_footers == 0
-        assert source.open().kept_footers == NUM_FILES
+        assert source.open().num_cached_footers == 0
+        assert source.open().num_cached_footers == NUM_FILES
         memory.put(str(folder / "00.parquet"), "/kept/00.parquet")
-        assert source.open().kept_footers == NUM_FILES - 1
+        assert source.open().num_cached_footers == NUM_FILES - 1
     finally:
         memory.rm("/kept", recursive=True)
 
