@@ -11,12 +11,14 @@ import functools
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import click
 
 import raykeras as rk
+from raykeras.core.tracebacks import without_package_frames
 
 
 class CommandGroup(click.Group):
@@ -114,9 +116,7 @@ _CHECKPOINT = click.option(
 @click.option("--hang-timeout-s", type=float, help="Seconds without a step after which a worker is considered hung.")
 def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
     """Train the model of PIPELINE, a Python file that defines a function `pipeline`."""
-    from raykeras.cli.pipeline import load_pipeline
-
-    loaded = load_pipeline(pipeline, parameters)
+    loaded = _load(pipeline, parameters)
     overrides = {name: value for name, value in options.items() if value is not None}
     arguments: dict[str, Any] = {"validation_data": loaded.validation, **loaded.fit}
     if "verbose" in overrides:
@@ -131,6 +131,20 @@ def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
         name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         arguments["run"] = dataclasses.replace(arguments["run"], name=name)
     rk.fit(loaded.model, loaded.train, **{**arguments, **overrides})
+
+
+def _load(path: str, parameters: dict[str, str]) -> rk.Pipeline:
+    """Load a pipeline; print errors in its code with the frames of that code only, and exit."""
+    from raykeras.cli.pipeline import load_pipeline
+
+    try:
+        return load_pipeline(path, parameters)
+    except (rk.RaykerasError, click.ClickException):
+        raise
+    except Exception as error:
+        lines = traceback.format_exception(type(error), error, without_package_frames(error.__traceback__))
+        click.echo("".join(lines).rstrip(), err=True)
+        sys.exit(1)
 
 
 def _resume_options(path: str | None, weights_only: bool) -> dict[str, Any]:
@@ -176,9 +190,7 @@ def _inference_arguments(
     pipeline: str, parameters: dict[str, str], options: dict[str, Any]
 ) -> tuple[rk.Pipeline, dict[str, Any]]:
     """Return the pipeline, and the arguments of `evaluate` or `predict`."""
-    from raykeras.cli.pipeline import load_pipeline
-
-    loaded = load_pipeline(pipeline, parameters)
+    loaded = _load(pipeline, parameters)
     if loaded.test is None:
         raise rk.OptionError(
             f"`raykeras.Pipeline(test=...)` is the data that is evaluated or predicted; {pipeline} does not set it."

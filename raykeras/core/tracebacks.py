@@ -45,11 +45,11 @@ def _is_filtering() -> bool:
 
 
 def without_package_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
-    """Return a traceback without the frames of this package."""
+    """Return a traceback without the frames of this package and of Python's import system."""
     if traceback is None:
         return None
     inner = without_package_frames(traceback.tb_next)
-    if traceback.tb_frame.f_code.co_filename.startswith(PACKAGE_FOLDER):
+    if traceback.tb_frame.f_code.co_filename.startswith((PACKAGE_FOLDER, "<frozen importlib")):
         return inner
     return types.TracebackType(inner, traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno)
 

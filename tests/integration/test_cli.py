@@ -88,7 +88,24 @@ def test_exit_status_of_failures(
     done = run("fit", DIGITS)
     assert done.exit_code == status
     assert shown in done.output
-    assert "cli.py" not in done.output
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("def pipeline(:", "SyntaxError: invalid syntax"),
+        ("def pipeline():\n    return {}['model']", "KeyError: 'model'"),
+        ("import raykeras_has_no_such_module", "ModuleNotFoundError: No module named 'raykeras_has_no_such_module'"),
+    ],
+)
+def test_error_in_pipeline_shows_frames_of_pipeline(tmp_path: Path, text: str, last: str) -> None:
+    (tmp_path / "wrong.py").write_text(text)
+    done = run("fit", tmp_path / "wrong.py")
+    assert done.exit_code == 1
+    lines = done.output.splitlines()
+    assert lines[-1] == last
+    assert all("wrong.py" in line for line in lines if line.lstrip().startswith("File"))
 
 
 def test_invalid_options_are_usage_errors() -> None:
