@@ -58,21 +58,21 @@ FAULTS = (
         "            (rows,) = interleaver.interleave(*_rank_range(rank_input, plan, a, b))\n"
         "            if a == first and first > 0:\n"
         "                rows[0] = rows[-1]\n",
-        (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
+        (f"{RESUME}::test_run_resumes_with_steps_per_execution_and_validation_freq[1-keras]",),
     ),
     Fault(
         "the metrics of an epoch are reset at a resume",
         "worker/resume.py",
         "            self._training.restore_metrics()\n",
         "            pass\n",
-        (f"{RESUME}::test_steps_per_execution_and_validation_freq[1-keras]",),
+        (f"{RESUME}::test_run_resumes_with_steps_per_execution_and_validation_freq[1-keras]",),
     ),
     Fault(
         "a checkpoint is committed before its last file",
         "checkpoint/store.py",
         "key=lambda file: file == STATE_FILE",
         "key=lambda file: file != STATE_FILE",
-        ("tests/unit/checkpoint/test_checkpoint.py::test_interrupted_upload_is_no_checkpoint",),
+        ("tests/unit/checkpoint/test_checkpoint.py::test_interrupted_upload_leaves_no_checkpoint",),
     ),
     Fault(
         "the last short batch is dropped",
@@ -104,7 +104,7 @@ FAULTS = (
         "worker/callback_placement.py",
         "            vars(callback)[name] = loads(data)\n",
         "            pass\n",
-        ("tests/system/test_workers.py::test_compiled_model_and_callbacks_come_back_trained",),
+        ("tests/system/test_workers.py::test_compiled_model_and_callbacks_are_updated",),
     ),
     Fault(
         "validation rows are counted twice",

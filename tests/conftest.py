@@ -1,7 +1,7 @@
-"""Fixtures of all tests: a temporary folder, TensorFlow, Ray, an S3 server and kept workers, each started on first use.
+"""Shared fixtures: a temporary folder, TensorFlow, Ray, an S3 server and kept workers, each started on first use.
 
-A process that outlives the session fails it, and the folder is removed. Pass `--basetemp=FOLDER` to keep the files that
-tests wrote.
+The folder is removed at the end, and processes that outlive the session fail it. Pass `--basetemp=FOLDER` to keep the
+files that tests wrote.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exhaustive", action="store_true", help="all combinations of packages, scales and forms of data")
+    parser.addoption(
+        "--exhaustive", action="store_true", help="every combination of packages, scales and forms of data"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "exhaustive: runs only with --exhaustive")
     config.addinivalue_line("markers", "fewer_scales: trains at one scale unless --exhaustive is given")
-    config.addinivalue_line("markers", "tf_keras_on_replicas: tf_keras not on two workers unless --exhaustive is given")
+    config.addinivalue_line("markers", "tf_keras_on_replicas: tf_keras on two replicas unless --exhaustive is given")
     config.option.loadscopereorder = False  # xdist would run the longest tests last, with one process idle
     if hasattr(config, "workerinput"):  # xdist's workers inherit the folder
         return

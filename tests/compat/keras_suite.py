@@ -2,9 +2,9 @@
 
     python -m tests.compat.keras_suite [--scale NAME] [--tf-keras CHECKOUT] [MODULE ...]
 
-Those of Keras 3 come with its wheel; those of tf_keras with a checkout of the installed version. Prints how many of the
-tests that pass plain pass through raykeras, and each other one with its reason in `keras_suite.json`. Fails if one has
-no reason there, if one with a reason passes, or if fewer pass than must.
+Keras 3's tests are in its wheel; those of tf_keras need a checkout of the installed version. Prints how many of the
+tests that pass in plain Keras pass through raykeras, and lists the others with their reasons from `keras_suite.json`.
+Fails if a failing test has no reason, if a passing test has one, or if too few tests pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Scale:
-    """What tests run on, and which share of them must pass."""
+    """The replicas or workers that tests run on, and the fraction of tests that must pass."""
 
     name: str
     options: tuple[str, ...]
@@ -62,7 +62,7 @@ SCALES = (
 
 
 def run(tests: Sequence[str], folder: Path, options: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Run tests in a folder; return the outcome of each, and the first line of what went wrong."""
+    """Run tests in a folder; return the outcome of each and the first line of its error."""
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", "-p", "tests.compat.redirect", "-p", "no:cacheprovider", "-q"]
     command += ["-c", os.devnull, f"--rootdir={folder}", f"--timeout={_TIMEOUT_S}", "--continue-on-collection-errors"]
@@ -82,9 +82,9 @@ def run(tests: Sequence[str], folder: Path, options: Sequence[str]) -> dict[str,
 
 
 def compare(package: str, tests: Sequence[str], scale: Scale, options: Sequence[str]) -> list[str]:
-    """Print how many pass, and the reasons of the others; return what is wrong."""
+    """Print how many tests pass and why others fail; return the problems."""
     title, reasons = f"{package}, {scale.name}", json.loads(REASONS.read_text())
-    known = {**reasons.get(package, {}), **reasons.get(title, {})}  # by how the tests' names begin
+    known = {**reasons.get(package, {}), **reasons.get(title, {})}  # by prefix of the test's name
     options = [*options, *scale.options]
     with tempfile.TemporaryDirectory() as folder:
         plain = run(tests, Path(folder), options)
@@ -106,7 +106,7 @@ def compare(package: str, tests: Sequence[str], scale: Scale, options: Sequence[
 
 
 def tf_keras_tests(checkout: Path, folder: Path) -> list[str]:
-    """Copy tests of tf_keras, which import what the wheel calls `tf_keras.src`, to a folder; return their paths."""
+    """Copy tf_keras' tests to a folder, importing from `tf_keras.src` as in the wheel; return their paths."""
     version = importlib.metadata.version("tf_keras")
     command = ["git", "-C", str(checkout), "show"]
     paths = []
@@ -122,8 +122,8 @@ def tf_keras_tests(checkout: Path, folder: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", action="append", choices=[scale.name for scale in SCALES], help="by default all")
-    parser.add_argument("--tf-keras", type=Path, metavar="CHECKOUT", help="of the installed version's tag")
-    parser.add_argument("modules", nargs="*", default=MODULES, metavar="MODULE", help="of keras.src")
+    parser.add_argument("--tf-keras", type=Path, metavar="CHECKOUT", help="git checkout with its version's tag")
+    parser.add_argument("modules", nargs="*", default=MODULES, metavar="MODULE", help="module of keras.src")
     arguments = parser.parse_args()
     wrong: list[str] = []
     for scale in SCALES:
@@ -134,7 +134,7 @@ def main() -> None:
         if arguments.tf_keras is not None:
             with tempfile.TemporaryDirectory() as folder:
                 wrong += compare("tf_keras", tf_keras_tests(arguments.tf_keras, Path(folder)), scale, ["--legacy"])
-    raise SystemExit("\n".join(wrong) or None)  # an empty text would be a failure
+    raise SystemExit("\n".join(wrong) or None)  # an empty string would count as a failure
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A pytest plugin: `fit`, `evaluate` and `predict` of Keras' models go through raykeras, when a test calls them.
+"""A pytest plugin that redirects calls of `fit`, `evaluate` and `predict` of Keras models to raykeras.
 
     python -m pytest -p tests.compat.redirect --through-raykeras --pyargs keras.src.trainers.trainer_test
 
-Only the outermost call is redirected: what raykeras, a callback or Keras calls inside of it is Keras' own. Without
-`--through-raykeras` nothing is replaced, so that both runs have the same devices and the same plugins.
+Only the outermost call is redirected; calls that raykeras, a callback or Keras makes within it go to Keras. Without
+`--through-raykeras` nothing is redirected, so both runs have the same devices and plugins.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from typing import Any
 import pytest
 
 _CALLS = {"fit", "evaluate", "predict", "run_layer_test", "run_training_check"}
-_UNUSED = {"evaluate": ("verbose",), "predict": ("verbose",)}  # of which raykeras has none
+_UNUSED = {"evaluate": ("verbose",), "predict": ("verbose",)}  # which raykeras does not have
 
 
 class Redirection:
-    """Where calls go.
+    """Redirects calls to raykeras.
 
     Attributes:
         scale: Options of `rk.Scale`.
-        is_legacy: Whether of tf_keras and not of Keras 3.
+        is_legacy: Whether to redirect tf_keras instead of Keras 3.
         storage: Folder of the runs.
     """
 
@@ -51,7 +51,7 @@ class Redirection:
             from keras.src.backend.tensorflow.trainer import TensorFlowTrainer as trainer
             from keras.src.saving import saving_api
 
-            # Keras' tests train what is a Trainer and a Layer, but no Model; raykeras needs no more of one than this
+            # some tests train a Trainer and Layer that is not a Model; `save` is all that raykeras needs in addition
             trainer.save = lambda self, path, **options: saving_api.save_model(self, path, **options)
         for name in ("fit", "evaluate", "predict"):
             setattr(trainer, name, self._redirected(name, getattr(trainer, name)))
@@ -74,7 +74,7 @@ class Redirection:
     def _call(self, name: str, signature: inspect.Signature, model: Any, args: Any, kwargs: Any) -> Any:
         import raykeras as rk
 
-        given = dict(signature.bind(model, *args, **kwargs).arguments)  # by name, as raykeras takes them
+        given = dict(signature.bind(model, *args, **kwargs).arguments)  # by name, as raykeras requires
         given.pop("self", None)
         given |= given.pop("kwargs", {})
         for unused in _UNUSED.get(name, ()):
@@ -114,8 +114,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     for marker in ("requires_trainable_backend", "multi_device"):
-        config.addinivalue_line("markers", f"{marker}: of Keras' own conftest")
-    if "conftest" not in sys.modules:  # which some tests import
+        config.addinivalue_line("markers", f"{marker}: defined in Keras' own conftest")
+    if "conftest" not in sys.modules:  # some tests import it
         module: Any = types.ModuleType("conftest")
         module.skip_if_backend = lambda name, reason: pytest.mark.skipif(name == "tensorflow", reason=reason)
         sys.modules["conftest"] = module
@@ -143,17 +143,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = kept
     for item in items:
         if "multi_device" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs several devices of JAX"))
+            item.add_marker(pytest.mark.skip(reason="needs several JAX devices"))
 
 
 def _calls(item: pytest.Item) -> bool:
-    # absl's parameterized tests are named by the function and what follows
+    # absl appends to the function's name in parameterized tests
     return any(re.fullmatch(re.escape(name) + r"(\d+|_.*|\[.*|\s.*)*", item.name) for name in _calling(str(item.path)))
 
 
 @functools.cache
 def _calling(path: str) -> set[str]:
-    """Return the functions of a file that call one of `_CALLS`, by themselves or through others of the file."""
+    """Return the functions of a file that call one of `_CALLS`, directly or through others of the file."""
     called: dict[str, set[str]] = {}
     for function in _functions(ast.parse(Path(path).read_text())):
         inner = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]

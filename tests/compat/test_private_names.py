@@ -1,4 +1,4 @@
-"""Every private name that raykeras uses exists in the installed packages, and what happens without it."""
+"""Every private name that raykeras uses exists in the installed packages, and missing names are handled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raykeras.data.streaming.resources import CpuBudget, reading
 from tests.compat.private_names import declared, instance_names, row
 from tests.support.sources import small_source
 
-MOST_NAMES = 53
+MAX_NAMES = 53
 PAGE = Path(__file__).parents[2] / "docs" / "design" / "private-names.md"
 
 
@@ -31,7 +31,7 @@ def imported(tensorflow: None) -> None:
 
 @pytest.fixture
 def warned_again() -> Iterator[None]:
-    """Show warnings that were shown before in this process."""
+    """Reset the warnings that are shown once per process."""
     versions._warn_once.cache_clear()
     yield
     versions._warn_once.cache_clear()
@@ -45,8 +45,8 @@ def test_names_exist() -> None:
             assert parameters[: len(name.parameters)] == name.parameters, name.path
 
 
-def test_names_are_few() -> None:
-    assert len(declared()) <= MOST_NAMES
+def test_number_of_names_is_limited() -> None:
+    assert len(declared()) <= MAX_NAMES
 
 
 def test_names_are_documented() -> None:
@@ -153,7 +153,7 @@ def makers(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.usefixtures("ray_cluster", "warned_again")
-def test_stream_reads_all_rows_without_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_reads_all_rows_without_one_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("ray.data._internal.execution.backpressure_policy.BackpressurePolicy")
     with pytest.warns(UserWarning, match=r"BackpressurePolicy` to limit .* does not have it. Without it, a stream may"):
         assert rows_of_stream(tmp_path) == list(range(64))
@@ -173,7 +173,7 @@ def name_of(path: str) -> PrivateName:
     return next(name for name in declared() if name.path == path)
 
 
-def test_missing_name_of_keras_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_name_of_keras_raises_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     name = name_of("keras.src.losses.loss:scale_loss_for_distribution")
     monkeypatch.delattr("keras.src.losses.loss.scale_loss_for_distribution")
     with pytest.raises(RaykerasError, match=r"raykeras needs .*; keras 3\.\S+ does not have it. Install `keras>=3.12"):
@@ -181,7 +181,7 @@ def test_missing_name_of_keras_is_one_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("warned_again")
-def test_replicas_run_without_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replicas_run_without_private_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorflow.python.distribute import mirrored_run
 
     from raykeras.compat.tensorflow import prompt_replica_join
@@ -190,6 +190,6 @@ def test_replicas_run_without_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match="Without it, each start of several replicas takes"), prompt_replica_join():
         pass
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # which it would raise a second time
+        warnings.simplefilter("error")  # raises if the warning is repeated
         with prompt_replica_join():
             pass

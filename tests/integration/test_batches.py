@@ -1,4 +1,4 @@
-"""Batches that the user makes (tf.data, sequences, generators, DataLoaders) train as in plain Keras."""
+"""User-made batches (tf.data, sequences, generators, DataLoaders) train as in plain Keras."""
 
 from __future__ import annotations
 
@@ -138,10 +138,10 @@ def assert_fits_match(
     Args:
         build: Makes the model.
         every_data: Functions that create the data.
-        expected: Of `plain_fit`.
-        folder: For runs.
-        scales: To train at.
-        options: Of `fit`.
+        expected: Return value of `plain_fit`.
+        folder: Folder for runs.
+        scales: Scales to train at.
+        options: Options of `fit`.
     """
     for create, scale in itertools.product(every_data, scales):
         data = create()
@@ -153,7 +153,7 @@ def assert_fits_match(
 
 @pytest.fixture
 def scales(package: str, request: pytest.FixtureRequest) -> list[rk.Scale]:
-    """One replica and two; of tf_keras two, unless pytest is called with `--exhaustive`."""
+    """Return scales of one and two replicas; for tf_keras only two, unless pytest is run with `--exhaustive`."""
     exhaustive = request.config.getoption("--exhaustive")
     return [*SCALES.values()] if package == "keras" or exhaustive else [SCALES["1x2"]]
 
@@ -172,16 +172,16 @@ def test_fit_with_validation_matches_keras(
 
 
 @PACKAGES
-def test_dicts_of_inputs_outputs_and_weights(package: str, scales: list[rk.Scale], tmp_path: Path) -> None:
+def test_dicts_of_inputs_outputs_and_weights_match_keras(package: str, scales: list[rk.Scale], tmp_path: Path) -> None:
     x = {"img_input": IMAGES, "ts_input": SERIES}
     y, weights = {"score_output": SCORE, "class_output": CLASS}, {"score_output": WEIGHT, "class_output": WEIGHT[::-1]}
-    listed = ((IMAGES, SERIES), (SCORE, CLASS), (WEIGHT, WEIGHT[::-1]))  # Keras 3 itself takes these weights as a list
+    listed = ((IMAGES, SERIES), (SCORE, CLASS), (WEIGHT, WEIGHT[::-1]))  # Keras 3 accepts these weights only as a list
     expected = plain_fit(two_inputs(package), package, made("dataset", package, listed))
     assert_fits_match(two_inputs(package), sources(package, (x, y, weights)), expected, tmp_path, scales)
 
 
 @PACKAGES
-def test_class_weight_of_one_output(package: str, tmp_path: Path) -> None:
+def test_class_weight_of_one_output_matches_keras(package: str, tmp_path: Path) -> None:
     factor = np.where(np.argmax(CLASS, 1) == 2, 3.0, np.where(np.argmax(CLASS, 1) == 4, 0.5, 1)).astype(np.float32)
     weighted = ((IMAGES, SERIES), (SCORE, CLASS), (np.ones(75, np.float32), factor))
     build = two_inputs(package)
@@ -268,9 +268,9 @@ def test_training_ends_when_generator_is_exhausted(
         assert_same_weights(result.model(), model)
 
 
-@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras 3 says so at each end
-@pytest.mark.parametrize("steps_per_execution", [1, 3])  # three do not divide an epoch's steps
-def test_unknown_length_is_one_epoch_per_pass(steps_per_execution: int, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras 3 warns at each end
+@pytest.mark.parametrize("steps_per_execution", [1, 3])  # three does not divide the steps of an epoch
+def test_dataset_of_unknown_length_has_one_pass_per_epoch(steps_per_execution: int, tmp_path: Path) -> None:
     def data() -> Any:
         signature = (tf.TensorSpec((None, 8)), tf.TensorSpec((None,), tf.int64))
         return tf.data.Dataset.from_generator(
@@ -291,7 +291,7 @@ def test_unknown_length_is_one_epoch_per_pass(steps_per_execution: int, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")
-def test_generator_is_one_epoch(tmp_path: Path) -> None:
+def test_generator_without_steps_is_one_epoch(tmp_path: Path) -> None:
     data = made("generator", "", (X, Y), STEPS)
     result = rk.fit(dense("keras"), data, epochs=2, verbose=0, run=rk.Run(storage=str(tmp_path)))
     assert result.epoch == [0]
@@ -329,7 +329,7 @@ def test_predictions_of_two_models_keep_batch_order(form: str) -> None:
         np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
-def test_torch_data_loader(tmp_path: Path) -> None:
+def test_torch_data_loader_matches_keras(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     dataset = torch.utils.data.TensorDataset(torch.tensor(X), torch.tensor(Y))
 
@@ -341,7 +341,7 @@ def test_torch_data_loader(tmp_path: Path) -> None:
     np.testing.assert_allclose(rk.predict(model, data()), model.predict(X, verbose=0), atol=1e-5)
 
 
-def test_text_and_varying_sequence_length(tmp_path: Path) -> None:
+def test_text_and_varying_sequence_length_match_keras(tmp_path: Path) -> None:
     words, labels = np.array(["a", "b", "a c", "c"] * 6), np.array([0, 1, 0, 1] * 6)
 
     def reads_text() -> Any:
@@ -456,14 +456,14 @@ def test_user_exception_keeps_user_traceback(scale: rk.Scale, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_pump_splits_batches_over_ranks_in_order(form: str) -> None:
+def test_feeder_splits_batches_over_ranks_in_order(form: str) -> None:
     batches = as_batches(made(form, "keras", (X, Y, WEIGHT), 40), "float32")
     assert batches is not None
-    pump = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 2)
+    feeder = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 2)
     try:
-        taken = [batches_of(receive_chunks(channel), 12) for channel in pump.channels]
+        taken = [batches_of(receive_chunks(channel), 12) for channel in feeder.channels]
     finally:
-        pump.close()
+        feeder.close()
     for number, parts in enumerate(zip(*taken, strict=True)):
         for i, whole in enumerate(slices((X, Y, WEIGHT), number % STEPS)):
             np.testing.assert_array_equal(np.concatenate([arrays[i] for arrays, _ in parts]), whole)
@@ -480,31 +480,31 @@ def batches_of(chunks: Iterator[BatchChunk], num_batches: int) -> list[tuple[lis
     return taken[:num_batches]
 
 
-def test_pump_sends_incomplete_chunk_without_waiting() -> None:
+def test_feeder_sends_incomplete_chunk_without_waiting() -> None:
     arrived = threading.Event()
 
     def slow() -> Iterator[Any]:
         yield from (slices((X, Y), i) for i in range(3))
         if not arrived.wait(60):
-            raise TimeoutError("the batches before did not arrive")
+            raise TimeoutError("the earlier batches did not arrive")
         yield slices((X, Y), 3)
 
     batches = as_batches(slow(), "float32")
     assert batches is not None
-    pump = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 1)
+    feeder = BatchFeeder(Epochs(batches, shuffle=False, seed=0, steps=None, restart=False), 1)
     try:
-        chunks = receive_chunks(pump.channels[0])
+        chunks = receive_chunks(feeder.channels[0])
         assert len(batches_of(chunks, 2)) == 2
         arrived.set()
         rest = list(chunks)
     finally:
-        pump.close()
+        feeder.close()
     assert [chunk.is_last for chunk in rest][-1]
     assert sum(len(chunk.rows) for chunk in rest) == 2
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_changing_sequence_on_two_workers(tmp_path: Path) -> None:
+def test_sequence_that_changes_matches_keras_on_two_workers(tmp_path: Path) -> None:
     labels = [np.roll(Y, i) for i in range(3)]
     changing = (slices((X, labels[i // STEPS]), i % STEPS) for i in range(3 * STEPS))
     expected = plain_fit(dense("tf_keras"), "tf_keras", changing, epochs=3, steps_per_epoch=STEPS)
@@ -523,7 +523,7 @@ def test_generator_end_stops_two_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_user_exception_from_two_workers(tmp_path: Path) -> None:
+def test_user_exception_on_two_workers_keeps_user_traceback(tmp_path: Path) -> None:
     options: dict[str, Any] = {"scale": TWO, "run": rk.Run(storage=str(tmp_path)), "epochs": 2}
     error = fails("FloatingPointError: in batch three", Slices((X, Y), 3), rk.UserCodeError, **options)
     assert "__getitem__" in error.user_traceback  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""`cache="memory"`: the same batches as streamed from storage, read once."""
+"""`cache="memory"` yields the same batches as streaming, and reads storage once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ W = RNG.uniform(0.2, 2, ROWS)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files with row groups of ten rows."""
+    """Return a folder with two files with row groups of ten rows."""
     lengths = np.arange(ROWS) % 4
     made = {
         **{f"f{i}": X[:, i] for i in range(4)},

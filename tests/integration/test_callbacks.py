@@ -1,6 +1,6 @@
 """Every built-in callback has the same effect on two workers as in plain Keras.
 
-Those of tf_keras that steer training do so on two replicas of one worker, unless pytest is called with `--exhaustive`.
+tf_keras' callbacks that affect training run on two replicas of one worker, unless pytest is run with `--exhaustive`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def assert_matches_keras(
     scale: rk.Scale = TWO,
     **options: Any,
 ) -> rk.Result:
-    """Train on two workers and in plain Keras, each with its callbacks; histories and weights agree."""
+    """Train on two workers and in plain Keras, each with its callbacks; assert equal histories and weights."""
     optimizer = options.pop("optimizer", {})
     options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 0, **options}
     model, oracle = model_of(package, **optimizer), model_of(package, **optimizer)
@@ -74,7 +74,7 @@ def assert_matches_keras(
 
 
 @PACKAGES
-def test_every_built_in_callback_is_placed(package: str) -> None:
+def test_every_built_in_callback_has_placement(package: str) -> None:
     module = importlib.import_module(package).callbacks
     for name, value in inspect.getmembers(module, inspect.isclass):
         assert name in PLACEMENTS, f"{package} has a new callback: {name}"
@@ -103,7 +103,7 @@ def test_early_stopping_restores_best_weights(package: str, several: rk.Scale, t
 
 @PACKAGES
 @TF_KERAS_ON_REPLICAS
-def test_reduce_lr_on_plateau(package: str, several: rk.Scale, tmp_path: Path) -> None:
+def test_reduce_lr_on_plateau_matches_keras(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     options = {"monitor": "loss", "min_delta": 10, "factor": 0.5, "patience": 1}
     callback, plain = (callbacks.ReduceLROnPlateau(**options) for _ in range(2))
@@ -114,7 +114,7 @@ def test_reduce_lr_on_plateau(package: str, several: rk.Scale, tmp_path: Path) -
 
 @PACKAGES
 @TF_KERAS_ON_REPLICAS
-def test_learning_rate_scheduler(package: str, several: rk.Scale, tmp_path: Path) -> None:
+def test_learning_rate_scheduler_matches_keras(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     schedule = lambda epoch, rate: rate * 0.5 if epoch else rate  # noqa: E731
     callback, plain = (callbacks.LearningRateScheduler(schedule) for _ in range(2))
@@ -123,7 +123,7 @@ def test_learning_rate_scheduler(package: str, several: rk.Scale, tmp_path: Path
 
 @PACKAGES
 @TF_KERAS_ON_REPLICAS
-def test_terminate_on_nan(package: str, several: rk.Scale, tmp_path: Path) -> None:
+def test_terminate_on_nan_matches_keras(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     with_nan = X.copy()
     with_nan[2 * BATCH + 3] = np.nan  # the third of five steps
@@ -142,7 +142,7 @@ def test_terminate_on_nan(package: str, several: rk.Scale, tmp_path: Path) -> No
 
 @PACKAGES
 @TF_KERAS_ON_REPLICAS
-def test_backup_and_restore(package: str, several: rk.Scale, tmp_path: Path) -> None:
+def test_backup_and_restore_matches_keras(package: str, several: rk.Scale, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
 
     class Breaks(callbacks.Callback):
@@ -165,7 +165,7 @@ def test_backup_and_restore(package: str, several: rk.Scale, tmp_path: Path) -> 
     assert folder.exists() == plain_folder.exists()
 
 
-def test_swap_ema_weights(tmp_path: Path) -> None:
+def test_swap_ema_weights_matches_keras(tmp_path: Path) -> None:
     import keras
 
     callback, plain = (keras.callbacks.SwapEMAWeights(swap_on_epoch=True) for _ in range(2))
@@ -175,7 +175,7 @@ def test_swap_ema_weights(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An address on this machine, and the JSON objects that were sent there."""
+    """Start a local HTTP server; return its address and the list of JSON objects that it receives."""
     received: list[dict[str, Any]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -194,14 +194,14 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @dataclass(frozen=True)
 class Reported:
-    """A training on two workers with every callback that writes or reports, and the same in plain Keras.
+    """A run on two workers with every callback that writes or reports, and the same training in plain Keras.
 
     Attributes:
         package: "keras" or "tf_keras".
-        folder: Where the callbacks of both wrote.
-        result: Of the training on two workers.
-        callbacks, plain_callbacks: Of each training, by name.
-        received: What the HTTP server was sent by the training on two workers.
+        folder: Folder that the callbacks of both wrote to.
+        result: Result of the run on two workers.
+        callbacks, plain_callbacks: Callbacks of each, by name.
+        received: What the HTTP server received from the run on two workers.
     """
 
     package: str
@@ -217,18 +217,18 @@ class Reported:
 
 
 def reporting_callbacks(package: str, artifacts: str, absolute: Path, server: str) -> dict[str, Any]:
-    """Callbacks that write or report, by name.
+    """Return the callbacks that write or report, by name.
 
     Args:
         package: "keras" or "tf_keras".
-        artifacts: Begins their paths: "" for relative ones, or a folder that ends with a slash.
-        absolute: Folder for those that are given an absolute path.
-        server: Address to send to.
+        artifacts: Prefix of their paths: "" for relative paths, or a folder with a trailing slash.
+        absolute: Folder for callbacks that take an absolute path.
+        server: Address of the HTTP server.
     """
     callbacks = importlib.import_module(package).callbacks
 
     class LossHistory(callbacks.Callback):
-        """The guide's."""
+        """The callback of the Keras guide."""
 
         def on_train_begin(self, logs: Any = None) -> None:
             self.per_batch_losses: list[float] = []
@@ -267,7 +267,7 @@ def reported(
     (folder / "plain").mkdir()
     callbacks = reporting_callbacks(request.param, "", folder, address)
     plain = reporting_callbacks(request.param, f"{folder}/plain/", folder / "plain", address)
-    del plain["lambda"]  # it asks for its rank
+    del plain["lambda"]  # it needs a rank
     received.clear()
     with kept_workers.used():
         result = assert_matches_keras(
@@ -288,7 +288,7 @@ def test_model_checkpoint_keeps_best(reported: Reported) -> None:
     assert [path for path in announced if "/best/" in path] == [str(path) for path in saved]
 
 
-def test_model_checkpoint_by_save_freq(reported: Reported) -> None:
+def test_model_checkpoint_saves_by_save_freq(reported: Reported) -> None:
     names, expected = (
         sorted(path.name for path in (folder / "often").iterdir())
         for folder in (reported.folder, reported.folder / "plain")
@@ -297,7 +297,7 @@ def test_model_checkpoint_by_save_freq(reported: Reported) -> None:
     assert names == expected
 
 
-def test_csv_logger(reported: Reported) -> None:
+def test_csv_logger_matches_keras(reported: Reported) -> None:
     rows, expected = (
         list(csv.DictReader(path.read_text().splitlines()))
         for path in (reported.artifacts / "log.csv", reported.folder / "plain/log.csv")
@@ -309,7 +309,7 @@ def test_csv_logger(reported: Reported) -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])
-def test_tensorboard_with_histograms(part: str, reported: Reported) -> None:
+def test_tensorboard_histograms_match_keras(part: str, reported: Reported) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     steps_by_tag = []
@@ -320,7 +320,7 @@ def test_tensorboard_with_histograms(part: str, reported: Reported) -> None:
         steps_by_tag.append({tag: [event.step for event in accumulator.Tensors(tag)] for tag in tags})
     steps, expected = steps_by_tag
     assert steps["epoch_loss"] == [0, 1, 2, 3]
-    assert len(steps) == len(expected)  # histograms are named by layers, whose names count up
+    assert len(steps) == len(expected)  # histograms are named after layers, whose names contain counters
     assert sorted(steps.values()) == sorted(expected.values())
     assert any("kernel" in tag for tag in steps) == (part == "train")
 
@@ -338,7 +338,7 @@ def test_history_is_filled(reported: Reported) -> None:
         assert history.history[name] == pytest.approx(values)
 
 
-def test_custom_callback_attributes_come_back(reported: Reported) -> None:
+def test_custom_callback_attributes_are_returned(reported: Reported) -> None:
     losses = reported.callbacks["losses"].per_batch_losses
     assert len(losses) == EPOCHS * 5
     np.testing.assert_allclose(losses, reported.plain_callbacks["losses"].per_batch_losses, rtol=1e-5)
@@ -351,7 +351,7 @@ def test_lambda_callback_runs_on_every_worker(reported: Reported) -> None:
 
 
 def stopping(callbacks: Any, at: int, only_rank: int | None = None) -> Any:
-    """A callback that stops training after a number of steps, on all workers or on one."""
+    """Return a callback that stops training after a number of steps, on all workers or on one."""
 
     class Stops(callbacks.Callback):
         num_steps = 0
@@ -370,14 +370,14 @@ def stopping(callbacks: Any, at: int, only_rank: int | None = None) -> Any:
 
 
 @PACKAGES
-def test_stop_by_all_workers(package: str, tmp_path: Path) -> None:
+def test_stop_by_all_workers_matches_keras(package: str, tmp_path: Path) -> None:
     callbacks = importlib.import_module(package).callbacks
     callback = stopping(callbacks, at=3)
     assert_matches_keras(package, callback, [stopping(callbacks, at=3)], tmp_path)
     assert callback.num_steps == 3
 
 
-@pytest.mark.parametrize(("rank", "at"), [(1, 3), (0, 5)], ids=["in mid-epoch", "by the chief at the epoch's end"])
+@pytest.mark.parametrize(("rank", "at"), [(1, 3), (0, 5)], ids=["mid-epoch", "by the chief at the epoch's end"])
 def test_stop_by_one_worker_stops_all_at_same_step(rank: int, at: int, tmp_path: Path) -> None:
     import keras
 
@@ -385,12 +385,12 @@ def test_stop_by_one_worker_stops_all_at_same_step(rank: int, at: int, tmp_path:
     model, oracle = model_of("keras"), model_of("keras")
     options = {"batch_size": BATCH, "epochs": EPOCHS, "shuffle": False, "verbose": 0, "validation_data": VALIDATION}
     result = rk.fit(model, X, Y, callbacks=callback, scale=TWO, run=rk.Run(storage=str(tmp_path)), **options)
-    assert at <= callback.num_steps <= at + 1  # the other one may have started another step
+    assert at <= callback.num_steps <= at + 1  # the other worker may have started another step
     expected = oracle.fit(X, Y, callbacks=[stopping(keras.callbacks, callback.num_steps)], **options).history
     assert_same_training(result, expected, oracle)
 
 
-def test_on_chief_runs_once_and_stops_all(tmp_path: Path) -> None:
+def test_on_chief_callback_runs_once_and_stops_all_workers(tmp_path: Path) -> None:
     import keras
 
     class Once(keras.callbacks.Callback):
@@ -466,7 +466,7 @@ def test_base_logger_fails_in_keras_too() -> None:
 
 
 @pytest.mark.parametrize("what", ["model", "callbacks", "transform"])
-def test_module_missing_on_workers(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_missing_on_workers_is_reported(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{what}_is_only_here"  # Ray's processes have the import path from when Ray started
     code = """
     import keras

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: which are kept, which is resumed from, and what happens when storage fails."""
+"""Checkpoints of a run: which are kept, which one it resumes from, and what happens when storage fails."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Return an archive with a few bytes of it, or of a file inside, changed, cut off or put in."""
+    """Return an archive with bytes of it, or of a file inside it, changed, cut off or inserted."""
     if data[:2] == b"PK" and rng.random() < 0.7:
         buffer, archive = io.BytesIO(), zipfile.ZipFile(io.BytesIO(data))
         chosen = rng.choice(archive.namelist())
@@ -62,11 +62,11 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return data[:at] + rng.randbytes(8 if kind == 2 else 1) + data[at + (8 if kind == 2 else 1) :]
 
 
-def test_hostile_files_are_damaged_or_restored(tmp_path: Path) -> None:
-    """The checksums are right, as those of somebody who can write to the storage would be."""
+def test_tampered_files_are_rejected_or_restored(tmp_path: Path) -> None:
+    """The checksums match, since an attacker who can write to the storage can write them, too."""
     result = fit(str(tmp_path), "run", steering(), epochs=1, sample_weight=None)
     taken, model, rng, outcomes = result.checkpoints[-1], build(), random.Random(0), collections.Counter[str]()
-    state, folder = dict(taken.state), tmp_path / "hostile"
+    state, folder = dict(taken.state), tmp_path / "tampered"
     files = state.pop("files")
     for number in range(500):
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,8 +86,8 @@ def test_hostile_files_are_damaged_or_restored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lacks", ["memory", "store"])
-def test_weights_that_keras_writes_are_saved(lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With little free memory Keras uses a file; without a store to replace, it writes the weights itself."""
+def test_weights_written_by_keras_are_saved(lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little free memory, Keras writes a temporary file; without the store to replace, it writes the archive."""
     if lacks == "memory":
         monkeypatch.setattr("keras.src.saving.saving_lib.is_memory_sufficient", lambda model: False)
     else:
@@ -136,23 +136,23 @@ def test_temporary_storage_failure_is_retried(kind: str, tmp_path: Path, monkeyp
         nonlocal failures_left
         if "checkpoints" in str(args) and failures_left:
             failures_left -= 1
-            raise OSError("storage is away")
+            raise OSError("storage is unavailable")
         return original(*args, **kwargs)
 
     monkeypatch.setattr(target, name, flaky)
     seen: list[rk.Event] = []
     result = fit(storage, "run", epochs=3, on_event=seen.append)
     failed = [event for event in seen if isinstance(event, rk.StorageFailed)]
-    assert len(failed) == 3 and all("storage is away" in event.cause for event in failed)
+    assert len(failed) == 3 and all("storage is unavailable" in event.cause for event in failed)
     assert result.checkpoints[-1].epoch == 3
     result.checkpoints[-1].verify()
 
 
 def test_permanent_storage_failure_fails_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
-        raise OSError("storage is away")
+        raise OSError("storage is unavailable")
 
     monkeypatch.setattr(store, "_store_local", fail)
     monkeypatch.setattr(writer, "LAST_WAIT_S", 1.0)
-    with pytest.raises(rk.CheckpointError, match="storage is away"):
+    with pytest.raises(rk.CheckpointError, match="storage is unavailable"):
         fit(str(tmp_path), "run", epochs=2)

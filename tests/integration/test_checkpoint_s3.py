@@ -1,4 +1,4 @@
-"""Checkpoints on S3 whose requests fail: what is temporary is repeated, what is permanent is raised."""
+"""Checkpoints on S3 with failing requests: temporary failures are retried, permanent ones are raised."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT_S = 60.0
 
 
 class Snapshot:
-    """Stands in for a training's state."""
+    """A stand-in for the state of a run."""
 
     def __init__(self, epoch: int) -> None:
         self._epoch = epoch
@@ -34,12 +34,12 @@ class Snapshot:
         store.write_state(folder, {**STATE, "epoch": self._epoch})
 
     def release(self) -> None:
-        """Holds no memory."""
+        """Do nothing, since no memory is held."""
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Does not pause between attempts; s3fs makes one, and waits a second for an answer."""
+def fail_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not pause between attempts; limit s3fs to one attempt and one second."""
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
     monkeypatch.setattr(storage_errors, "READ_PAUSES_S", (0.0, 0.0))
@@ -91,7 +91,7 @@ def wait_for(condition: Callable[[], Any]) -> None:
         ("unavailable", OWNER_FILE),
     ],
 )
-def test_write_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str, file: str) -> None:
+def test_write_is_retried_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str, file: str) -> None:
     method = "GET" if file == OWNER_FILE else "PUT"
     with s3_server.failing(fault, method=method, path=file, last=1 if fault == "hangs" else 2):
         seen = keep(run, 1)
@@ -101,7 +101,7 @@ def test_write_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3
 
 
 @pytest.mark.parametrize(("fault", "what"), [("denied", "AccessDenied"), ("expired", "ExpiredToken")])
-def test_write_is_not_repeated_after_permanent_failure(run: RunFolder, s3_server: S3, fault: str, what: str) -> None:
+def test_write_is_not_retried_after_permanent_failure(run: RunFolder, s3_server: S3, fault: str, what: str) -> None:
     with (
         s3_server.failing(fault, method="PUT", path=MODEL_FILE) as denied,
         pytest.raises(rk.CheckpointError, match=f"{what}.*Retrying will not help"),
@@ -111,7 +111,7 @@ def test_write_is_not_repeated_after_permanent_failure(run: RunFolder, s3_server
     assert run.checkpoints() == []
 
 
-def test_failed_removal_leaves_no_half_of_a_checkpoint(run: RunFolder, s3_server: S3) -> None:
+def test_failed_removal_leaves_no_partial_checkpoint(run: RunFolder, s3_server: S3) -> None:
     with s3_server.failing("applied", method="POST", path="delete", last=2):
         keep(run, 4)
     assert [kept.epoch for kept in run.checkpoints()] == [3, 4]
@@ -126,9 +126,7 @@ def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
 
 @pytest.mark.parametrize("fault", ["short", "garbled"])
 @pytest.mark.parametrize("file", [MODEL_FILE, STATE_FILE])
-def test_previous_checkpoint_is_used_where_one_cannot_be_read_whole(
-    run: RunFolder, s3_server: S3, fault: str, file: str
-) -> None:
+def test_previous_checkpoint_is_used_if_newest_is_damaged(run: RunFolder, s3_server: S3, fault: str, file: str) -> None:
     before, _ = write_checkpoint(run, 1), write_checkpoint(run, 2)
     with s3_server.failing(fault, method="GET", path=f"{store.checkpoint_name(2)}/{file}"):
         found, errors = newest(run)
@@ -137,7 +135,7 @@ def test_previous_checkpoint_is_used_where_one_cannot_be_read_whole(
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "dropped", "hangs", "short"])
-def test_read_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str) -> None:
+def test_read_is_retried_after_temporary_failure(run: RunFolder, s3_server: S3, fault: str) -> None:
     write_checkpoint(run, 1)
     last = write_checkpoint(run, 2)
     with s3_server.failing(fault, method="GET", path=MODEL_FILE, last=1):
@@ -147,7 +145,7 @@ def test_read_is_repeated_after_temporary_failure(run: RunFolder, s3_server: S3,
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "denied"])
-def test_storage_that_cannot_be_read_is_not_taken_for_damage(run: RunFolder, s3_server: S3, fault: str) -> None:
+def test_unreadable_storage_is_not_reported_as_damage(run: RunFolder, s3_server: S3, fault: str) -> None:
     write_checkpoint(run, 1)
     with (
         s3_server.failing(fault, method="GET", path=MODEL_FILE),
@@ -166,7 +164,7 @@ def test_checkpoints_of_other_processes_are_found(run: RunFolder) -> None:
     assert len(run.checkpoints()) == 2
 
 
-def test_unreachable_storage_is_reported_at_start(bucket: str, s3_server: S3) -> None:
+def test_unwritable_storage_is_reported_at_start(bucket: str, s3_server: S3) -> None:
     with (
         s3_server.failing("denied", method="PUT"),
         pytest.raises(rk.CheckpointError, match="must be readable and writable"),

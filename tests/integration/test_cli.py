@@ -40,7 +40,7 @@ def test_fit_options_override_pipeline(calls: list[dict[str, Any]]) -> None:
     assert (call["epochs"], call["batch_size"], call["verbose"]) == (3, 16, 0)
 
 
-def test_resume_and_failure_options(calls: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_resume_and_failure_options_are_passed_on(calls: list[dict[str, Any]], tmp_path: Path) -> None:
     RunFolder(str(tmp_path / "runs" / "a")).make()
     RunFolder(str(tmp_path / "runs" / "a")).claim("a driver")
     options = "--workers 1-8 --checkpoint-every 10min --max-failures 5 --hang-timeout-s 60 --monitor loss"
@@ -78,7 +78,7 @@ def test_default_run_name_is_pipeline_and_time(calls: list[dict[str, Any]]) -> N
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_exit_status_of_failures(
+def test_failures_set_exit_status(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int, shown: str
 ) -> None:
     def fails(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Data tasks take the CPUs that other work on the cluster leaves."""
+"""Data tasks use the CPUs that other work on the cluster leaves free."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_waits_for_cpus_held_by_other_tasks(tmp_path: Path) -> None:
 
 
 def test_tasks_take_minimal_cpu_when_none_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole CPU would never be free between tasks that follow each other."""
+    """With other tasks running back to back, a whole CPU would never be free."""
     monkeypatch.setattr(resources, "_BUSY_S", 0.5)
     with all_held_but(0.0):
         assert plan_budget(0.0, 0).cpus_per_task == 0.01

@@ -45,7 +45,7 @@ def test_ray_accepts_config(config: dict[str, Any]) -> None:
         ("max_workers", "8", jsonschema.ValidationError),
     ],
 )
-def test_ray_refuses_mistakes(config: dict[str, Any], key: str, value: Any, error: type[Exception]) -> None:
+def test_ray_rejects_invalid_config(config: dict[str, Any], key: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
         prepared({**config, key: value})
 

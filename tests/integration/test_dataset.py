@@ -37,7 +37,7 @@ def no_progress_bars() -> None:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row units of a few rows, which cross block boundaries."""
+    """Use row units of a few rows, which cross block boundaries."""
     monkeypatch.setattr(ray_dataset, "_UNIT_NBYTES", 400)
 
 
@@ -144,7 +144,7 @@ def test_shuffled_batches_are_independent_of_num_ranks() -> None:
     assert one[:7] != one[7:]
 
 
-def test_transform_gets_columns_that_can_be_used() -> None:
+def test_transform_gets_usable_columns() -> None:
     def doubled(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"z": 2 * columns["v"]}
 
@@ -202,7 +202,7 @@ def test_dataset_is_executed_once_and_freed() -> None:
     raise AssertionError(f"{store_nbytes() - before:,} bytes are still held")
 
 
-def test_pickled_reader_reads_on_other_process() -> None:
+def test_pickled_reader_reads_in_other_process() -> None:
     opened = source().open()
 
     @ray.remote(num_cpus=0)
@@ -230,7 +230,7 @@ TENSORS = np.arange(24, dtype=np.float32).reshape(6, 2, 2)
     ],
     ids=["tensors", "arrow's tensors", "booleans", "pandas", "nulls", "lists", "padded"],
 )  # fmt: skip
-def test_types_become_tensors(make: Any, options: Any, expected: np.ndarray) -> None:
+def test_supported_types_become_tensors(make: Any, options: Any, expected: np.ndarray) -> None:
     data = rk.dataset(make(), x="v", **options)
     opened = data.open()
     batch_spec = resolve(data, opened)
@@ -238,7 +238,7 @@ def test_types_become_tensors(make: Any, options: Any, expected: np.ndarray) -> 
     np.testing.assert_array_equal(values, expected)
 
 
-def test_types_are_unified_over_blocks() -> None:
+def test_types_are_unified_across_blocks() -> None:
     def words(batch: Any) -> Any:
         ids = batch["id"]
         return {
@@ -282,7 +282,7 @@ def test_unusable_columns_are_refused_before_start(make: Any, message: str) -> N
         opened_with(make)
 
 
-def test_unused_column_of_two_types_fails_nothing() -> None:
+def test_unused_column_of_two_types_is_ignored() -> None:
     def make() -> Any:
         return made(lambda b: {"v": b["id"], "other": b["id"].astype(np.float32 if b["id"][0] else np.int64)})
 

@@ -25,8 +25,8 @@ Y = (X[:, :1] > 0).astype(np.float32)
 W = RNG.uniform(0.2, 2, ROWS).astype(np.float32)
 NAMES = [f"f{i}" for i in range(4)]
 TWO_REPLICAS = rk.Scale(replicas_per_worker=2)
-SCALES = pytest.mark.parametrize("scale", [rk.Scale(), TWO_REPLICAS, TWO], ids=["here", "two replicas", "two workers"])
-ONE_AND_TWO_WORKERS = pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["here", "two workers"])
+SCALES = pytest.mark.parametrize("scale", [rk.Scale(), TWO_REPLICAS, TWO], ids=["local", "two replicas", "two workers"])
+ONE_AND_TWO_WORKERS = pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["local", "two workers"])
 
 
 def build() -> Any:
@@ -66,7 +66,7 @@ def test_evaluate_counts_every_row_once(source: rk.Source, scale: rk.Scale) -> N
         np.testing.assert_allclose(logs[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_evaluate_arrays_with_steps() -> None:
+def test_evaluate_with_steps_matches_keras() -> None:
     model = build()
     expected = model.evaluate(X[:32], Y[:32], batch_size=BATCH, verbose=0)
     np.testing.assert_allclose(
@@ -102,7 +102,7 @@ def test_evaluate_lists_metrics_in_order_of_compile() -> None:
         np.testing.assert_allclose(rk.evaluate(model, X, Y, batch_size=BATCH, return_dict=False), expected, rtol=1e-5)
 
 
-def test_predict_calls_callbacks_as_in_one_prediction(source: rk.Source) -> None:
+def test_predict_calls_callbacks_like_keras(source: rk.Source) -> None:
     class Recorder(keras.callbacks.Callback):
         def __init__(self) -> None:
             super().__init__()
@@ -135,7 +135,7 @@ def test_predict_calls_callbacks_as_in_one_prediction(source: rk.Source) -> None
 
 @pytest.mark.usefixtures("two_workers")
 @ONE_AND_TWO_WORKERS
-def test_predict_with_steps(source: rk.Source, scale: rk.Scale) -> None:
+def test_predict_with_steps_matches_keras(source: rk.Source, scale: rk.Scale) -> None:
     model = build()
     expected = model.predict(X[: 2 * BATCH], verbose=0)
     data = tf.data.Dataset.from_tensor_slices(X).batch(BATCH).repeat()
@@ -197,7 +197,7 @@ def test_named_outputs_are_returned_by_name() -> None:
 
 
 @ONE_AND_TWO_WORKERS
-def test_parquet_output_with_source_columns(source: rk.Source, tmp_path: Path, scale: rk.Scale) -> None:
+def test_parquet_output_contains_source_columns(source: rk.Source, tmp_path: Path, scale: rk.Scale) -> None:
     model, output = two_outputs(), tmp_path / "out"
     assert rk.predict(model, source, scale=scale, output=str(output), columns=["id", "tag"]) == str(output)
     table = pq.read_table(output)
@@ -230,7 +230,7 @@ def test_failed_prediction_leaves_no_output(tmp_path: Path, source: rk.Source) -
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_module_missing_on_predictors(
+def test_module_missing_on_predictors_is_reported(
     source: rk.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     from ray._private.state import actors
@@ -246,11 +246,11 @@ def test_module_missing_on_predictors(
             rk.predict(model, data, scale=TWO)
         deadline = time.monotonic() + 30
         while any(a["State"] != "DEAD" for a in actors().values() if "RemotePredictor" in a["ActorClassName"]):
-            assert time.monotonic() < deadline, "the models of the prediction that failed hold what they took"
+            assert time.monotonic() < deadline, "the models of the failed prediction still hold their resources"
             time.sleep(0.1)
 
 
-def test_invalid_calls(source: rk.Source) -> None:
+def test_invalid_calls_are_refused(source: rk.Source) -> None:
     with pytest.raises(rk.OptionError, match="`columns` are written to `output`"):
         rk.predict(build(), source, columns=["id"])
     with pytest.raises(rk.ColumnError, match=r"got 'idd'\. Did you mean 'id'\?"):

@@ -1,8 +1,8 @@
 """Any number of workers and replicas gives the history and weights of plain `model.fit`.
 
-These cases of the grid in `benchmarks/exactness.py` differ in kind: Keras 3 and tf_keras, with and without weights, a
-last batch that leaves a replica empty or with fewer rows, and a single short batch. Three workers are compared in
-`tests/system/test_killed.py`.
+These are representative cases of the grid in `benchmarks/exactness.py`: Keras 3 and tf_keras, with and without weights,
+a last batch that leaves a replica empty or with fewer rows, and a single short batch. `tests/system/test_killed.py`
+compares three workers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_untested_keras_must_pass_self_check(package: str, monkeypatch: pytest.M
     monkeypatch.setattr(weighting, "unscaled", lambda value: value)
     for module in (exact_keras, exact_tf_keras):
         monkeypatch.setattr(module, "scaled", lambda value: weighting.scaled(value) * 1.001)
-    for _ in range(2):  # the second time by the cached verdict
+    for _ in range(2):  # the second time with the cached verdict
         with pytest.raises(ModelError, match=rf"got {package} {re.escape(api.version)}.* differ: .*weight 0"):
             self_check.check_version(api, strategy)
 

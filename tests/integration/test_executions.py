@@ -1,4 +1,4 @@
-"""Batches read in the calling thread are the same as those that `next` reads."""
+"""Batches read in the calling thread equal those that `next` reads."""
 
 from __future__ import annotations
 

@@ -59,11 +59,11 @@ def plain(
     """Train in plain Keras on the given batches; return the history and the model.
 
     Args:
-        batches: One pass over the data after the other.
-        epochs, steps: How many, and steps of each.
-        make: Makes the model.
-        pass_steps: Batches of a pass, at whose end an epoch ends; None for epochs that go on over it.
-        options: Of `Model.fit`.
+        batches: The batches of consecutive passes over the data.
+        epochs, steps: Number of epochs, and of steps in each.
+        make: Builds the model.
+        pass_steps: Batches per pass, if an epoch ends with the pass; None if it continues in the next pass.
+        options: Options of `Model.fit`.
     """
     keras.utils.set_random_seed(0)
     model = (make or build())()
@@ -170,7 +170,7 @@ def test_validation_counts_rows_once(fit: Fit) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:In Keras 3 an epoch ends:UserWarning")
-@pytest.mark.parametrize("steps_per_execution", [1, 2])  # two do not divide an epoch's three
+@pytest.mark.parametrize("steps_per_execution", [1, 2])  # two does not divide the three steps of an epoch
 def test_steps_per_epoch_continues_until_arrays_end(fit: Fit, steps_per_execution: int) -> None:
     result = fit(build(steps_per_execution=steps_per_execution), X, Y, epochs=5, steps_per_epoch=3)
     assert_same_training(result, *plain(planned(3, (X, Y)), 5, 3, pass_steps=7))  # 3, 3, 1, 3 and 3 steps
@@ -191,7 +191,7 @@ def test_steps_per_execution_need_not_divide_epoch(fit: Fit, steps_per_execution
         assert sum(event.num_steps for event in batches) == batches[-1].step == 7
 
 
-def test_custom_make_train_function(fit: Fit) -> None:
+def test_custom_make_train_function_is_used(fit: Fit) -> None:
     calls: list[int] = []
 
     class Custom(keras.Model):
@@ -321,7 +321,7 @@ def test_events_reach_driver_and_run_folder(fit: Fit) -> None:
     kinds = [event.kind for event in seen if event.kind not in ("BatchEnded", "CheckpointSaved")]
     epoch = ["EpochStarted", "ValidationEnded", "EpochEnded"]
     assert kinds == ["RunStarted", *epoch, *epoch, "RunEnded"]
-    saved = [event.epoch for event in seen if isinstance(event, rk.CheckpointSaved)]  # asynchronously
+    saved = [event.epoch for event in seen if isinstance(event, rk.CheckpointSaved)]  # announced asynchronously
     assert saved == [0, 1]
     batches = [event for event in seen if isinstance(event, rk.BatchEnded)]
     assert sum(batch.num_steps for batch in batches) == 14
@@ -375,10 +375,10 @@ def test_run_folder_on_fsspec_storage(fit: Fit, tmp_path: Path, monkeypatch: pyt
     loaded = result.checkpoints[-1].load_model()
     np.testing.assert_array_equal(loaded.get_weights()[0], result.model().get_weights()[0])
     assert "RunEnded" in fsspec.filesystem("memory").cat("/runs/m/events.jsonl").decode()
-    assert not [path for path in temporary.iterdir() if path.suffix != ".py"]  # but TensorFlow's generated code
+    assert not [path for path in temporary.iterdir() if path.suffix != ".py"]  # except TensorFlow's generated code
 
 
-def test_inputs_and_outputs_by_name(fit: Fit) -> None:
+def test_inputs_and_outputs_by_name_match_keras(fit: Fit) -> None:
     def two() -> keras.Model:
         a, b = keras.Input((4,), name="a"), keras.Input((1,), name="b")
         joined = keras.layers.Concatenate()([a, b])
@@ -398,7 +398,7 @@ def test_inputs_and_outputs_by_name(fit: Fit) -> None:
     assert_same_training(result, history.history, model)
 
 
-def test_batch_of_fewer_rows_than_replicas(fit: Fit) -> None:
+def test_batch_of_fewer_rows_than_replicas_matches_keras(fit: Fit) -> None:
     options: dict[str, Any] = {"batch_size": 1, "epochs": 2, "validation_data": (X[:7], Y[:7]), "shuffle": False}
     with pytest.warns(UserWarning, match="got 1 and 2 replicas, so some receive no rows"):
         result = fit(build(), X[:11], Y[:11], **options, scale=rk.Scale(replicas_per_worker=2))
@@ -421,13 +421,13 @@ def test_batch_of_fewer_rows_than_replicas(fit: Fit) -> None:
         ({"class_weight": {"a": 1.0}}, "`class_weight` must map classes"),
     ],
 )
-def test_invalid_arguments(fit: Fit, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(fit: Fit, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(rk.OptionError, match=message):
         fit(build(), X, Y, **options)
     assert not list(tmp_path.iterdir())
 
 
-def test_other_keys_of_x_are_left_out(fit: Fit) -> None:
+def test_unused_keys_of_x_are_ignored(fit: Fit) -> None:
     expected = fit(build(), {"features": X}, Y).history
     with pytest.warns(UserWarning, match="got other as well, which the model ignores. Inputs: features"):
         assert fit(build(), {"features": X, "other": W}, Y).history == expected
@@ -436,13 +436,13 @@ def test_other_keys_of_x_are_left_out(fit: Fit) -> None:
         assert fit(build(), data, shuffle=False).epoch == [0]
 
 
-def test_bfloat16_tensors(fit: Fit) -> None:
+def test_bfloat16_tensors_train_as_float32(fit: Fit) -> None:
     x = tf.cast(X, tf.bfloat16)
     assert fit(build(), x, Y).history == fit(build(), tf.cast(x, tf.float32), Y).history
 
 
-@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 2, "initial_epoch": 2}], ids=["no", "past"])
-def test_no_epochs_train_nothing(fit: Fit, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"epochs": 2, "initial_epoch": 2}], ids=["zero", "past"])
+def test_zero_epochs_train_nothing(fit: Fit, options: dict[str, Any], tmp_path: Path) -> None:
     called: list[str] = []
 
     class Recorder(keras.callbacks.Callback):
@@ -463,7 +463,7 @@ def test_no_epochs_train_nothing(fit: Fit, options: dict[str, Any], tmp_path: Pa
     assert fit(build(), X, Y, run=run, epochs=3).epoch == list(range(options.get("initial_epoch", 0), 3))
 
 
-def test_validation_data_as_a_list(fit: Fit) -> None:
+def test_validation_data_may_be_a_list(fit: Fit) -> None:
     expected = fit(build(), X, Y, validation_data=(X[:29], Y[:29])).history
     assert fit(build(), X, Y, validation_data=[X[:29], Y[:29]]).history == expected
 
@@ -490,12 +490,12 @@ def uncompiled() -> keras.Model:
         (lambda: 3, (X, Y), "must be a keras.Model"),
     ],
 )
-def test_model_must_fit_data(fit: Fit, make: Any, data: Any, message: str) -> None:
+def test_model_must_match_data(fit: Fit, make: Any, data: Any, message: str) -> None:
     with pytest.raises(rk.ModelError, match=message):
         fit(make, *data)
 
 
-def test_missing_tf_keras_says_what_to_install(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tf_keras_error_names_extra(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", "1")
     monkeypatch.setitem(sys.modules, "tf_keras", None)
     with pytest.raises(rk.ModelError, match=r"has no tf_keras\. Install `raykeras\[legacy\]`"):
@@ -534,7 +534,9 @@ def test_user_exception_keeps_user_traceback(fit: Fit, make: Any, callbacks: lis
     assert len(error.user_traceback.splitlines()) < 12
 
 
-def test_transform_module_missing_on_workers(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transform_module_missing_on_workers_is_reported(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "only_here.py").write_text("def unchanged(columns):\n    return columns\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     unchanged = importlib.import_module("only_here").unchanged

@@ -1,9 +1,9 @@
 """The Keras guide "Training & evaluation with the built-in methods", section by section.
 
-Each example trains once in plain Keras, and through raykeras on one worker and on two over the same batches; the
-numbers agree. Classes and functions are defined as in the guide, without registration. The guide's callbacks are in
-`test_callbacks.py`. Unless pytest is called with `--exhaustive`, examples in which only data or weights differ train
-on two workers alone, and tf_keras on two replicas of one worker.
+Each example trains on the same batches in plain Keras and through raykeras, on one worker and on two, and the results
+are compared. Classes and functions are defined as in the guide, without registration. The guide's callbacks are in
+`test_callbacks.py`. Unless pytest is run with `--exhaustive`, examples that differ only in data or weights train on two
+workers only, and tf_keras trains on two replicas of one worker.
 https://keras.io/guides/training_with_built_in_methods
 """
 
@@ -42,7 +42,7 @@ Models = Mapping[rk.Scale, Any]
 
 
 def uncompiled(keras: Any, *, logits: bool = False, between: Any = None) -> Any:
-    """The guide's first model, made small, with an optional layer between its two."""
+    """Return a small version of the guide's first model, with an optional layer between its two layers."""
     inputs = keras.Input((8,), name="digits")
     hidden = keras.layers.Dense(6, activation="relu", name="dense_1")(inputs)
     hidden = hidden if between is None else between(hidden)
@@ -64,7 +64,7 @@ def compiled(keras: Any, **options: Any) -> Make:
 
 
 def seeded(keras: Any, make: Make) -> Any:
-    keras.backend.clear_session()  # layer names count up otherwise
+    keras.backend.clear_session()  # resets the counters in layer names
     keras.utils.set_random_seed(0)
     return make()
 
@@ -79,8 +79,8 @@ class Example:
 
     Args:
         package: "keras" or "tf_keras".
-        folder: For runs.
-        scales: To train at.
+        folder: Folder for runs.
+        scales: Scales to train at.
     """
 
     def __init__(self, package: str, folder: Path, scales: Sequence[rk.Scale]) -> None:
@@ -107,10 +107,10 @@ class Example:
             models: Model by scale.
             oracle: Model for plain Keras.
             data: Positional arguments of `fit`; functions create them for each fit.
-            plain_data: The oracle's data, where plain Keras takes another form of it.
-            plain_options: Options in which the oracle's differ.
+            plain_data: The oracle's data, if plain Keras takes another form of it.
+            plain_options: Options that differ for the oracle.
             not_on_several: Metrics that differ on several replicas.
-            options: Of `fit`.
+            options: Options of `fit`.
         """
         options = {"epochs": 2, "shuffle": False, "verbose": 0, **options}
         if not hasattr(data[0], "element_spec") and "batch_size" not in options and not plain_data:
@@ -425,7 +425,7 @@ def test_sample_weight_arrays_and_mask(example: Example) -> None:
 @FEWER_SCALES
 def test_class_weight_times_sample_weight(example: Example) -> None:
     weights = {0: 1.0, 1: 0.5, 2: 2.0}
-    # Keras 3 itself refuses the two together
+    # plain Keras 3 does not accept both together
     both = {"sample_weight": WEIGHT * np.vectorize(weights.get)(Y), "class_weight": None}
     make = compiled(example.keras)
     example.trains(make, X, Y, sample_weight=WEIGHT, class_weight=weights, plain_options=both)
@@ -519,7 +519,7 @@ def test_sample_weight_by_output(example: Example) -> None:
     other = WEIGHT[::-1].copy()
     x, y = {"img_input": IMAGES, "ts_input": SERIES}, {"score_output": SCORE, "class_output": CLASS}
     weights = {"class_output": other, "score_output": WEIGHT}
-    # Keras 3 itself takes the weights of a list of outputs as a list only
+    # plain Keras 3 accepts the weights of a list of outputs only as a list
     plain = {"plain_data": (x, [SCORE, CLASS]), "plain_options": {"sample_weight": [WEIGHT, other]}}
     example.trains(two_inputs(example.package), x, y, sample_weight=weights, batch_size=BATCH, **plain)
 

@@ -1,4 +1,4 @@
-"""A tf.data.Dataset of a Python iterator: elements, ends, failures, memory."""
+"""A tf.data.Dataset made from a Python iterator: elements, ends, failures and memory."""
 
 from __future__ import annotations
 

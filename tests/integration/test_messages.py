@@ -1,4 +1,4 @@
-"""Wrong calls are answered by a message of a few lines, of which the last says what to do."""
+"""Wrong calls raise a message of a few lines, the last of which says what to do."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ Call = Callable[[str, dict[str, Any]], Any]
 CALLS: dict[str, Call] = {
     "model not compiled": lambda path, run: rk.fit(build(loss=None), X, Y, **run),
     "label out of range": lambda path, run: rk.fit(build(), X, Y + 2, **run),
-    "label of a file out of range": lambda path, run: rk.fit(
+    "label in a file out of range": lambda path, run: rk.fit(
         build(), rk.parquet(path, x=NAMES, y="shifted", cache=None), **run
     ),
     "text in a numeric input": lambda path, run: rk.fit(build(), X.astype(str), Y, **run),
     "text among numeric columns": lambda path, run: rk.fit(
         build(), rk.parquet(path, x=["f0", "city"], y="label"), **run
     ),
-    "other shape": lambda path, run: rk.fit(build(), X[:, :5], Y, **run),
-    "other shape of the validation data": lambda path, run: rk.fit(build(), X, Y, validation_data=(X[:, :5], Y), **run),
+    "wrong shape": lambda path, run: rk.fit(build(), X[:, :5], Y, **run),
+    "wrong shape of the validation data": lambda path, run: rk.fit(build(), X, Y, validation_data=(X[:, :5], Y), **run),
     "no such column": lambda path, run: rk.fit(build(), rk.parquet(path, x=[*NAMES[:7], "f8"], y="label"), **run),
     "nulls": lambda path, run: rk.fit(build(), rk.parquet(path, x=NAMES, y="partly"), **run),
     "no such output": lambda path, run: rk.fit(build(), X, {"lable": Y}, **run),
@@ -86,7 +86,7 @@ CALLS: dict[str, Call] = {
     "failing callback": lambda path, run: rk.fit(build(), X, Y, callbacks=[Raises()], **run),
     "failing loss": lambda path, run: rk.fit(build(loss=failing_loss), X, Y, **run),
     "infinite weight": lambda path, run: rk.fit(build(), X, Y, sample_weight=np.full(75, np.inf), **run),
-    "path in place of a source": lambda path, run: rk.fit(build(), str(Path(path).parent), **run),
+    "path instead of a source": lambda path, run: rk.fit(build(), str(Path(path).parent), **run),
     "number as scale": lambda path, run: rk.fit(build(), X, Y, **{**run, "scale": 2}),
     "text as run": lambda path, run: rk.fit(build(), X, Y, **{**run, "run": "first"}),
     "misspelled monitor": lambda path, run: rk.fit(
@@ -95,7 +95,7 @@ CALLS: dict[str, Call] = {
     "storage that cannot be written": lambda path, run: rk.fit(
         build(), X, Y, **{**run, "run": rk.Run(storage="/proc/runs")}
     ),
-    "batch of no rows": lambda path, run: rk.fit(build(), X, Y, batch_size=0, **run),
+    "batch size of zero": lambda path, run: rk.fit(build(), X, Y, batch_size=0, **run),
     "no such model file": lambda path, run: rk.evaluate("/nowhere/model.keras", X, Y, scale=run["scale"]),
     "fewer labels than rows": lambda path, run: rk.fit(build(), X, Y[:70], **run),
     "infinite class": lambda path, run: rk.fit(build(), X, np.full(75, np.inf), class_weight={1: 2.0}, **run),
@@ -103,9 +103,9 @@ CALLS: dict[str, Call] = {
 ON_TWO_WORKERS = [
     "model not compiled",
     "label out of range",
-    "label of a file out of range",
+    "label in a file out of range",
     "text in a numeric input",
-    "other shape of the validation data",
+    "wrong shape of the validation data",
     "no such output",
     "failing transform",
     "objects from a transform",
@@ -130,7 +130,9 @@ def shown(call: Call, path: str, run: dict[str, Any], capfd: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_call_in_one_process(name: str, table: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_call_in_one_process_has_short_message(
+    name: str, table: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = {"scale": rk.Scale(), "run": rk.Run(storage=str(tmp_path)), "verbose": 0}
     lines = shown(CALLS[name], table, run, capfd)
     print(*lines, sep="\n")
@@ -139,7 +141,7 @@ def test_wrong_call_in_one_process(name: str, table: str, tmp_path: Path, capfd:
 
 
 @pytest.mark.parametrize("name", ON_TWO_WORKERS)
-def test_wrong_call_on_two_workers(
+def test_wrong_call_on_two_workers_has_short_message(
     name: str, table: str, kept_workers: KeptWorkers, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = {"scale": TWO, "run": rk.Run(storage=str(tmp_path)), "verbose": 0}

@@ -1,4 +1,4 @@
-"""A compiled model of any kind trains in place on two replicas of this process, and stays the user's own."""
+"""Any compiled model trains in place on two replicas of this process and remains an ordinary model."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def build() -> Any:
 def assert_is_plain(model: Any) -> None:
     assert type(model.distribute_strategy).__name__ == "_DefaultDistributionStrategy"
     for variable in [*model.variables, *model.optimizer.variables]:
-        assert not hasattr(variable.value, "values"), variable.path  # of each replica
+        assert not hasattr(variable.value, "values"), variable.path  # one value per replica
 
 
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_unserializable_instance_matches_keras(is_trained: bool, tmp_path: Path) -> None:
     mine, plain = build(), build()
     run = rk.Run(storage=str(tmp_path))
-    if is_trained:  # so that its optimizer has variables
+    if is_trained:  # then its optimizer has variables
         for model in (mine, plain):
             model.fit(X, Y, **OPTIONS)
     before = [variable.value for variable in mine.variables]
@@ -64,12 +64,12 @@ def test_unserializable_instance_matches_keras(is_trained: bool, tmp_path: Path)
     values = rk.evaluate(mine, X, Y, batch_size=BATCH, scale=TWO_REPLICAS)
     assert values == pytest.approx(plain.evaluate(X, Y, batch_size=BATCH, verbose=0, return_dict=True), rel=1e-5)
     assert_is_plain(mine)
-    for model in (mine, plain):  # which go on in Keras with their optimizers
+    for model in (mine, plain):  # continue in plain Keras with their optimizers
         model.fit(X, Y, **OPTIONS)
     assert_same_weights(mine, plain)
 
 
-def test_failed_training_gives_model_back(tmp_path: Path) -> None:
+def test_failed_training_restores_model(tmp_path: Path) -> None:
     class Fails(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             if batch == 1:

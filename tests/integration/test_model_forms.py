@@ -1,4 +1,4 @@
-"""Models and metrics that plain Keras trains: not serialisable, not built, with several values in a metric."""
+"""Unusual models and metrics that plain Keras trains: not serialisable, not built, metrics with several values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plain_fit(package: str, build: Callable[[], Any], *data: Any, **options: Any
 
 
 def vae(package: str) -> Callable[[], Any]:
-    """A model made of two others, with a step of its own and without `get_config`."""
+    """Return a function that builds a model of two others, with a custom train step and without `get_config`."""
 
     def build() -> Any:
         keras = importlib.import_module(package)
@@ -70,7 +70,7 @@ def vae(package: str) -> Callable[[], Any]:
 
 
 def with_function(package: str) -> Callable[[], Any]:
-    """A model with a layer that is given a function and has no `get_config`."""
+    """Return a function that builds a model with a layer that takes a function and has no `get_config`."""
 
     def build() -> Any:
         keras = importlib.import_module(package)
@@ -93,7 +93,7 @@ def with_function(package: str) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize(
-    ("make", "data", "package"),  # tf_keras serialises the first, though it could not load it
+    ("make", "data", "package"),  # tf_keras serialises the first, although it cannot load it
     [(vae, (X,), "keras"), (with_function, (X, Y), "keras"), (with_function, (X, Y), "tf_keras")],
     ids=["vae", "function", "function-tf_keras"],
 )
@@ -132,13 +132,13 @@ def test_model_without_call_is_trained_in_place(package: str, tmp_path: Path) ->
 
 
 @PACKAGES
-def test_unweighed_step_is_refused_on_several_replicas(package: str, tmp_path: Path) -> None:
+def test_step_without_compute_loss_is_refused_on_several_replicas(package: str, tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match=r"must compute its loss with `self\.compute_loss"):
         rk.fit(vae(package), X, **OPTIONS, scale=SCALES["1x2"], run=rk.Run(storage=str(tmp_path)))
 
 
 @PACKAGES
-def test_unserializable_instance_cannot_travel(package: str, tmp_path: Path) -> None:
+def test_unserializable_instance_is_refused_on_workers(package: str, tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match="pass a function that builds and compiles the model"):
         rk.fit(vae(package)(), X, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
 
@@ -167,7 +167,7 @@ def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: KeptWo
 @PACKAGES
 @pytest.mark.tf_keras_on_replicas
 @pytest.mark.usefixtures("two_workers")
-def test_metric_with_a_value_per_class(package: str, several: rk.Scale, tmp_path: Path) -> None:
+def test_metric_with_a_value_per_class_matches_keras(package: str, several: rk.Scale, tmp_path: Path) -> None:
     def build() -> Any:
         keras = importlib.import_module(package)
         model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(3, activation="softmax")])
@@ -199,7 +199,7 @@ def test_metric_with_a_value_per_class(package: str, several: rk.Scale, tmp_path
 
 
 @PACKAGES
-def test_vector_in_logs_of_custom_step(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_vector_in_logs_of_custom_step_matches_keras(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
     def build() -> Any:
         keras = importlib.import_module(package)
 
@@ -223,8 +223,8 @@ def test_vector_in_logs_of_custom_step(package: str, kept_workers: KeptWorkers, 
 
 
 @PACKAGES
-def test_fit_that_adds_callbacks(package: str, tmp_path: Path) -> None:
-    """Trackers patch `Model.fit` so, too; the run goes on in the middle of an epoch all the same."""
+def test_overridden_fit_may_add_callbacks(package: str, tmp_path: Path) -> None:
+    """Experiment trackers patch `Model.fit` like this; the run must still resume mid-epoch."""
     keras = importlib.import_module(package)
     batches: list[int] = []
 
@@ -258,7 +258,7 @@ def test_fit_that_adds_callbacks(package: str, tmp_path: Path) -> None:
 
 @PACKAGES
 @pytest.mark.parametrize("own", ["ignore_class", "train_step", "compute_loss"])
-def test_labels_beyond_the_classes_that_keras_takes(own: str, package: str, tmp_path: Path) -> None:
+def test_labels_out_of_range_are_allowed_where_keras_allows_them(own: str, package: str, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
 
     class Model(keras.Model):  # type: ignore[misc]
@@ -306,7 +306,7 @@ def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, 
     assert os.path.exists(marker)
 
 
-def test_unsafe_deserialization_of_keras_is_respected(tmp_path: Path) -> None:
+def test_keras_setting_of_unsafe_deserialization_is_respected(tmp_path: Path) -> None:
     import keras
     from keras.src.saving.serialization_lib import SafeModeScope
 
@@ -320,7 +320,7 @@ def test_unsafe_deserialization_of_keras_is_respected(tmp_path: Path) -> None:
 
 
 def test_model_file_of_older_format_is_refused(tmp_path: Path) -> None:
-    """tf_keras would read HDF5 whatever the file's name is, and run the code in it."""
+    """tf_keras would read HDF5 regardless of the file name, and run the code in it."""
     import tf_keras
 
     from raykeras.checkpoint.model_io import ModelFile
@@ -331,5 +331,5 @@ def test_model_file_of_older_format_is_refused(tmp_path: Path) -> None:
     os.rename(tmp_path / "model.h5", tmp_path / "model.keras")
     with pytest.raises(rk.CheckpointError, match=r"must be a `\.keras` file"):
         rk.predict(str(tmp_path / "model.keras"), X)
-    with pytest.raises(rk.ModelError, match="It is not a zip archive"):  # replaced after it was looked at
+    with pytest.raises(rk.ModelError, match="It is not a zip archive"):  # replaced after it was checked
         ModelFile(str(tmp_path / "model.keras"), KerasAPI("tf_keras"), safe_mode=True)()

@@ -1,4 +1,4 @@
-"""What `predict` writes: complete, or recognisable as incomplete."""
+"""Output of `predict` is complete or marked as incomplete."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NUM_PARTS, ROWS = 5, 10
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Does not pause between attempts."""
+def fail_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not pause between attempts; limit s3fs to one attempt."""
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     monkeypatch.setattr(storage_errors, "READ_PAUSES_S", (0.0, 0.0))
 
@@ -45,7 +45,7 @@ def num_rows(url: str) -> int:
     return int(rk.parquet(url, x="prediction").open().unit_rows.sum())
 
 
-def test_complete_output(bucket: str, tmp_path: Path) -> None:
+def test_complete_output_has_success_marker(bucket: str, tmp_path: Path) -> None:
     for path in (f"{bucket}/out", str(tmp_path / "out")):
         output = open_output(path)
         output.write(tables())
@@ -59,7 +59,7 @@ def test_complete_output(bucket: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["unavailable", "dropped", "applied"])
 @pytest.mark.parametrize("name", ["part-000002", SUCCESS, INCOMPLETE])
-def test_temporary_failure_is_bridged(bucket: str, s3_server: S3, fault: str, name: str) -> None:
+def test_temporary_failure_is_retried(bucket: str, s3_server: S3, fault: str, name: str) -> None:
     with s3_server.failing(fault, path=f"out/{name}", last=2) as failing:
         open_output(f"{bucket}/out").write(tables())
     assert failing.num_requests > 2
@@ -86,8 +86,8 @@ def test_incomplete_output_is_marked_refused_and_replaced(
     assert num_rows(url) == 2 * ROWS
 
 
-def test_output_is_complete_once_success_is_there(bucket: str, s3_server: S3) -> None:
-    """The marker could not be removed."""
+def test_output_with_success_marker_is_complete(bucket: str, s3_server: S3) -> None:
+    """Even if the marker of incomplete output could not be removed."""
     url = f"{bucket}/out"
     with s3_server.failing("denied", method="DELETE"):
         open_output(url).write(tables())
@@ -97,7 +97,7 @@ def test_output_is_complete_once_success_is_there(bucket: str, s3_server: S3) ->
         open_output(url)
 
 
-def test_foreign_files_are_never_replaced(bucket: str) -> None:
+def test_other_files_are_never_replaced(bucket: str) -> None:
     fs, folder = fsspec.core.url_to_fs(f"{bucket}/out", use_listings_cache=False)
     for present in (["notes.txt"], ["part-000000.parquet"], [INCOMPLETE, "notes.txt"], [INCOMPLETE, SUCCESS]):
         for name in present:
@@ -120,7 +120,7 @@ def test_failed_prediction_leaves_nothing(bucket: str, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_second_call_to_one_output_is_detected(bucket: str) -> None:
+def test_concurrent_call_with_same_output_is_detected(bucket: str) -> None:
     url = f"{bucket}/out"
 
     def interrupted() -> Iterator[pa.Table]:
@@ -131,7 +131,7 @@ def test_second_call_to_one_output_is_detected(bucket: str) -> None:
         open_output(url).write(interrupted())
 
 
-def test_parts_are_hidden_until_a_local_folder_is_complete(tmp_path: Path) -> None:
+def test_local_parts_are_hidden_until_output_is_complete(tmp_path: Path) -> None:
     pq.write_table(next(tables()), tmp_path / "a.parquet")
 
     def watched() -> Iterator[pa.Table]:

@@ -1,4 +1,4 @@
-"""Loading of pipeline files, their parameters, and errors."""
+"""Loading pipeline files: parameters and errors."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_pipeline_functions_pickle_by_value(path: Path) -> None:
         ({"data": "d", "deep": "maybe"}, "`deep` of the pipeline must be bool"),
     ],
 )
-def test_invalid_parameters(path: Path, parameters: dict[str, str], message: str) -> None:
+def test_invalid_parameters_are_refused(path: Path, parameters: dict[str, str], message: str) -> None:
     with pytest.raises(rk.OptionError, match=message):
         load_pipeline(path, parameters)
 
 
-def test_invalid_pipeline_files(path: Path, tmp_path: Path) -> None:
+def test_invalid_pipeline_files_are_refused(path: Path, tmp_path: Path) -> None:
     with pytest.raises(rk.OptionError, match=r"there is no .*my_digit\.py.* Did you mean .*my_digits\.py"):
         load_pipeline(tmp_path / "my_digit.py")
     (tmp_path / "empty.py").write_text("")

@@ -21,7 +21,7 @@ MULTI_IO, IMBALANCED = ROOT / "pipelines" / "multi_io.py", ROOT / "pipelines" / 
 
 
 class Watchdog(keras.callbacks.Callback):
-    """A user's callback, without registration."""
+    """A user-defined callback without registration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Watchdog(keras.callbacks.Callback):
 
 
 def fitted(loaded: rk.Pipeline, storage: Path) -> rk.Result:
-    """Fit as the pipeline says, but in the order of its files and with another callback."""
+    """Fit as the pipeline defines, but without shuffling and with another callback."""
     watch = Watchdog()
     options: dict[str, Any] = {"validation_data": loaded.validation, **loaded.fit, "shuffle": False, "verbose": 0}
     options["callbacks"] = [*options.get("callbacks", ()), watch]
@@ -66,7 +66,7 @@ def test_multi_io_matches_keras(tmp_path: Path) -> None:
         image = table["image"].combine_chunks().to_numpy_ndarray().astype(np.float32) / 255
         score, label, *weights = numpy(table, "score", "class", "score_weight", "class_weight")
         x = {"img_input": image, "ts_input": series}
-        return x, [score, keras.utils.to_categorical(label, 5)], weights  # Keras 3 takes these weights as a list only
+        return x, [score, keras.utils.to_categorical(label, 5)], weights  # Keras 3 accepts these weights only as a list
 
     x, y, weights = arrays("train")
     expected = plain_fit(loaded, x, y, sample_weight=weights, validation_data=arrays("test"))
@@ -83,7 +83,7 @@ def test_imbalanced_matches_keras(tmp_path: Path) -> None:
     assert 0.04 < dead.mean() < 0.05
     num_train = int(len(x) * 0.8)
     class_weight = loaded.fit["class_weight"]
-    # Keras itself refuses the two together
+    # plain Keras does not accept both together
     both = weight * np.where(dead == 1, class_weight[1], class_weight[0]).astype(np.float32)
     validation = tuple(array[num_train:] for array in (x, dead, weight))
     (stopping,), (plain_stopping,) = loaded.fit["callbacks"], again.fit["callbacks"]

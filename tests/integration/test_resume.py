@@ -41,11 +41,11 @@ Point = tuple[int, int | None]
 
 
 class Crash(Exception):
-    """Ends a training in this process."""
+    """Ends training in this process."""
 
 
 def crash(package: str, point: Point) -> Any:
-    """A callback that raises after a step, or at an epoch's end."""
+    """Return a callback that raises after a step, or at the end of an epoch."""
 
     class Crashes(importlib.import_module(package).callbacks.Callback):  # type: ignore[misc]
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -94,8 +94,10 @@ def crashed_and_undisturbed(
 
 
 @PACKAGES
-@pytest.mark.parametrize("steps_per_execution", [1, 2])  # two do not divide an epoch's five
-def test_steps_per_execution_and_validation_freq(package: str, steps_per_execution: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps_per_execution", [1, 2])  # two does not divide the five steps of an epoch
+def test_run_resumes_with_steps_per_execution_and_validation_freq(
+    package: str, steps_per_execution: int, tmp_path: Path
+) -> None:
     last = 5 if steps_per_execution == 2 and package == "keras" else 4  # Keras 3 counts whole executions
     result, expected, calls, expected_calls = crashed_and_undisturbed(
         tmp_path,
@@ -109,7 +111,7 @@ def test_steps_per_execution_and_validation_freq(package: str, steps_per_executi
     assert calls == expected_calls
 
 
-def test_steps_per_execution_on_two_replicas(tmp_path: Path) -> None:
+def test_run_resumes_with_steps_per_execution_on_two_replicas(tmp_path: Path) -> None:
     result, expected, calls, expected_calls = crashed_and_undisturbed(
         tmp_path,
         "keras",
@@ -125,15 +127,15 @@ def test_steps_per_execution_on_two_replicas(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:In Keras 3 an epoch ends:UserWarning")
-# each of the three with both values of the others once: what can go wrong concerns one or two of them
+# covers every pair of values of the three parameters
 @pytest.mark.parametrize(
     ("package", "steps_per_epoch", "steps_per_execution"),
     [("keras", 3, 1), ("keras", 7, 2), ("tf_keras", 3, 2), ("tf_keras", 7, 1)],
 )
-def test_steps_per_epoch_does_not_divide_pass(
+def test_run_resumes_if_steps_per_epoch_does_not_divide_pass(
     package: str, steps_per_epoch: int, steps_per_execution: int, tmp_path: Path
 ) -> None:
-    """A pass has five steps; an epoch of Keras 3 ends with it, one of tf_keras goes on in the next."""
+    """A pass has five steps. In Keras 3 an epoch ends with it; in tf_keras it continues in the next pass."""
     result, expected, calls, expected_calls = crashed_and_undisturbed(
         tmp_path,
         package,
@@ -184,11 +186,11 @@ def generator() -> Any:
         (sequence, 3, [(1, 2), (1, None)]),
         (dataset, None, [(1, 2), (1, None)]),
         (dataset, 3, [(1, 2), (1, None)]),
-        (dataset_of_unknown_length, 3, [(0, 1), (1, 1), (2, 0)]),  # the second of them ends with the data
+        (dataset_of_unknown_length, 3, [(0, 1), (1, 1), (2, 0)]),  # the second epoch ends with the data
         (generator, 4, [(1, 2), (1, None)]),
     ],
 )
-def test_user_batches(data: Any, steps: int | None, points: list[Point], tmp_path: Path) -> None:
+def test_run_resumes_with_user_batches(data: Any, steps: int | None, points: list[Point], tmp_path: Path) -> None:
     result, expected, calls, expected_calls = crashed_and_undisturbed(
         tmp_path, "keras", build, points, data=data, batch_size=None, steps_per_epoch=steps
     )
@@ -197,13 +199,13 @@ def test_user_batches(data: Any, steps: int | None, points: list[Point], tmp_pat
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_checkpoints_by_time(workers: int, two_workers: None, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_by_time(workers: int, two_workers: None, tmp_path: Path) -> None:
     seen: list[rk.Event] = []
     options = {"scale": rk.Scale(workers=workers), "dropout": 0, "on_event": seen.append}
     run = {"checkpoint_every": "0.2s", "keep": 100}
     result = fit(str(tmp_path), "timed", [slow(0.1)], run=run, **options)
     saved = [event.step for event in seen if isinstance(event, rk.CheckpointSaved)]
-    assert any(saved)  # some of them in mid-epoch
+    assert any(saved)  # some of them mid-epoch
     assert_same(result, fit(str(tmp_path), "undisturbed", dropout=0), rtol=1e-5)
 
 
@@ -228,7 +230,7 @@ def test_finished_run_is_extended(tmp_path: Path) -> None:
     assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), undisturbed)  # no epoch is left
 
 
-def test_early_stopping_ends_a_run_for_good(tmp_path: Path) -> None:
+def test_run_ended_by_early_stopping_is_not_continued(tmp_path: Path) -> None:
     stopped = fit(str(tmp_path), "stopped", steering(), epochs=30)
     assert len(stopped.epoch) < 30
     assert_same(fit(str(tmp_path), "stopped", steering(), epochs=30), stopped)
@@ -262,7 +264,7 @@ def fit_for_two_epochs(
 
 @pytest.fixture(scope="module")
 def first_epoch(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
-    """The storage of a run of one epoch, and its weights."""
+    """Return the storage of a run of one epoch, and its weights."""
     storage = tmp_path_factory.mktemp("first_epoch")
     return storage, fit_for_two_epochs(storage, epochs=1).model().get_weights()
 
@@ -295,7 +297,7 @@ def test_changed_arguments_are_refused(
     assert any(not np.array_equal(a, b) for a, b in zip(again.model().get_weights(), weights, strict=True))
 
 
-def test_changed_metrics_are_refused_within_an_epoch(tmp_path: Path) -> None:
+def test_changed_metrics_are_refused_mid_epoch(tmp_path: Path) -> None:
     def fit_with(metrics: list[str], *callbacks: Any) -> rk.Result:
         def make() -> Any:
             model = build()
@@ -381,7 +383,7 @@ def test_signal_saves_and_run_resumes(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_signal_before_first_step_leaves_at_once(number: signal.Signals, tmp_path: Path) -> None:
+def test_signal_before_first_step_stops_at_once(number: signal.Signals, tmp_path: Path) -> None:
     steps = []
 
     class Interrupts(keras.callbacks.Callback):

@@ -1,4 +1,4 @@
-"""The log of a run: it goes on in an earlier one, and a run does not fail because of it."""
+"""The log of a run continues an earlier one, and its failures do not fail the run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HISTORY = "epoch,loss,val_loss\r\n0,0.5,0.6\r\n1,0.4,\r\n"
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of temporary folders. Pauses are short, and s3fs makes one attempt."""
+    """Return the folder for temporary folders; shorten pauses, and limit s3fs to one attempt."""
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     monkeypatch.setattr(event_log, "_PAUSES_S", (0.01,))
     monkeypatch.setattr(event_log, "LAST_WAIT_S", 1.0)
@@ -62,7 +62,7 @@ def written(folder: str) -> tuple[list[str], list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("storage", ["local", "s3"])
-def test_log_continues_an_earlier_one(storage: str, bucket: str, tmp_path: Path, temporary: Path) -> None:
+def test_log_continues_earlier_log(storage: str, bucket: str, tmp_path: Path, temporary: Path) -> None:
     folder = RunFolder(f"{bucket}/run" if storage == "s3" else str(tmp_path / "run"))
     folder.make()
     log_epochs(folder, 0, 1)
@@ -75,7 +75,7 @@ def test_log_continues_an_earlier_one(storage: str, bucket: str, tmp_path: Path,
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "dropped", "applied"])
-def test_temporary_failure_of_upload_is_repeated(fault: str, bucket: str, s3_server: S3, temporary: Path) -> None:
+def test_upload_is_retried_after_temporary_failure(fault: str, bucket: str, s3_server: S3, temporary: Path) -> None:
     with s3_server.failing(fault, method="PUT", path="events.jsonl", last=3) as failing, warnings.catch_warnings():
         warnings.simplefilter("error")
         log_epochs(RunFolder(f"{bucket}/run"), 0)
@@ -85,7 +85,7 @@ def test_temporary_failure_of_upload_is_repeated(fault: str, bucket: str, s3_ser
 
 
 @pytest.mark.parametrize("fault", ["denied", "unavailable"])
-def test_log_is_kept_where_it_cannot_be_uploaded(fault: str, bucket: str, s3_server: S3, temporary: Path) -> None:
+def test_log_is_kept_locally_if_upload_fails(fault: str, bucket: str, s3_server: S3, temporary: Path) -> None:
     with s3_server.failing(fault, method="PUT", path="events.jsonl"), pytest.warns(UserWarning) as warned:
         log_epochs(RunFolder(f"{bucket}/run"), 0, 1)
     (name,) = os.listdir(temporary)
@@ -94,7 +94,7 @@ def test_log_is_kept_where_it_cannot_be_uploaded(fault: str, bucket: str, s3_ser
     assert written(str(temporary / name))[0] == ["RunStarted", "EpochEnded", "EpochEnded", "RunEnded"]
 
 
-def test_full_disk_does_not_fail_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_does_not_fail_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -114,9 +114,9 @@ def test_full_disk_does_not_fail_a_run(tmp_path: Path, monkeypatch: pytest.Monke
         ("\0\x80\xff,\0", ["7"]),
         ('"' + "x" * 200_000, ["7"]),
     ],
-    ids=["whole", "cut off", "bad rows", "no epoch", "empty", "no text", "no end"],
+    ids=["complete", "truncated", "bad rows", "no epoch", "empty", "binary", "unterminated"],
 )
-def test_rows_of_a_malformed_history_are_dropped(text: str, epochs: list[str], tmp_path: Path) -> None:
+def test_malformed_history_rows_are_dropped(text: str, epochs: list[str], tmp_path: Path) -> None:
     (tmp_path / "history.csv").write_bytes(text.encode("latin-1"))
     log_epochs(RunFolder(str(tmp_path)), 7)
     assert [row["epoch"] for row in written(str(tmp_path))[1]] == epochs
@@ -125,7 +125,7 @@ def test_rows_of_a_malformed_history_are_dropped(text: str, epochs: list[str], t
 @pytest.mark.parametrize(
     "data", [b'{"event": "RunEnded"}\n', b'{"event": "RunEnded"}\n{"event": "Ep', b'{"event"', b"\0" * 9, b""]
 )
-def test_line_that_was_cut_off_is_dropped(data: bytes, tmp_path: Path) -> None:
+def test_truncated_event_is_dropped(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_bytes(data)
     log_epochs(RunFolder(str(tmp_path)), 0)
     assert written(str(tmp_path))[0] == ["RunEnded"] * data.count(b"\n") + ["RunStarted", "EpochEnded", "RunEnded"]

@@ -1,4 +1,4 @@
-"""Source, storage, artifacts and predictions on S3, some of whose requests fail."""
+"""Sources, storage, artifacts and predictions on S3 while some requests fail."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_two_workers_match_keras_while_requests_fail(bucket: str, source: rk.Sou
     np.testing.assert_allclose(predicted, model.predict(X, verbose=0), atol=1e-5)
 
 
-def test_incomplete_predictions_are_no_source(
+def test_incomplete_predictions_are_refused_as_source(
     bucket: str, source: rk.Source, s3_server: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage_errors, "READ_PAUSES_S", (0.0,))
@@ -111,7 +111,7 @@ def test_incomplete_predictions_are_no_source(
     assert rk.parquet(output, x="prediction").open().unit_rows.sum() == ROWS
 
 
-def test_log_that_cannot_be_uploaded_masks_nothing(bucket: str, s3_server: S3) -> None:
+def test_failed_log_upload_hides_neither_result_nor_error(bucket: str, s3_server: S3) -> None:
     class Fails(keras.callbacks.Callback):  # type: ignore[misc]
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             raise LookupError("in the callback")

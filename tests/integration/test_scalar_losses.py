@@ -37,7 +37,7 @@ def spread(y_true: Any, y_pred: Any) -> Any:
 
 
 def pairs(y_true: Any, y_pred: Any) -> Any:
-    """Every label with every prediction, as by broadcasting or in a contrastive loss."""
+    """Compare every label with every prediction, as by broadcasting or in a contrastive loss."""
     return tf.reduce_mean(tf.square(y_true - tf.transpose(y_pred)) ** 2)
 
 
@@ -49,7 +49,7 @@ def builder(
     hidden: dict[str, Any] | None = None,
     **compiled: Any,
 ) -> Any:
-    """Return a function that builds a small regression, whose middle layer may add to the loss."""
+    """Return a function that builds a small regression model whose middle layer may add a loss."""
 
     def build() -> Any:
         keras = importlib.import_module(package)
@@ -83,7 +83,7 @@ def assert_matches_keras(build: Callable[[], Any], package: str, folder: Path, *
     assert_same_training(rk.fit(build, *data, **options, scale=scale, run=run), expected, model)
 
 
-# of each grid the cases in which another mistake would show; the rest with `--exhaustive`
+# cases whose errors the rest of the grid would also reveal; run with `--exhaustive`
 REST = pytest.mark.exhaustive
 
 
@@ -97,20 +97,20 @@ REST = pytest.mark.exhaustive
         pytest.param(scalar_sum, None, id="sum", marks=REST),
     ],
 )
-def test_scalar_loss(package: str, loss: Any, weights: Any, tmp_path: Path) -> None:
+def test_scalar_loss_matches_keras(package: str, loss: Any, weights: Any, tmp_path: Path) -> None:
     build = builder(package, loss=loss, optimizer="adam")
     assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=weights)
 
 
 @PACKAGES
-def test_scalar_losses_of_batch_of_one_row(package: str, tmp_path: Path) -> None:
+def test_scalar_losses_of_batch_of_one_row_match_keras(package: str, tmp_path: Path) -> None:
     build = builder(package, loss=scalar_mean, added="both")
     assert_matches_keras(build, package, tmp_path, X[: 2 * BATCH + 1], Y[: 2 * BATCH + 1])
 
 
 @PACKAGES
 @pytest.mark.parametrize("added", ["both", pytest.param("mean", marks=REST), pytest.param("sum", marks=REST)])
-def test_add_loss(package: str, added: str, tmp_path: Path) -> None:
+def test_add_loss_matches_keras(package: str, added: str, tmp_path: Path) -> None:
     validation = (X[:13], Y[:13])
     assert_matches_keras(builder(package, added=added), package, tmp_path, X, Y, validation_data=validation)
 
@@ -119,19 +119,19 @@ def test_add_loss(package: str, added: str, tmp_path: Path) -> None:
     ("package", "added"),
     [("keras", "mean"), ("keras", "sum"), ("tf_keras", "sum"), pytest.param("tf_keras", "mean", marks=REST)],
 )
-def test_add_loss_that_is_zero_at_first(package: str, added: str, tmp_path: Path) -> None:
+def test_add_loss_that_starts_at_zero_matches_keras(package: str, added: str, tmp_path: Path) -> None:
     hidden = {"activation": "linear", "kernel_initializer": "zeros", "kernel_regularizer": None}
     assert_matches_keras(builder(package, added=added, hidden=hidden), package, tmp_path, X, Y)
 
 
 @PACKAGES
-def test_add_loss_without_compiled_loss(package: str, tmp_path: Path) -> None:
+def test_add_loss_without_compiled_loss_matches_keras(package: str, tmp_path: Path) -> None:
     compiled = {"loss": None, "metrics": None}
     assert_matches_keras(builder(package, added="both", **compiled), package, tmp_path, X)
 
 
 @PACKAGES
-def test_loss_with_sum_reduction(package: str, tmp_path: Path) -> None:
+def test_loss_with_sum_reduction_matches_keras(package: str, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
     loss = keras.losses.MeanSquaredError(reduction="sum")
     build = builder(package, added="mean", clip={"global_clipnorm": 1.0}, loss=loss)
@@ -149,7 +149,7 @@ def test_gradients_are_clipped_globally(package: str, clip: str, limit: float, t
 
 @PACKAGES
 @pytest.mark.parametrize("own", ["compute_loss", "train_step"])
-def test_code_of_a_step_gets_loss_of_whole_batch(own: str, package: str, tmp_path: Path) -> None:
+def test_custom_step_gets_loss_of_global_batch(own: str, package: str, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
 
     def compute_loss(self: Any, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None) -> Any:
@@ -178,12 +178,12 @@ def test_code_of_a_step_gets_loss_of_whole_batch(own: str, package: str, tmp_pat
         return model
 
     build.uses = package  # type: ignore[attr-defined]
-    rows = 4 * BATCH + 1  # of the last one, a replica has none
+    rows = 4 * BATCH + 1  # one replica has no row of the last batch
     assert_matches_keras(build, package, tmp_path, X[:rows], Y[:rows], sample_weight=W[:rows])
 
 
 def overriding_call(package: str, kind: str) -> Any:
-    """A loss that overrides `__call__`, as a mean, a sum, or what Keras' returns, doubled."""
+    """Return a loss whose `__call__` returns a mean, a sum, or twice what Keras' returns."""
     losses = importlib.import_module(package).losses
 
     class Overriding(losses.Loss):  # type: ignore[misc, name-defined]
@@ -200,20 +200,20 @@ def overriding_call(package: str, kind: str) -> Any:
 
 @PACKAGES
 @pytest.mark.parametrize(("kind", "weights"), [("mean", None), ("sum", None), ("keras", W)])
-def test_loss_that_overrides_call(package: str, kind: str, weights: Any, tmp_path: Path) -> None:
+def test_loss_that_overrides_call_matches_keras(package: str, kind: str, weights: Any, tmp_path: Path) -> None:
     build = builder(package, loss=overriding_call(package, kind), optimizer="adam")
     assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=weights)
 
 
 @PACKAGES
-def test_loss_that_overrides_call_takes_no_weights(package: str, tmp_path: Path) -> None:
+def test_loss_that_overrides_call_refuses_weights(package: str, tmp_path: Path) -> None:
     build = builder(package, loss=overriding_call(package, "mean"))
     with pytest.raises(rk.ModelError, match=r"weights.*whose `call` returns one value per row; got Overriding"):
         assert_matches_keras(build, package, tmp_path, X, Y, sample_weight=W)
 
 
 @pytest.mark.parametrize("loss", [spread, pairs])
-def test_scalar_loss_that_is_no_mean_or_sum_is_refused(loss: Any, tmp_path: Path) -> None:
+def test_scalar_loss_that_is_neither_mean_nor_sum_is_refused(loss: Any, tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match=r"must be a mean or a sum over the rows.*scalar 0 from compiled"):
         assert_matches_keras(builder("keras", loss=loss), "keras", tmp_path, X, Y)
 
@@ -249,25 +249,25 @@ def custom_loss(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["mean", "sum", "with Keras' losses"])
-def test_custom_compute_loss(kind: str, tmp_path: Path) -> None:
+def test_custom_compute_loss_matches_keras(kind: str, tmp_path: Path) -> None:
     assert_matches_keras(custom_loss(kind), "keras", tmp_path, X, Y)
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("neither", None), ("weighted mean", W)])
-def test_custom_compute_loss_that_is_no_mean_or_sum_is_refused(kind: str, weights: Any, tmp_path: Path) -> None:
+def test_custom_compute_loss_that_is_neither_mean_nor_sum_is_refused(kind: str, weights: Any, tmp_path: Path) -> None:
     scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
     options = {"sample_weight": weights, "batch_size": BATCH, "verbose": 0}
     with pytest.raises(rk.ModelError, match="scalar 0 from `compute_loss` is"):
         rk.fit(custom_loss(kind), X, Y, **options, scale=scale, run=run)
 
 
-def test_rows_are_fewer_than_replicas_in_eager_execution(tmp_path: Path) -> None:
+def test_fewer_rows_than_replicas_match_keras_in_eager_execution(tmp_path: Path) -> None:
     build = builder("keras", run_eagerly=True)
     with pytest.warns(UserWarning, match="should be at least the number of replicas"):
         assert_matches_keras(build, "keras", tmp_path, X[:3], Y[:3], batch_size=1)
 
 
-def test_scalar_loss_of_low_precision(tmp_path: Path) -> None:
+def test_scalar_loss_in_low_precision_matches_keras(tmp_path: Path) -> None:
     def build() -> Any:
         import keras
 
@@ -280,10 +280,10 @@ def test_scalar_loss_of_low_precision(tmp_path: Path) -> None:
     expected = build().fit(X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0).history
     scale, run = rk.Scale(replicas_per_worker=2), rk.Run(storage=str(tmp_path))
     result = rk.fit(build, X, Y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0, scale=scale, run=run)
-    np.testing.assert_allclose(result.history["loss"], expected["loss"], rtol=0.02)  # of eight bits
+    np.testing.assert_allclose(result.history["loss"], expected["loss"], rtol=0.02)  # eight significant bits
 
 
-def test_state_of_layers_is_not_changed_by_classifying_losses(tmp_path: Path) -> None:
+def test_classifying_losses_does_not_change_layer_state(tmp_path: Path) -> None:
     def build() -> Any:
         import keras
 

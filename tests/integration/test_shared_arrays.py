@@ -1,4 +1,4 @@
-"""Arrays in memory reach several workers as one copy in the object store."""
+"""Several workers share one copy of in-memory arrays in the object store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_two_workers_share_one_copy(tmp_path: Path) -> None:
     assert measured["put"] == pytest.approx(X_NBYTES, rel=0.1)  # once, not per worker or per epoch
     assert measured["held"] == pytest.approx(X_NBYTES, rel=0.1)
     assert len(measured["private"]) == 2
-    assert max(measured["private"]) < X_NBYTES / 2  # TensorFlow takes about 120 MB of it, whatever the array
+    assert max(measured["private"]) < X_NBYTES / 2  # TensorFlow takes about 120 MB of it, regardless of the array
 
 
 def test_shared_arrays_pickle_as_reference() -> None:

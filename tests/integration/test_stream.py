@@ -51,7 +51,7 @@ def test_closed_stream_stops_reading_ahead(tmp_path: Path) -> None:
     assert inspect.getgeneratorstate(stream._read) == inspect.GEN_CLOSED
 
 
-@pytest.mark.parametrize("width", [1, 200], ids=["small rows", "rows too large to be joined"])
+@pytest.mark.parametrize("width", [1, 200], ids=["small rows", "rows too large to join"])
 @pytest.mark.parametrize(("order", "num_ranks"), [("shuffled", 1), ("source", 2)])
 def test_windows_hold_planned_rows(tmp_path: Path, order: Order, num_ranks: int, width: int) -> None:
     x = np.arange(101 * width, dtype=np.float32).reshape(101, width)
@@ -172,7 +172,7 @@ def test_scheduling_loop_idles_without_consumer(tmp_path: Path, monkeypatch: pyt
     assert len(turns) > resting
 
 
-def test_next_execution_starts_as_tables_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_execution_starts_as_tables_are_consumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two executions together stay within the limit of one."""
     segment, row_group, allowed = 8, 1 << 17, 4
     monkeypatch.setattr(reader, "SEGMENT_TASKS", segment)
@@ -259,7 +259,7 @@ def test_closed_stream_leaves_no_thread(tmp_path: Path) -> None:
         assert "raykeras-read" not in {thread.name for thread in set(threading.enumerate()) - before}
 
 
-def test_stream_starts_reading_early(tmp_path: Path) -> None:
+def test_stream_starts_reading_before_iteration(tmp_path: Path) -> None:
     opened, batch_spec, plan = small_source(tmp_path)
 
     def stream() -> Stream:

@@ -1,4 +1,4 @@
-"""Nested inputs and outputs, None for optional inputs, and outputs in dicts, as plain Keras takes them."""
+"""Nested inputs and outputs, None for optional inputs, and outputs in dicts are accepted as in plain Keras."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def nested_outputs() -> Any:
 
 
 def dict_outputs(package: Any) -> Any:
-    """Return a model whose outputs have other names than the layers that make them."""
+    """Return a model whose outputs have other names than their layers."""
     package.utils.set_random_seed(0)
     inputs = package.Input((8,))
     outputs = {"score": package.layers.Dense(1, name="a")(inputs), "class": package.layers.Dense(5, name="b")(inputs)}
@@ -57,7 +57,7 @@ def dict_outputs(package: Any) -> Any:
 
 
 def batches(*arrays: Any) -> Iterator[Any]:
-    """Yield the batches of nested arrays, again and again."""
+    """Yield the batches of nested arrays repeatedly."""
     while True:
         for start in range(0, ROWS, BATCH):
             yield keras.tree.map_structure(lambda a, at=start: None if a is None else a[at : at + BATCH], arrays)
@@ -119,7 +119,7 @@ def test_required_input_without_data_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", [keras, tf_keras], ids=["keras", "tf_keras"])
-def test_targets_are_named_as_dict_of_outputs(package: Any, tmp_path: Path) -> None:
+def test_targets_use_keys_of_output_dict(package: Any, tmp_path: Path) -> None:
     y = {"class": CLASS, "score": SCORE}
     model, _ = assert_trains_as_keras(lambda: dict_outputs(package), X, y, ONE, tmp_path)
     with pytest.raises(rk.ModelError, match="got 'b'"):
@@ -145,7 +145,7 @@ def sparse_batches() -> Iterator[Any]:
         yield tf.sparse.from_dense(x), y
 
 
-@pytest.mark.filterwarnings("default:Sparse batches:UserWarning")  # which is an error otherwise
+@pytest.mark.filterwarnings("default:Sparse batches:UserWarning")  # otherwise an error
 def test_sparse_batches_are_made_dense(tmp_path: Path) -> None:
     def build() -> Any:
         keras.utils.set_random_seed(0)
@@ -165,7 +165,7 @@ def test_sparse_batches_are_made_dense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["arrays", "generator"])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_class_weight_of_every_pixel(form: str, is_weighted: bool, tmp_path: Path) -> None:
+def test_class_weight_per_pixel_matches_keras(form: str, is_weighted: bool, tmp_path: Path) -> None:
     """Plain Keras 3 refuses it; tf_keras does not."""
     rng, num_rows = np.random.default_rng(0), 4 * BATCH  # tf_keras cannot multiply weights of a shorter last batch
     x = rng.normal(size=(num_rows, 3, 4, 2)).astype(np.float32)
@@ -194,7 +194,7 @@ def test_class_weight_of_every_pixel(form: str, is_weighted: bool, tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore:Keras cannot serialise:UserWarning")
-def test_optimizer_without_config(tmp_path: Path) -> None:
+def test_optimizer_without_config_matches_keras(tmp_path: Path) -> None:
     def build() -> Any:
         tf_keras.utils.set_random_seed(0)
         model = tf_keras.Sequential([tf_keras.Input((8,)), tf_keras.layers.Dense(1)])
@@ -208,7 +208,7 @@ def test_optimizer_without_config(tmp_path: Path) -> None:
 
 
 def forms_of_x(package: Any) -> dict[str, Callable[[], Any]]:
-    """Ways to give x alone."""
+    """Return the forms in which x can be passed without y."""
     sequence = package.utils.PyDataset if package is keras else package.utils.Sequence
 
     class Batches(sequence):  # type: ignore[misc, valid-type]
@@ -219,7 +219,7 @@ def forms_of_x(package: Any) -> dict[str, Callable[[], Any]]:
             return (X[index * BATCH : (index + 1) * BATCH],)
 
     def wrap(x: Any) -> Any:
-        return (x,) if package is keras else x  # Keras 3 wants no other, tf_keras takes it out
+        return (x,) if package is keras else x  # Keras 3 requires a tuple; tf_keras would unpack it
 
     def dataset(x: Any) -> Any:
         return tf.data.Dataset.from_tensor_slices(x).batch(BATCH)
@@ -238,7 +238,7 @@ def forms_of_x(package: Any) -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("package", [keras, tf_keras], ids=["keras", "tf_keras"])
 @pytest.mark.parametrize("form", forms_of_x(keras))
-def test_x_alone_reaches_steps_as_in_keras(package: Any, form: str, tmp_path: Path) -> None:
+def test_x_without_y_reaches_train_step_as_in_keras(package: Any, form: str, tmp_path: Path) -> None:
     seen: list[Any] = []
 
     class Model(package.Model):  # type: ignore[misc, name-defined]

@@ -1,4 +1,4 @@
-"""MLflow and Weights & Biases, offline, with what raykeras trains. Imported where they are used: that takes 3 s."""
+"""MLflow and Weights & Biases, offline, with raykeras. They are imported where used, since importing takes 3 s."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def logged(run: Any) -> list[float]:
     import mlflow
 
     mlflow.flush_async_logging()
-    assert len(mlflow.search_runs(output_format="list")) == 1  # none was begun beside it
+    assert len(mlflow.search_runs(output_format="list")) == 1  # no other run was started
     client = mlflow.MlflowClient()
     metrics = sorted(client.get_metric_history(run.info.run_id, "mae"), key=lambda metric: metric.step)
     assert [metric.step for metric in metrics] == list(range(EPOCHS))
@@ -55,7 +55,7 @@ def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import wandb
 
     monkeypatch.chdir(tmp_path)
-    for name in ("excepthook", "exit"):  # which wandb replaces for good
+    for name in ("excepthook", "exit"):  # wandb replaces them permanently
         monkeypatch.setattr(sys, name, getattr(sys, name))
     run = wandb.init(project="test", mode="offline", settings=wandb.Settings(silent=True))
     yield run
@@ -63,7 +63,7 @@ def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("is_instance", [False, True], ids=["function", "instance"])
-def test_mlflow_autolog(is_instance: bool, mlflow_run: Any, tmp_path: Path) -> None:
+def test_mlflow_autolog_logs_metrics(is_instance: bool, mlflow_run: Any, tmp_path: Path) -> None:
     import mlflow
 
     model = build() if is_instance else build
@@ -75,7 +75,7 @@ def test_mlflow_autolog(is_instance: bool, mlflow_run: Any, tmp_path: Path) -> N
     assert logged(mlflow_run) == pytest.approx(expected)
 
 
-def test_mlflow_callback(mlflow_run: Any, tmp_path: Path) -> None:
+def test_mlflow_callback_logs_metrics(mlflow_run: Any, tmp_path: Path) -> None:
     import mlflow
 
     expected = fit(tmp_path, mlflow.tensorflow.MlflowCallback())
@@ -83,7 +83,7 @@ def test_mlflow_callback(mlflow_run: Any, tmp_path: Path) -> None:
     assert "opt_learning_rate" in mlflow.get_run(mlflow_run.info.run_id).data.params
 
 
-def test_wandb_callback(wandb_run: Any, tmp_path: Path) -> None:
+def test_wandb_callback_logs_metrics(wandb_run: Any, tmp_path: Path) -> None:
     from wandb.integration.keras import WandbMetricsLogger
 
     expected = fit(tmp_path, WandbMetricsLogger())
@@ -91,7 +91,7 @@ def test_wandb_callback(wandb_run: Any, tmp_path: Path) -> None:
     assert wandb_run.summary["epoch/mae"] == pytest.approx(expected[-1])
 
 
-def test_trackers_callbacks_are_refused_on_two_workers(wandb_run: Any, tmp_path: Path) -> None:
+def test_tracker_callbacks_are_refused_on_two_workers(wandb_run: Any, tmp_path: Path) -> None:
     from mlflow.tensorflow import MlflowCallback
     from wandb.integration.keras import WandbMetricsLogger
 
@@ -101,7 +101,7 @@ def test_trackers_callbacks_are_refused_on_two_workers(wandb_run: Any, tmp_path:
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_trackers_log_from_driver_callback_on_two_workers(mlflow_run: Any, wandb_run: Any, tmp_path: Path) -> None:
+def test_driver_callback_logs_to_trackers_on_two_workers(mlflow_run: Any, wandb_run: Any, tmp_path: Path) -> None:
     import mlflow
     import wandb
 

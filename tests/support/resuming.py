@@ -112,7 +112,7 @@ def _wait_for_starts(folder: str, num_starts: int) -> None:
 
 
 def loser(points: Sequence[str], folder: str) -> Any:
-    """Return a callback that makes all workers fail at the next point of a list, as if one worker was lost.
+    """Return a callback that makes all workers fail at the next point of a list, as if one worker had been lost.
 
     Args:
         points: See `POINTS`; all but "write".
@@ -232,7 +232,7 @@ def train(
     driver_epoch: int | None = None,
     dropout: float = 0.3,
 ) -> None:
-    """Train the run "run" in this process, which is killed.
+    """Train the run "run" in this process until it is killed.
 
     Args:
         storage: Storage of the run, and folder of the files for the points.

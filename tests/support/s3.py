@@ -57,7 +57,7 @@ class Fault:
 
 
 class S3:
-    """moto's S3 server behind a proxy, in this process. moto starts with the first request."""
+    """moto's S3 server behind a proxy, in this process; moto starts on the first request."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []

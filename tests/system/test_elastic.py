@@ -1,4 +1,4 @@
-"""A run continues with the workers that there is room for, and with more once there is; hung workers are restarted."""
+"""A run continues with as many workers as fit and grows when there is room; hung workers are restarted."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_node_is_lost_comes_back_and_is_drained(forked: ForkServer, tmp_path: Pa
         (event, number) for event, number in zip(events, times_resized, strict=True) if event["event"] == "WorkerFailed"
     ]
     assert failed and all(event["cause"] and event["next"] for event, _ in failed)
-    assert all(number < 2 for _, number in failed)  # of a drained node, all leave before it goes
+    assert all(number < 2 for _, number in failed)  # all workers leave a drained node before it is removed
 
 
 def hanging(folder: Path, rank: int) -> Any:
-    """A callback that hangs on one worker, once."""
+    """Return a callback that hangs once, on one worker."""
     import keras
 
     class Hangs(keras.callbacks.Callback):  # type: ignore[misc]
@@ -75,15 +75,15 @@ def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
     failed = [event for event in seen if isinstance(event, rk.WorkerFailed)]
     assert len(failed) == 1 and "no step for 6 s" in failed[0].cause
     stacks = {path.name: path.read_text() for path in Path(result.path, "stacks").iterdir()}
-    assert "attempt-0-rank-1.txt" in stacks  # and that of rank 0, unless it was ended before
+    assert "attempt-0-rank-1.txt" in stacks  # also rank 0's, unless its process ended first
     assert "on_epoch_begin" in stacks["attempt-0-rank-1.txt"]
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_capacity_beside_partially_used_cpu() -> None:
-    """The workers and tasks that fit are counted, or they would never be scheduled."""
+def test_capacity_counts_partially_used_cpu() -> None:
+    """More workers than fit next to their read tasks would never be scheduled."""
     job: Any = SimpleNamespace(requested_scale=TWO, scale=TWO, budget=CpuBudget(1.0))
     with all_held_but(2.75):
         assert wait_for_capacity(job) == 2
     with all_held_but(2.0):
-        assert capacity(job, allow_partial_cpu=True) == 1  # the other CPU is for reading
+        assert capacity(job, allow_partial_cpu=True) == 1  # the other CPU is for read tasks

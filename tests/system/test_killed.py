@@ -1,7 +1,7 @@
-"""A run whose processes are killed ends like an undisturbed one: same history, weights and calls of callbacks.
+"""A run whose processes are killed ends like an undisturbed one: same history, weights and callback calls.
 
-This process is killed at all points, and workers at two that differ in kind. At the others, workers fail without
-being killed; `python -m benchmarks.kill_points` kills them there, too.
+A run in one process is killed at every point, and workers are killed at two representative points. At the others,
+workers raise instead; `python -m benchmarks.kill_points` kills them at every point.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def test_every_point_is_covered() -> None:
 
 
 @pytest.mark.usefixtures("tensorflow")
-def test_killed_process_is_resumed_at_any_point(forked: ForkServer, tmp_path: Path) -> None:
+def test_run_resumes_after_kill_at_any_point(forked: ForkServer, tmp_path: Path) -> None:
     calls, expected_calls = recorder(), recorder()
     undisturbed = fit(str(tmp_path), "undisturbed", [expected_calls, *steering()])
     for number, point in enumerate(POINTS):
@@ -51,12 +51,12 @@ def test_killed_process_is_resumed_at_any_point(forked: ForkServer, tmp_path: Pa
     starts = [(e["initial_epoch"], e["initial_step"]) for e in events_of(result.path) if e["event"] == "RunStarted"]
     assert starts == sorted(starts)
     assert len(starts) == len(POINTS) + 1
-    assert any(step for _, step in starts)  # some of them in mid-epoch
+    assert any(step for _, step in starts)  # some of them mid-epoch
 
 
 @pytest.fixture(scope="module")
 def undisturbed(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> rk.Result:
-    """A run on two workers."""
+    """Return the result of an undisturbed run on two workers."""
     with kept_workers.used():
         return fit(str(tmp_path_factory.mktemp("undisturbed")), "undisturbed", steering(), scale=TWO)
 
@@ -72,7 +72,7 @@ def test_killed_workers_are_restarted(undisturbed: rk.Result, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_lost_workers_are_resumed_at_any_point(undisturbed: rk.Result, tmp_path: Path) -> None:
+def test_run_resumes_after_lost_worker_at_any_point(undisturbed: rk.Result, tmp_path: Path) -> None:
     seen: list[rk.Event] = []
     callbacks = [*steering(), loser(LOST, str(tmp_path))]
     result = fit(str(tmp_path), "run", callbacks, scale=TWO, on_event=seen.append)
@@ -91,7 +91,7 @@ def assert_restarted(seen: list[rk.Event], num_times: int) -> list[Any]:
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_max_failures_without_progress(tmp_path: Path) -> None:
+def test_run_fails_after_max_failures_without_progress(tmp_path: Path) -> None:
     import keras
 
     class Fails(keras.callbacks.Callback):  # type: ignore[misc]
@@ -107,7 +107,7 @@ def test_max_failures_without_progress(tmp_path: Path) -> None:
 
 
 def wait_to_be_ended(config: dict[str, Any]) -> None:
-    """What workers run whose controller is killed."""
+    """Run on workers whose controller is killed."""
     import ray.train
 
     Path(config["folder"], str(ray.train.get_context().get_world_rank())).touch()
@@ -130,7 +130,7 @@ def test_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
 
 
 def placement_groups() -> set[str]:
-    """Return the ids of the groups that hold resources."""
+    """Return the ids of the groups that reserve resources."""
     return {name for name, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"}
 
 
@@ -143,13 +143,13 @@ def youngest_process(title: str) -> int:
             parents[int(path.name)], started[int(path.name)] = int(fields[1]), int(fields[19])
             if (path / "cmdline").read_text().startswith(title):
                 titled.append(int(path.name))
-    of_this_ray = [pid for pid in titled if parents[parents[pid]] == os.getpid()]  # by way of the raylet
+    of_this_ray = [pid for pid in titled if parents[parents[pid]] == os.getpid()]  # via the raylet
     return max(of_this_ray, key=lambda pid: started[pid])
 
 
 @pytest.fixture(scope="module")
 def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, rk.Result]:
-    """A run on two workers whose driver was killed in mid-epoch, and the same run undisturbed."""
+    """Return the folder of a two-worker run whose driver was killed mid-epoch, and the result of an undisturbed run."""
     folder = tmp_path_factory.mktemp("driver")
     with kept_workers.used():
         undisturbed = fit(str(folder), "undisturbed", steering(), scale=TWO, dropout=0)
@@ -167,7 +167,7 @@ def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("workers", [2, 1, 3])
-def test_killed_driver_is_resumed_on_other_number_of_workers(
+def test_run_of_killed_driver_resumes_on_any_number_of_workers(
     workers: int, killed_driver: tuple[Path, rk.Result], kept_workers: KeptWorkers, tmp_path: Path
 ) -> None:
     interrupted, undisturbed = killed_driver

@@ -1,4 +1,4 @@
-"""A worker's memory does not grow with the data."""
+"""A worker's memory does not grow with the size of the data."""
 
 from __future__ import annotations
 

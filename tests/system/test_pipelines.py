@@ -1,4 +1,4 @@
-"""The command with which each pipeline's documentation opens runs as it stands."""
+"""The command at the start of each pipeline's docstring runs as written."""
 
 from __future__ import annotations
 

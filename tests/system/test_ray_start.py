@@ -1,4 +1,4 @@
-"""A Ray that does not start is one error."""
+"""A Ray that fails to start raises one error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def connect_with_folder(folder: str) -> None:
         print(f"ERROR {error}")
 
 
-def test_ray_that_does_not_start(forked: ForkServer, tmp_path: Path) -> None:
-    folder = tmp_path / ("long" * 30)  # no socket's path may have 108 bytes
+def test_failed_ray_start_raises_one_error(forked: ForkServer, tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)  # the path of a socket is limited to 107 bytes
     folder.mkdir()
     ended = forked.run(connect_with_folder, str(folder))
     assert ended.exit_code == 0, ended.output

@@ -1,4 +1,4 @@
-"""The README's example and commands run as they stand."""
+"""The README's example and commands run as written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_ten_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
     monkeypatch.chdir(tmp_path)
@@ -44,7 +44,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[dict[str, str]]:
-    """Starts a Ray head with token authentication and a home of its own; gives the environment of its clients."""
+    """Start a Ray head with token authentication and its own home folder; return the environment of its clients."""
     home = tempfile.mkdtemp()
     ports = {name: _free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -73,7 +73,7 @@ def head() -> Iterator[dict[str, str]]:
         _wait_for_jobs_api(environment["RAY_API_SERVER_ADDRESS"])
         yield environment
     finally:
-        os.killpg(head.pid, signal.SIGKILL)  # asked to end, it would wait half a minute for its workers
+        os.killpg(head.pid, signal.SIGKILL)  # SIGTERM would wait half a minute for the workers
         head.wait(60)
         shutil.rmtree(home, ignore_errors=True)
 
@@ -84,16 +84,16 @@ def _wait_for_jobs_api(address: str) -> None:
         try:
             urllib.request.urlopen(f"{address}/api/version", timeout=10).close()
         except urllib.error.HTTPError as error:
-            if error.code == 401:  # it answers, and wants the token
+            if error.code == 401:  # it is up and requires the token
                 return
         except OSError:
             pass
-        assert time.monotonic() < deadline, "the head takes no jobs"
+        assert time.monotonic() < deadline, "the head accepts no jobs"
         time.sleep(0.5)
 
 
 def ray_job(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `ray job`; again while the node's agent, which starts last, is not there yet."""
+    """Run `ray job`; retry until the node's agent, which starts last, is available."""
     command, deadline = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments], time.monotonic() + 120
     while True:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
@@ -101,7 +101,7 @@ def ray_job(*arguments: str, environment: dict[str, str]) -> subprocess.Complete
             return done
 
 
-def test_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
+def test_submitted_job_trains(head: dict[str, str], tmp_path: Path) -> None:
     assert "ray job submit --working-dir . -- raykeras fit pipelines/digits.py --workers 2" in README
     submit = ["submit", "--working-dir", ".", "--"]
     command = ["raykeras", "fit", "pipelines/digits.py", "--workers", "2", "--epochs", "2"]
@@ -117,7 +117,7 @@ def test_submitted_job(head: dict[str, str], tmp_path: Path) -> None:
     assert refused.returncode != 0
 
 
-def test_stopped_job_is_saved(head: dict[str, str], tmp_path: Path) -> None:
+def test_stopped_job_saves_checkpoint(head: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     command = ["raykeras", "fit", "pipelines/digits.py", "--epochs", "100000", "--checkpoint-every", "none"]
     submit = ["submit", "--no-wait", "--submission-id", "stopped", "--working-dir", ".", "--", *command]

@@ -22,14 +22,14 @@ def test_importing_tensorflow_restores_garbage_collector() -> None:
     assert collections() - done < 10  # 900 otherwise
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
-    assert len(gc.get_objects(generation=2)) > 100_000  # no collection visits them soon
+    assert len(gc.get_objects(generation=2)) > 100_000  # which is rarely collected
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
 def check_idle_threads(started_by: str) -> None:
-    """Make a strategy after the user did something; check TensorFlow's configuration."""
+    """Make a strategy after the user ran or configured TensorFlow; check its configuration."""
     import tensorflow as tf
     from tensorflow.core.protobuf.config_pb2 import ConfigProto
     from tensorflow.python.eager.context import context

@@ -1,4 +1,4 @@
-"""Several workers: what runs in which process, and what comes back."""
+"""Several workers: what runs in which process, and what is returned."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build():
     import keras
 
     assert DataContext.get_current().get_config("user") == 7
-    assert not ray.get_runtime_context().runtime_env.get("env_vars"), "not in a process that Ray started ahead"
+    assert not ray.get_runtime_context().runtime_env.get("env_vars"), "must run in a prestarted process"
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     return model
@@ -120,7 +120,7 @@ print(json.dumps(report))
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str, dict[str, Any]]:
-    """Runs a user's script that starts its own Ray; its storage, the lines it printed, its stderr, and its report."""
+    """Run a script that starts its own Ray; return its storage, lines of output, stderr and report."""
     storage = tmp_path_factory.mktemp("script")
     (storage / "script.py").write_text(SCRIPT)
     command = [sys.executable, storage / "script.py", str(storage)]
@@ -161,7 +161,7 @@ def test_script_definitions_reach_workers(script: Script) -> None:
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_compiled_model_and_callbacks_come_back_trained(tmp_path: Path) -> None:
+def test_compiled_model_and_callbacks_are_updated(tmp_path: Path) -> None:
     import keras
 
     class Losses(keras.callbacks.Callback):
@@ -198,7 +198,7 @@ def environment_of_worker(config: dict[str, Any]) -> tuple[list[str], int]:
     return sorted(variables), len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
 
 
-@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+@pytest.mark.usefixtures("kept_workers")  # to share the session's Ray
 def test_workers_start_without_private_names_of_ray_train(monkeypatch: pytest.MonkeyPatch) -> None:
     from raykeras.compat import ray_train
 
@@ -231,8 +231,8 @@ def test_transform_failure_keeps_user_traceback(tmp_path: Path) -> None:
     assert "site-packages" not in caught.value.user_traceback
 
 
-@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
-def test_exception_names_rank(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("kept_workers")  # to share the session's Ray
+def test_user_exception_has_rank(tmp_path: Path) -> None:
     import keras
 
     class FailsOnOne(keras.callbacks.Callback):
@@ -251,12 +251,12 @@ def test_exception_names_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_model_mismatch_on_workers(tmp_path: Path) -> None:
+def test_model_mismatch_on_workers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(rk.ModelError, match="takes 4 per row and column 'x' has 3"):
         rk.fit(model_of, X[:, :3], Y, verbose=0, scale=TWO, run=rk.Run(storage=str(tmp_path)))
 
 
-@pytest.mark.usefixtures("kept_workers")  # only to run in the same Ray
+@pytest.mark.usefixtures("kept_workers")  # to share the session's Ray
 @pytest.mark.parametrize(
     ("scale", "message"),
     [

@@ -1,4 +1,4 @@
-"""Requirements are the tested ranges, and the packages of all extras can be installed at the pinned versions."""
+"""Requirements match the tested ranges, and all extras can be installed at the pinned versions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pins() -> dict[str, str]:
 
 
 def requirements() -> Iterator[tuple[str, Requirement]]:
-    """Yield every requirement of raykeras, and of the installed packages that it requires, with the package's name."""
+    """Yield each requirement of raykeras and of its installed dependencies, with the requiring package's name."""
     waiting, seen = [("raykeras", frozenset(EXTRAS))], set()
     while waiting:
         package = waiting.pop()
@@ -69,12 +69,12 @@ def test_every_line_pins_one_version() -> None:
         assert re.fullmatch(r'[\w.-]+==[\w.]+( ; python_version (<|>=) "[\d.]+")?', line), line
 
 
-def test_requirements_are_the_tested_ranges() -> None:
+def test_requirements_match_tested_ranges() -> None:
     lines = re.findall(r'"([\w-]+)(?:\[[\w,-]+\])?([<>=][^"]+)"', (ROOT / "pyproject.toml").read_text())
     for package, tested in TESTED.items():
         assert {ranges for name, ranges in lines if name == package} == {tested}
 
 
-def test_pins_are_tested() -> None:
+def test_pins_are_in_tested_ranges() -> None:
     for package, tested in TESTED.items():
         assert pins()[canonicalize_name(package)] in SpecifierSet(tested)

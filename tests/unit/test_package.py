@@ -87,7 +87,7 @@ def part_of_data(module: str) -> int:
     return max(i for i, part in enumerate(DATA) if module == part or module.startswith(f"{part}."))
 
 
-def test_modules_do_not_import_each_other() -> None:
+def test_imports_have_no_cycles() -> None:
     edges: dict[str, set[str]] = {}
     for module, imported in imports():
         edges.setdefault(module, set()).add(imported)
@@ -115,7 +115,7 @@ def test_tests_named_in_documentation_exist() -> None:
     }
     for page in (README, root / "CONTRIBUTING.md", *root.glob("docs/**/*.md")):
         text, _, earlier = page.read_text().partition("## Where earlier tests are")
-        text += re.sub(r"^\|[^|]*\|", "", earlier, flags=re.MULTILINE)  # the first column names tests that are gone
+        text += re.sub(r"^\|[^|]*\|", "", earlier, flags=re.MULTILINE)  # the first column names removed tests
         named = set(re.findall(r"`(?:[\w/.]+::)?(test_\w+)", text))
         assert named <= defined, f"{page.name} names {sorted(named - defined)}"
         files = re.findall(r"`((?:tests|benchmarks|pipelines)/[\w/]+\.py)", text)

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or not there: truncated, changed and half-written ones are detected."""
+"""Checkpoints are complete or absent: truncated, altered and partially written ones are detected."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write_checkpoint(run: RunFolder, epoch: int, **logs: float) -> Checkpoint:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
-    """A run's folder with two checkpoints."""
+    """Return a run folder with two checkpoints."""
     run = RunFolder(str(tmp_path / "run"))
     for epoch in (1, 2):
         write_checkpoint(run, epoch)
@@ -51,12 +51,12 @@ def newest(run: RunFolder) -> tuple[Checkpoint | None, list[str]]:
 
 
 def files_in_order(path: str) -> list[Path]:
-    """A checkpoint's files in the order in which they are written."""
+    """Return a checkpoint's files in the order in which they are written."""
     return sorted(Path(path).iterdir(), key=lambda file: file.name == STATE_FILE)
 
 
 def test_checkpoint_is_incomplete_until_its_last_byte(run: RunFolder) -> None:
-    """Storage without a rename is written file after file, byte after byte."""
+    """Storage without an atomic rename receives one file after another, byte by byte."""
     before, last = run.checkpoints()
     contents = {path: path.read_bytes() for path in files_in_order(last.path)}
     assert newest(run) == (last, [])
@@ -115,7 +115,7 @@ def test_failed_write_leaves_no_checkpoint(storage: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("num_uploaded", [0, 1, 2])
-def test_interrupted_upload_is_no_checkpoint(
+def test_interrupted_upload_leaves_no_checkpoint(
     num_uploaded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory, uploads = fsspec.get_filesystem_class("memory"), iter(range(3))
@@ -146,15 +146,15 @@ MUTATIONS = [None, True, -1, 1 << 70, 0.5, "", "../x", [], {}, [[]], {"": None},
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the keys that lead to each value inside of a JSON value."""
+    """Return the path of keys to each value inside a JSON value."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [inner for key, item in pairs for inner in [(*place, key), *places(item, (*place, key))]]
 
 
 @given(data=st.data())
 @settings(max_examples=1000)
-def test_hostile_state_is_damaged_or_valid(data: st.DataObject) -> None:
-    """Whoever can write to the storage can write a checksum, too."""
+def test_tampered_state_is_rejected_or_valid(data: st.DataObject) -> None:
+    """Anyone who can write to the storage can also write a matching checksum."""
     state = {**copy.deepcopy(STATE), "files": {MODEL_FILE: {"size": 3, "crc32": "00000000"}}}
     for _ in range(data.draw(st.integers(1, 3))):
         *outer, key = data.draw(st.sampled_from(places(state)))
@@ -179,7 +179,7 @@ def test_hostile_state_is_damaged_or_valid(data: st.DataObject) -> None:
 
 
 @given(data=st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
-def test_arbitrary_bytes_are_no_state(data: bytes) -> None:
+def test_arbitrary_bytes_are_rejected_as_state(data: bytes) -> None:
     with pytest.raises(rk.CheckpointError, match="damaged"):
         parse_state(data, "train_state.json")
 
@@ -196,12 +196,12 @@ def test_arbitrary_bytes_are_no_state(data: bytes) -> None:
         {"raykeras": "dict", "keys": [[1]], "values": [1]},
     ],
 )
-def test_plain_values_of_other_forms_are_refused(value: Any) -> None:
+def test_invalid_serialized_values_are_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="It is not a serialised value"):
         from_json(value, {})
 
 
-def test_plain_values_round_trip() -> None:
+def test_serialized_values_round_trip() -> None:
     values = {
         "numbers": [1, 2.5, float("inf"), None, True],
         ("a", 1): {"x", "y"},

@@ -21,16 +21,16 @@ def tested_range(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("version", ["1.2", "1.2.0", "1.9.9", "1.3.0rc1"])
-def test_versions_in_range(version: str) -> None:
+def test_versions_in_range_are_tested(version: str) -> None:
     assert is_tested("pyarrow", version)
 
 
 @pytest.mark.parametrize("version", ["1.1.9", "1.10", "1.10.0.dev1", "2.0"])
-def test_versions_out_of_range(version: str) -> None:
+def test_versions_out_of_range_are_untested(version: str) -> None:
     assert not is_tested("pyarrow", version)
 
 
-def test_missing_name_is_an_error_or_a_warning() -> None:
+def test_missing_name_raises_or_warns() -> None:
     with pytest.raises(rk.RaykerasError, match=r"no_such_name` to test names; pyarrow .* Install `pyarrow>=1.2,<1.10`"):
         MISSING.get()
     with pytest.raises(rk.RaykerasError, match="no_such_name"), MISSING.replaced(None):

@@ -26,7 +26,7 @@ from raykeras import OptionError, Run, Scale
         ({"gpus_per_worker": 4, "replicas_per_worker": 2}, "every GPU holds one replica; got 2 and 4"),
     ],
 )
-def test_invalid_scale(options: dict[str, Any], message: str) -> None:
+def test_invalid_scale_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Scale(**options)
 
@@ -48,7 +48,7 @@ def test_invalid_scale(options: dict[str, Any], message: str) -> None:
         ({"keep": 0}, "`keep`"),
     ],
 )
-def test_invalid_run(options: dict[str, Any], message: str) -> None:
+def test_invalid_run_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Run(**options)
 
@@ -63,12 +63,12 @@ def test_options_are_frozen() -> None:
         Scale().workers = 2  # type: ignore[misc]
 
 
-def test_checkpoint_interval_as_text() -> None:
+def test_checkpoint_interval_is_parsed_from_text() -> None:
     every = [Run(checkpoint_every=text).checkpoint_every for text in ("90s", "1.5 min", "2h")]
     assert every == [timedelta(seconds=90), timedelta(seconds=90), timedelta(hours=2)]
 
 
-def test_workers_range() -> None:
+def test_worker_range_has_minimum_and_maximum() -> None:
     scale = Scale(workers=(2, 8), gpus_per_worker=4)
     assert (scale.min_workers, scale.workers, scale.total_replicas) == (2, 8, 32)
     assert scale.with_workers(3) == Scale(workers=3, gpus_per_worker=4)

@@ -1,4 +1,4 @@
-"""Exceptions survive pickling, are short, and are of the class of what the user's code raised."""
+"""Exceptions survive pickling, are short, and are instances of the class that user code raised."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raykeras.core.error_context import user_code_error
         if issubclass(c, errors.RaykerasError) and c.__name__[0] != "_"
     ],
 )
-def test_errors_pickle(cls: type[errors.RaykerasError]) -> None:
+def test_errors_survive_pickling(cls: type[errors.RaykerasError]) -> None:
     options = {"rank": 3, "node": "n", "cause": "ValueError", "user_traceback": "tb"}
     error = cls("why", **options) if cls is errors.UserCodeError else cls("why")  # type: ignore[arg-type]
     copy = pickle.loads(pickle.dumps(error))
@@ -36,7 +36,7 @@ def test_validation_errors_are_value_errors() -> None:
     assert not issubclass(errors.UserCodeError, ValueError)
 
 
-def test_user_code_error_message() -> None:
+def test_user_code_error_message_names_rank_and_node() -> None:
     error = errors.UserCodeError("KeyError: 'a'", rank=2, node="gpu-7", cause="KeyError", user_traceback="File x")
     assert str(error) == "KeyError: 'a'\n(on rank 2, node gpu-7)\nFile x"
 
@@ -52,7 +52,7 @@ def test_user_code_error_message() -> None:
         ("/folder/user:name@host?x", "/folder/user:name@host?x"),
     ],
 )
-def test_credentials_of_urls_are_not_shown(url: str, shown: str) -> None:
+def test_credentials_in_urls_are_redacted(url: str, shown: str) -> None:
     error = errors.SourceError(f"There is no {url!r}.")
     assert str(error) == f"There is no {shown!r}."
     assert url in shown or "pass" not in repr(error) + str(pickle.loads(pickle.dumps(error)))
@@ -60,7 +60,7 @@ def test_credentials_of_urls_are_not_shown(url: str, shown: str) -> None:
 
 
 class QuotaError(Exception):
-    """With a constructor that takes something else than what becomes `args`."""
+    """An exception whose constructor does not take its `args`."""
 
     def __init__(self, bucket: str, *, limit: int) -> None:
         super().__init__(f"{bucket} holds {limit} objects")
@@ -68,7 +68,7 @@ class QuotaError(Exception):
 
 
 def raised(function: Callable[[], Any]) -> errors.UserCodeError:
-    """What `fit` raises for an exception of a function."""
+    """Return the error that `fit` raises when a function fails."""
     try:
         function()
     except Exception as error:
@@ -91,7 +91,7 @@ def raise_quota() -> None:
     ],
     ids=["OSError", "KeyError", "ValueError", "UnicodeDecodeError", "own"],
 )
-def test_user_code_error_is_of_the_original_class(function: Any, kind: Any, attributes: dict[str, Any]) -> None:
+def test_user_code_error_is_instance_of_original_class(function: Any, kind: Any, attributes: dict[str, Any]) -> None:
     error = raised(function)
     for each in (error, pickle.loads(pickle.dumps(error))):
         assert isinstance(each, errors.UserCodeError) and isinstance(each, kind)
@@ -100,15 +100,15 @@ def test_user_code_error_is_of_the_original_class(function: Any, kind: Any, attr
         assert {name: getattr(each, name) for name in attributes} == attributes
 
 
-def test_user_code_error_of_a_class_that_cannot_be_imported() -> None:
+def test_user_code_error_unpickles_without_original_class() -> None:
     error = raised(raise_quota)
     rebuild, (_, *arguments) = error.__reduce__()
     copy = rebuild(b"not a pickle", *arguments)
     assert type(copy) is errors.UserCodeError and str(copy) == str(error) and copy.rank == 1
-    assert type(raised(lambda: next(iter(())))) is errors.UserCodeError  # which would end an iteration
+    assert type(raised(lambda: next(iter(())))) is errors.UserCodeError  # StopIteration would end an iteration
 
 
-def test_messages_are_short() -> None:
+def test_long_messages_are_shortened() -> None:
     def fail() -> None:
         raise ValueError("\n".join(f"{'x' * 2000} {i}" for i in range(300)))
 
@@ -128,7 +128,7 @@ IN_USER_CODE = """in user code:
 """
 
 
-def test_message_of_traced_function_is_its_last_paragraph() -> None:
+def test_message_of_traced_function_is_last_paragraph() -> None:
     error = user_code_error(ValueError(IN_USER_CODE.format(installed=sysconfig.get_path("purelib"))), None)
     assert str(error).splitlines()[0] == "ValueError: No such label."
     assert "Give another one." in str(error)

@@ -1,4 +1,4 @@
-"""Which failures of storage are temporary: those of S3 as s3fs raises them, and of other filesystems by their names."""
+"""Which storage failures are temporary: of S3 as s3fs raises them, of other filesystems by the name of the class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.s3 import S3
 
 
 def error_of(package: str, *names: str, **attributes: Any) -> Exception:
-    """Return an exception as a package that is not installed would raise it, with its bases' names last."""
+    """Return an exception of a package that need not be installed; `names` are of its class and then of its bases."""
     cls: type[Exception] = Exception
     for name in reversed(names):
         cls = type(name, (cls,), {"__module__": f"{package}.errors"})
@@ -25,14 +25,14 @@ def error_of(package: str, *names: str, **attributes: Any) -> Exception:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets s3fs give up after one attempt and a second."""
+def fail_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit s3fs to one attempt and one second."""
     monkeypatch.setattr("s3fs.core.S3FileSystem.retries", 1)
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": {"read_timeout": 1}})
 
 
-@pytest.mark.usefixtures("impatient")
-def test_failures_of_s3(s3_server: S3, bucket: str) -> None:
+@pytest.mark.usefixtures("fail_fast")
+def test_s3_failures_are_classified(s3_server: S3, bucket: str) -> None:
     fs = fsspec.filesystem("s3")
     fs.pipe_file(f"{bucket}/x", b"x" * 100)
     found = {}
@@ -64,7 +64,7 @@ def test_failures_of_s3(s3_server: S3, bucket: str) -> None:
         (error_of("aiohttp", "ClientOSError", "ClientError"), True),
         (error_of("botocore", "NoCredentialsError", "BotoCoreError"), False),
         (error_of("mypackage", "ClientError"), False),
-        (OSError("storage is away"), True),
+        (OSError("storage is unavailable"), True),
         (OSError(errno.ENOSPC, "no space left"), False),
         (OSError(errno.EROFS, "read-only"), False),
         (PermissionError("not yours"), False),
@@ -74,7 +74,7 @@ def test_failures_of_s3(s3_server: S3, bucket: str) -> None:
     ],
     ids=repr,
 )
-def test_failures_by_type_and_code(error: Exception, expected: bool) -> None:
+def test_failures_are_classified_by_type_and_code(error: Exception, expected: bool) -> None:
     assert is_temporary(error) == expected
     wrapped = CheckpointError("could not be written")
     wrapped.__cause__ = error
@@ -84,7 +84,7 @@ def test_failures_by_type_and_code(error: Exception, expected: bool) -> None:
 
 def test_only_temporary_failures_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_errors, "READ_PAUSES_S", (0.0, 0.0))
-    for errors, num_calls in (([OSError("away")] * 2, 3), ([OSError("away"), PermissionError()], 2)):
+    for errors, num_calls in (([OSError("unavailable")] * 2, 3), ([OSError("unavailable"), PermissionError()], 2)):
         left = list(errors)
         calls = []
 

@@ -1,4 +1,4 @@
-"""Temporary folders are removed after use, and after a kill by the next process."""
+"""Temporary folders are removed after use; those of killed processes are removed by the next process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raykeras.core.temporary import TemporaryFolder, remove_abandoned
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of all temporary folders of a test."""
+    """Return the folder in which a test's temporary folders are created."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -53,7 +53,7 @@ def test_folder_of_killed_process_is_removed(folder: Path) -> None:
     assert not list(folder.iterdir())
 
 
-def test_folders_of_others_are_kept(folder: Path) -> None:
+def test_unrelated_folders_are_kept(folder: Path) -> None:
     names = ["raykeras-data", "raykeras-log-mine", "raykeras-other-abcd1234", "tmpabcd1234"]
     for name in names:
         (folder / name).mkdir()

@@ -60,32 +60,32 @@ def test_lists_of_equal_length_are_tensors(tmp_path: Path) -> None:
     np.testing.assert_array_equal(x, [[1, 2, 3], [4, 5, 6]])
 
 
-def test_columns_stack_to_matrix(tmp_path: Path) -> None:
+def test_columns_are_stacked_into_matrix(tmp_path: Path) -> None:
     columns = {"a": np.array([1, 2], np.int32), "b": np.array([0.5, 1.5]), "c": np.array([True, False])}
     (x,) = tensors(tmp_path, columns, x=["a", "b", "c"])
     assert x.dtype == "float32"
     np.testing.assert_array_equal(x, [[1, 0.5, 1], [2, 1.5, 0]])
 
 
-def test_stacking_many_rows(tmp_path: Path) -> None:
+def test_many_rows_are_stacked(tmp_path: Path) -> None:
     a, b = np.arange(200_003) * 2**33 + 1, np.arange(200_003, dtype=np.float32)  # not a multiple of the tile size
     (x,) = tensors(tmp_path, {"a": a, "b": b}, x=["a", "b"])
     np.testing.assert_array_equal(x, np.stack([a.astype(np.float32), b], 1))
 
 
-def test_stacking_many_columns(tmp_path: Path) -> None:
+def test_many_columns_are_stacked(tmp_path: Path) -> None:
     columns = {f"c{i}": np.arange(7) * i for i in range(600)}
     (x,) = tensors(tmp_path, columns, x=list(columns))
     np.testing.assert_array_equal(x, np.stack(list(columns.values()), 1).astype(np.float32))
 
 
-def test_strings_and_dictionary_strings(tmp_path: Path) -> None:
+def test_strings_and_dictionary_strings_become_bytes(tmp_path: Path) -> None:
     text = pa.array(["ä", "b", "ä"])
     (x,) = tensors(tmp_path, {"s": text, "d": text.dictionary_encode()}, x={"s": "s", "d": "d"})
     assert x["s"].to_pylist() == x["d"].to_pylist() == ["ä".encode(), b"b", "ä".encode()]
 
 
-def test_lists_pad_and_truncate(tmp_path: Path) -> None:
+def test_lists_are_padded_and_truncated(tmp_path: Path) -> None:
     (x,) = tensors(tmp_path, {"a": pa.array([[1], [], [2, 3, 4]])}, x="a", pad={"a": (2, -1)})
     np.testing.assert_array_equal(x, [[1, -1], [-1, -1], [2, 3]])
 
@@ -120,7 +120,7 @@ def test_class_weight_multiplies_with_sample_weight(tmp_path: Path) -> None:
     np.testing.assert_array_equal(w, np.array([1, 10, 1], np.float32))
 
 
-def test_class_weight_by_output(tmp_path: Path) -> None:
+def test_class_weight_applies_to_named_output(tmp_path: Path) -> None:
     columns = {"a": np.zeros(2), "p": np.array([0, 1]), "q": np.array([0.5, 0.7])}
     *_, w = tensors(tmp_path, columns, x="a", y={"p": "p", "q": "q"}, class_weight={"p": {1: 3.0}})
     np.testing.assert_array_equal(w["p"], [1, 3])
@@ -137,7 +137,7 @@ def test_weights_must_be_finite(tmp_path: Path, bad: float) -> None:
         tensors(tmp_path, columns, x="a", y="a", sample_weight="w")
 
 
-def test_transform_with_and_without_generator(tmp_path: Path) -> None:
+def test_transform_may_take_random_generator(tmp_path: Path) -> None:
     def plain(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"z": columns["a"] * 2}
 
@@ -152,7 +152,7 @@ def test_transform_with_and_without_generator(tmp_path: Path) -> None:
     assert (once != [0, 1, 2]).all()
 
 
-def test_transform_decodes_bytes(tmp_path: Path) -> None:
+def test_transform_receives_bytes(tmp_path: Path) -> None:
     def decode_all(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"pixels": np.stack([np.frombuffer(data, np.uint8) for data in columns["png"]])}
 
@@ -160,7 +160,7 @@ def test_transform_decodes_bytes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(x, [[1, 2], [3, 4]])
 
 
-def test_transform_errors(tmp_path: Path) -> None:
+def test_transform_errors_are_reported(tmp_path: Path) -> None:
     def fails(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         raise KeyError("colour")
 
@@ -182,7 +182,7 @@ def test_transform_errors(tmp_path: Path) -> None:
         ({"x": "a", "pad": {"a": 3}}, "`pad` is for list columns"),
     ],
 )
-def test_invalid_specs(tmp_path: Path, specs: dict[str, Any], message: str) -> None:
+def test_invalid_specs_are_refused(tmp_path: Path, specs: dict[str, Any], message: str) -> None:
     with pytest.raises(rk.ValidationError, match=message):
         tensors(tmp_path, {"a": np.zeros(2), "s": pa.array(["p", "q"])}, **specs)
 

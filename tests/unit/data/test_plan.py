@@ -1,4 +1,4 @@
-"""The order of rows is complete, disjoint, independent of the number of ranks, and seekable."""
+"""The row order covers each row once, does not depend on the number of ranks, and is seekable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plans(draw: Any, order: str | None = None) -> PassPlan:
 
 
 @given(plans())
-def test_every_row_comes_once_per_pass(plan: PassPlan) -> None:
+def test_every_row_occurs_once_per_pass(plan: PassPlan) -> None:
     assert sorted(plan.rank_rows(0, 1).tolist()) == list(range(plan.num_rows))
 
 
@@ -58,12 +58,12 @@ def test_seeking_equals_iterating(plan: PassPlan, num_ranks: int, data: Any) -> 
 
 
 @given(plans(order="source"))
-def test_source_order(plan: PassPlan) -> None:
+def test_source_order_does_not_shuffle(plan: PassPlan) -> None:
     np.testing.assert_array_equal(plan.rank_rows(0, 1), np.arange(plan.num_rows))
 
 
 @given(plans(order="sharded"))
-def test_last_short_validation_batch_is_last_rows(plan: PassPlan) -> None:
+def test_short_last_validation_batch_has_last_rows(plan: PassPlan) -> None:
     short = plan.num_rows % plan.global_batch_size
     if short:
         expected = np.arange(plan.num_rows - short, plan.num_rows)
@@ -78,7 +78,7 @@ def test_units_are_read_once_except_at_shard_ends(plan: PassPlan, num_ranks: int
 
 
 @given(plans(), st.integers(1, 8))
-def test_windows_come_in_order_of_use(plan: PassPlan, num_ranks: int) -> None:
+def test_windows_are_in_order_of_use(plan: PassPlan, num_ranks: int) -> None:
     for rank in range(num_ranks):
         starts = [window.start for window in plan.windows(rank, num_ranks)]
         assert starts == sorted(starts)
@@ -107,7 +107,7 @@ def test_batches_draw_from_whole_source() -> None:
     ],
 )
 def test_order_is_pinned(order: str, expected: list[list[int]]) -> None:
-    """A change of order would break resuming every earlier run."""
+    """A changed order would prevent earlier runs from resuming."""
     plan = PassPlan(np.array([5, 3, 7, 5]), global_batch_size=7, window_rows=4, order=order, seed=3, epoch=1)  # type: ignore[arg-type]
     assert [plan.batch_rows(step).tolist() for step in range(plan.num_steps)] == expected
 
@@ -119,7 +119,7 @@ def test_replicas_share_rows_evenly(num_rows: int, local_replicas: int) -> None:
     assert sizes.max() - sizes.min() <= 1
 
 
-def test_default_shards_and_windows() -> None:
+def test_default_num_shards_and_window_rows() -> None:
     assert [default_num_shards(n) for n in (1, 8, 9, 64, 65)] == [8, 8, 16, 64, 128]
     assert window_rows_for(784) == 8192
     assert window_rows_for(1 << 30) == 256
@@ -127,7 +127,7 @@ def test_default_shards_and_windows() -> None:
 
 @settings(max_examples=1)
 @given(st.just(1_000_000))
-def test_seeking_in_a_million_units(num_units: int) -> None:
+def test_seeking_works_in_a_million_units(num_units: int) -> None:
     plan = PassPlan(np.full(num_units, 1000), global_batch_size=256, window_rows=100_000)
     window = next(plan.windows(0, 1, plan.num_steps - 1))
     assert window.num_rows <= 101_000

@@ -1,4 +1,4 @@
-"""A transform gets the columns that it can have, and a column that nobody asked for never fails a run."""
+"""A transform receives every usable column, and a column that it does not request never fails a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(folder: Path, table: pa.Table = TABLE, name: str = "a.parquet", **opti
 
 
 def x_of(source: Source, held: bool = False) -> np.ndarray:
-    """All of x, as a run of one rank reads it in source order."""
+    """Return all of x as a run of one rank reads it, in source order."""
     opened = source.open()
     batch_spec = resolve(source, opened)
     plan = PassPlan(opened.unit_rows, global_batch_size=4, window_rows=4, order="source")
@@ -83,7 +83,7 @@ def test_unused_column_never_fails(transform: Any, write_statistics: bool, held:
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("write_statistics", [True, False])
 @pytest.mark.parametrize("name", CANNOT)
-def test_column_that_is_asked_for_says_why_not(name: str, write_statistics: bool, held: bool, tmp_path: Path) -> None:
+def test_requested_unusable_column_is_explained(name: str, write_statistics: bool, held: bool, tmp_path: Path) -> None:
     write(tmp_path, write_statistics=write_statistics)
     asked = rf"`transform` 'asks.<locals>.asking' requested column '{name}' in file .*a\.parquet, row group \d"
     with pytest.raises(rk.ColumnError, match=rf"{asked}.*which cannot be used: .*{CANNOT[name]}"):
@@ -92,13 +92,13 @@ def test_column_that_is_asked_for_says_why_not(name: str, write_statistics: bool
 
 @pytest.mark.parametrize("write_statistics", [True, False])
 @pytest.mark.parametrize("name", CANNOT)
-def test_column_that_is_used_says_why_not(name: str, write_statistics: bool, tmp_path: Path) -> None:
+def test_used_unusable_column_is_explained(name: str, write_statistics: bool, tmp_path: Path) -> None:
     write(tmp_path, write_statistics=write_statistics)
     with pytest.raises(rk.ColumnError, match=CANNOT[name]):
         x_of(rk.parquet(tmp_path, x=name, transform=unchanged))
 
 
-def test_columns_are_all_that_transform_gets(tmp_path: Path) -> None:
+def test_transform_gets_only_selected_columns(tmp_path: Path) -> None:
     seen = set()
 
     def sees(columns: Columns) -> Columns:
@@ -109,7 +109,7 @@ def test_columns_are_all_that_transform_gets(tmp_path: Path) -> None:
     opened = source.open()
     batch_spec = resolve(source, opened)
     assert seen == {"x"}
-    assert batch_spec.columns == ["uneven", "x"]  # only when it is read is it known that lengths differ
+    assert batch_spec.columns == ["uneven", "x"]  # that its lengths differ is only discovered on reading
     seen.clear()
     source = rk.parquet(tmp_path, x="z", transform=sees, columns=["x", "null"], fill={"null": 0.0})
     assert resolve(source, source.open()).columns == ["x", "null"]
@@ -139,7 +139,7 @@ def test_unknown_columns_suggest_nearest(tmp_path: Path) -> None:
         x_of(rk.parquet(tmp_path, x="z", transform=asks("xx"), columns=["x"]))
 
 
-def test_transform_may_do_without_a_column(tmp_path: Path) -> None:
+def test_transform_may_handle_missing_column(tmp_path: Path) -> None:
     def careful(columns: Columns) -> Columns:
         assert "ragged" not in columns
         assert columns.get("ragged") is None
@@ -160,8 +160,8 @@ def test_files_may_differ_in_unused_columns(tmp_path: Path) -> None:
         x_of(rk.parquet(tmp_path, x="z", transform=asks("null")))
 
 
-def test_lists_of_other_lengths_in_another_row_group(tmp_path: Path) -> None:
-    """Their lengths are unknown where there was no time for statistics."""
+def test_differing_list_lengths_across_row_groups_are_detected(tmp_path: Path) -> None:
+    """Lengths are unknown where the statistics were not checked."""
     source = rk.parquet(write(tmp_path, pa.table({"x": np.arange(8.0), "l": [[1]] * 4 + [[1, 2]] * 4})), x="z")
     opened = rk.parquet(tmp_path, x="x").open()
     for transform, raised in ((doubled, False), (asks("l"), True)):
@@ -207,7 +207,7 @@ def test_errors_name_transform_file_and_row_group(tmp_path: Path) -> None:
             x_of(rk.parquet(tmp_path, x="x", transform=transform))
 
 
-def test_columns_of_an_archive(tmp_path: Path) -> None:
+def test_columns_select_keys_of_archive(tmp_path: Path) -> None:
     arrays = {"x_train": np.arange(4.0), "y_train": np.zeros(4), "x_test": np.arange(2.0)}
     np.savez(tmp_path / "a.npz", **arrays, objects=np.array([{}], object))
     source = rk.npy(

@@ -31,7 +31,7 @@ RUN = [
     events.WorkerFailed(rank=1, cause="killed", node="n", next="training continues from epoch 2, step 2"),
     events.RunRestarted(epoch=1, step=2, workers=1, attempt=1),
     events.CheckpointDamaged(path="c", cause="c/model.keras is damaged"),
-    events.StorageFailed(cause="away", retry_s=0.5),
+    events.StorageFailed(cause="unavailable", retry_s=0.5),
     events.RunEnded(status="completed", logs={}),
 ]
 
@@ -56,7 +56,7 @@ def test_pipe_gets_one_line_per_epoch() -> None:
         "the worker of rank 1 failed on n: killed; training continues from epoch 2, step 2",
         "1 worker resumed from epoch 2, step 2",
         "skipped a damaged checkpoint: c/model.keras is damaged",
-        "could not write a checkpoint, retrying in 0.5 s: away",
+        "could not write a checkpoint, retrying in 0.5 s: unavailable",
         "completed; checkpoints in runs/a/checkpoints",
     ]
 

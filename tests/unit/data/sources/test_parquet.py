@@ -79,7 +79,7 @@ def test_fingerprint_changes_with_data(tmp_path: Path) -> None:
     assert rk.parquet(write(tmp_path / "a.parquet", 11), x="x").open().fingerprint != before
 
 
-def test_changed_contents_of_same_size_are_noticed(tmp_path: Path) -> None:
+def test_changed_contents_of_same_size_are_detected(tmp_path: Path) -> None:
     values = np.arange(100_000.0)
     options = {"use_dictionary": False, "compression": "none"}
 
@@ -90,7 +90,7 @@ def test_changed_contents_of_same_size_are_noticed(tmp_path: Path) -> None:
     before = written(values)
     size = (tmp_path / "a.parquet").stat().st_size
     least = written(np.concatenate([[-1.0], values[1:]]))  # in the statistics
-    last = written(np.concatenate([values[:-3], [0.0], values[-2:]]))  # not there, but near the end
+    last = written(np.concatenate([values[:-3], [0.0], values[-2:]]))  # not in the statistics, but near the end
     assert (tmp_path / "a.parquet").stat().st_size == size
     assert len({before.fingerprint, least.fingerprint, last.fingerprint}) == 3
     assert written(values).fingerprint == before.fingerprint
@@ -164,7 +164,7 @@ def test_paths_of_two_filesystems_are_refused(tmp_path: Path, monkeypatch: pytes
     memory.put(path, "/two/a.parquet")
 
     def read(*_: object, **__: object) -> None:
-        raise AssertionError("nothing is to be read")
+        raise AssertionError("nothing must be read")
 
     for paths in (["memory://two/a.parquet", path], [path, f"file://{path}", "memory://two"]):
         with monkeypatch.context() as patched:
@@ -300,7 +300,7 @@ def test_varying_list_lengths_need_pad_or_ragged(tmp_path: Path) -> None:
     rk.parquet(path, x="series", pad={"series": 4}).open()
 
 
-def test_lists_read_in_parts(tmp_path: Path) -> None:
+def test_lists_are_read_in_parts(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (900, 28, 28), np.uint8)
     numbers = [rng.integers(-9, 9, rng.integers(0, 5)).tolist() for _ in range(900)]

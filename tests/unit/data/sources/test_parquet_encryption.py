@@ -1,4 +1,4 @@
-"""Encrypted Parquet files: the columns that are not encrypted are used, the others are refused, and nothing aborts."""
+"""Encrypted Parquet files: unencrypted columns are read, encrypted ones are refused, and the process never aborts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TABLE = pa.table(
 
 
 class Kms(encryption.KmsClient):  # type: ignore[misc]
-    """Hands out keys as they are."""
+    """A key management service that does not encrypt keys."""
 
     def __init__(self, _: object) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def test_statistics_of_encrypted_column_abort_pyarrow(path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode < 0
 
 
-def test_columns_without_encryption_are_read(path: Path) -> None:
+def test_unencrypted_columns_are_read(path: Path) -> None:
     source = rk.parquet(path, x={"x": "x", "code": "code"})
     opened = source.open()
     batch_spec = resolve(source, opened)
@@ -83,7 +83,7 @@ def test_encrypted_column_is_refused(name: str, path: Path) -> None:
     )
     with pytest.raises(rk.SourceError, match=message):
         rk.parquet(path, x="x", y=name).open()
-    with pytest.raises(rk.SourceError, match=message):  # as of the columns that are written beside predictions
+    with pytest.raises(rk.SourceError, match=message):  # as for columns that are written with predictions
         rk.parquet(path, x="x").open().field(name)
 
 

@@ -1,4 +1,4 @@
-"""The footer cache trusts nothing: a file of it that was altered, damaged or made by others gives no wrong footer."""
+"""The footer cache never returns a wrong footer, even if its file was altered, damaged or written by other users."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Paths, and what the filesystem says of them; three footers of two schemas, with nulls and lists."""
+    """Return path and filesystem info of three files with two schemas, with nulls and lists."""
     (tmp_path / "data").mkdir()
     for i, y in enumerate(([0.0, None, 0.0], [0.0, 1.0, 2.0], [1, 2, 3])):
         table = pa.table({"x": np.ones(3), "y": y, "series": [[1, 2], [3, 4], [5]]})
@@ -70,7 +70,7 @@ def uncached(files: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def whole(files: list[tuple[str, dict[str, Any]]], cache: Path, uncached: list[tuple[Any, ...]]) -> bytes:
-    """What the cache's file holds."""
+    """Return the contents of a valid cache file."""
     read(files)
     kept, num_kept = read(files)
     assert num_kept == 3
@@ -78,7 +78,7 @@ def whole(files: list[tuple[str, dict[str, Any]]], cache: Path, uncached: list[t
     return cache.read_bytes()
 
 
-def test_only_this_user_can_read_it(whole: bytes, cache: Path) -> None:
+def test_only_owner_can_read_cache(whole: bytes, cache: Path) -> None:
     assert stat.S_IMODE(cache.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(cache.stat().st_mode) == 0o600
     with closing(sqlite3.connect(cache)) as database:
@@ -86,7 +86,7 @@ def test_only_this_user_can_read_it(whole: bytes, cache: Path) -> None:
         assert stat.S_IMODE(Path(f"{cache}-journal").stat().st_mode) == 0o600
 
 
-def test_file_is_never_readable_by_others(files: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_never_readable_by_others(files: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modes = []
     connect = sqlite3.connect
 
@@ -99,7 +99,7 @@ def test_file_is_never_readable_by_others(files: Any, cache: Path, monkeypatch: 
     assert modes == [0o600]
 
 
-def test_no_url_is_stored(cache: Path) -> None:
+def test_cache_contains_no_urls(cache: Path) -> None:
     memory = fsspec.filesystem("memory")
     with memory.open("/user:password@bucket/signature=secret.parquet", "wb") as file:
         pq.write_table(pa.table({"x": [1.0]}), file)
@@ -115,7 +115,7 @@ def test_no_url_is_stored(cache: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])
 @pytest.mark.parametrize("of", ["folder", "file"])
-def test_what_others_can_write_is_not_used(
+def test_cache_writable_by_others_is_ignored(
     of: str, mode: int, whole: bytes, files: Any, cache: Path, uncached: list[Any]
 ) -> None:
     changed = cache.parent if of == "folder" else cache
@@ -132,7 +132,7 @@ def test_what_others_can_write_is_not_used(
 
 
 @pytest.mark.parametrize("of", ["folder", "file"])
-def test_what_others_own_is_not_used(
+def test_cache_owned_by_others_is_ignored(
     of: str, whole: bytes, files: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = os.stat
@@ -149,7 +149,7 @@ def test_what_others_own_is_not_used(
     assert cache.read_bytes() == whole
 
 
-def test_link_is_not_followed(whole: bytes, files: Any, cache: Path) -> None:
+def test_symbolic_link_is_not_followed(whole: bytes, files: Any, cache: Path) -> None:
     moved = cache.rename(cache.with_name("moved"))
     cache.symlink_to(moved)
     for _ in range(2):
@@ -167,13 +167,13 @@ def test_link_is_not_followed(whole: bytes, files: Any, cache: Path) -> None:
         "CREATE VIEW v AS SELECT * FROM footers",
     ],
 )
-def test_other_tables_are_replaced(statement: str, whole: bytes, files: Any, cache: Path) -> None:
+def test_cache_with_unexpected_schema_is_rebuilt(statement: str, whole: bytes, files: Any, cache: Path) -> None:
     with opened(cache) as database:
         database.execute(statement)
     assert [read(files)[1] for _ in range(2)] == [0, 3]
 
 
-def test_compression_bomb_takes_no_memory(whole: bytes, files: Any, cache: Path, uncached: list[Any]) -> None:
+def test_compression_bomb_is_not_expanded(whole: bytes, files: Any, cache: Path, uncached: list[Any]) -> None:
     bomb = zlib.compress(b"[" * (256 << 20))
     assert len(bomb) < parquet_footer_cache.MAX_NBYTES
     with opened(cache) as database:
@@ -188,7 +188,7 @@ def test_compression_bomb_takes_no_memory(whole: bytes, files: Any, cache: Path,
     assert peak < 32 << 20
 
 
-def test_too_large_footer_is_not_kept(files: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_footer_is_not_cached(files: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_footer_cache, "MAX_NBYTES", 10)
     assert [read(files)[1] for _ in range(2)] == [0, 0]
 
@@ -210,14 +210,14 @@ def rows(database: sqlite3.Connection) -> list[dict[str, Any]]:
 
 
 def store(database: sqlite3.Connection, row: dict[str, Any]) -> None:
-    """Replaces a row by one with the right checksum."""
+    """Replace a row by one with a valid checksum."""
     head = json.dumps([row["key"], row["stamp"], row["schema"]]).encode()
     row = {**row, "checksum": hashlib.sha256(head + row["known"]).hexdigest()}
     database.execute("INSERT OR REPLACE INTO footers VALUES (?, ?, ?, ?, ?, ?)", tuple(row.values()))
 
 
 def altered(data: bytes) -> st.SearchStrategy[bytes]:
-    """Bytes with flipped ones, cut off, or with a part in another place."""
+    """Generate copies of the data with changed bytes, truncated, or with a part moved."""
     place = st.integers(0, len(data) - 1)
     flips = st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=8)
 
@@ -238,7 +238,7 @@ def altered(data: bytes) -> st.SearchStrategy[bytes]:
 
 @FUZZ
 @given(data=st.data())
-def test_altered_file_gives_true_footers(
+def test_altered_file_gives_correct_footers(
     data: st.DataObject, whole: bytes, files: Any, cache: Path, uncached: list[Any]
 ) -> None:
     cache.write_bytes(data.draw(altered(whole)))
@@ -248,7 +248,7 @@ def test_altered_file_gives_true_footers(
 
 @FUZZ
 @given(data=st.data())
-def test_altered_rows_give_true_footers(
+def test_altered_rows_give_correct_footers(
     data: st.DataObject, whole: bytes, files: Any, cache: Path, uncached: list[Any]
 ) -> None:
     cache.write_bytes(whole)
@@ -266,7 +266,7 @@ def test_altered_rows_give_true_footers(
 
 @FUZZ
 @given(data=st.data())
-def test_altered_rows_with_right_checksums_never_raise(
+def test_altered_rows_with_valid_checksums_never_raise(
     data: st.DataObject, whole: bytes, files: Any, cache: Path
 ) -> None:
     cache.write_bytes(whole)
@@ -300,16 +300,16 @@ def altered_fields(draw: Draw, _: sqlite3.Connection, row: dict[str, Any]) -> di
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["x", "z"]), inner, max_size=2),
         max_leaves=6,
     )
-    *way, last = draw(st.sampled_from(list(places(fields))))
+    *outer, last = draw(st.sampled_from(list(places(fields))))
     inner = fields
-    for part in way:
+    for part in outer:
         inner = inner[part]
     inner[last] = draw(values)
     return {**row, "known": zlib.compress(json.dumps(fields).encode() + b"\n" + counts)}
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to each value inside lists and dicts."""
+    """Yield the path to each value inside lists and dicts."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
         yield (*at, key)

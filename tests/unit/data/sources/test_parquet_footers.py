@@ -61,8 +61,8 @@ def test_cached_footers_equal_fresh_ones(folder: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_slow_storage_is_read_in_more_threads(waits: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread keeps the memory of what it parsed, so local files are read by one."""
+def test_slow_storage_is_read_by_several_threads(waits: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread retains the memory that it used for parsing, so one thread reads local files."""
     readers, read = set(), parquet_footers._read
 
     def watched(*arguments: Any) -> parquet_footers.Footer:
@@ -71,7 +71,7 @@ def test_slow_storage_is_read_in_more_threads(waits: bool, folder: Path, monkeyp
         return read(*arguments)
 
     monkeypatch.setattr(parquet_footers, "_read", watched)
-    if not waits:  # nor for a CPU, as on a busy machine
+    if not waits:  # not even for a CPU on a busy machine
         monkeypatch.setattr(time, "thread_time", time.perf_counter)
     rk.parquet(folder, x="x").open()
     assert (readers == {threading.get_ident()}) == (not waits)
@@ -88,7 +88,7 @@ def test_only_changed_files_are_read_again(folder: Path) -> None:
     assert opened.num_rows == 5 * NUM_FILES - 5 + 4 + 1
 
 
-def test_newer_modification_time_invalidates_footer(folder: Path) -> None:
+def test_changed_modification_time_invalidates_footer(folder: Path) -> None:
     source = rk.parquet(folder, x="x")
     source.open()
     os.utime(folder / "07.parquet", ns=(1, 1))
@@ -127,7 +127,7 @@ def test_unwritable_cache_is_bypassed(folder: Path, monkeypatch: pytest.MonkeyPa
     assert source.open().num_cached_footers == 0
 
 
-def test_relative_cache_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_cache_path_is_supported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("RAYKERAS_CACHE", "here")
     rk.parquet(folder, x="x").open()
@@ -142,7 +142,7 @@ def test_missing_home_bypasses_cache(folder: Path, monkeypatch: pytest.MonkeyPat
     assert rk.parquet(folder, x="x").open().num_cached_footers == 0
 
 
-def test_footers_of_other_filesystem_are_cached(folder: Path) -> None:
+def test_footers_on_other_filesystem_are_cached(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder), "/kept", recursive=True)
     source = rk.parquet("memory://kept", x="x")

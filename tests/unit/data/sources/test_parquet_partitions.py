@@ -1,4 +1,4 @@
-"""Names of folders become the columns that `pyarrow.dataset` makes of them."""
+"""Folder names become the same columns as in `pyarrow.dataset`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def column(opened: OpenSource, name: str = "key") -> list[Any]:
         (["true", "false"], ["true", "false"]),
     ],
 )
-def test_values_are_those_of_pyarrow(values: list[str], expected: list[Any], tmp_path: Path) -> None:
+def test_values_match_pyarrow(values: list[str], expected: list[Any], tmp_path: Path) -> None:
     opened = rk.parquet(write(tmp_path, *values), x="x", y="key").open()
     assert sorted(column(opened)) == sorted(expected)
     assert opened.fields["key"].dtype == ("int64" if isinstance(expected[0], int) else "string")
@@ -92,7 +92,7 @@ def test_null_is_filled(values: list[str], fill: Any, expected: list[Any], tmp_p
     message = rf"must not contain nulls; 'key' of .*/0\.parquet is {NULL}. Pass `fill=\{{'key': "
     with pytest.raises(rk.SourceError, match=message):
         rk.parquet(tmp_path, x="key").open()
-    with pytest.raises(rk.SourceError, match=message):  # as of the columns that are written beside predictions
+    with pytest.raises(rk.SourceError, match=message):  # as for columns that are written with predictions
         rk.parquet(tmp_path, x="x").open().field("key")
     source = rk.parquet(tmp_path, x="key", fill={"key": fill})
     opened = source.open()
@@ -102,7 +102,7 @@ def test_null_is_filled(values: list[str], fill: Any, expected: list[Any], tmp_p
 
 
 @pytest.mark.parametrize(("values", "fill"), [([NULL, "3"], "a"), ([NULL, "3"], 0.5), ([NULL, "a"], 1)])
-def test_fill_of_other_type_is_refused(values: list[str], fill: Any, tmp_path: Path) -> None:
+def test_fill_of_wrong_type_is_refused(values: list[str], fill: Any, tmp_path: Path) -> None:
     with pytest.raises(rk.SourceError, match="`fill` must have a value of the column's type; partition 'key' contains"):
         rk.parquet(write(tmp_path, *values), x="key", fill={"key": fill}).open()
 

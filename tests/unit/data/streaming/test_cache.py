@@ -54,7 +54,7 @@ SPECS: dict[str, dict[str, Any]] = {
         ("transformed", {"cache": "memory"}, 0, True),
     ],
 )
-def test_which_sources_are_cached(
+def test_small_sources_are_cached_automatically(
     path: Path, spec: str, options: dict[str, Any], limit: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYKERAS_AUTO_CACHE_BYTES", str(limit))
@@ -63,12 +63,12 @@ def test_which_sources_are_cached(
     assert should_cache(source, opened, resolve(source, opened)) is expected
 
 
-def test_invalid_cache_option() -> None:
+def test_invalid_cache_option_is_refused() -> None:
     with pytest.raises(rk.OptionError, match=r'`cache` must be "auto", "memory" or None; got \'disk\''):
         rk.parquet("x", x="x", cache="disk")  # type: ignore[arg-type]
 
 
-def test_invalid_cache_limit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_cache_limit_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYKERAS_AUTO_CACHE_BYTES", "1GiB")
     source = rk.parquet(path, x="f0", y="y")
     opened = source.open()
