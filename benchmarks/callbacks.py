@@ -2,7 +2,7 @@
 
     python -m benchmarks.callbacks
 
-Trains a model of a few weights, whose steps are as short as possible. The cost is the time in the hooks of all
+Trains a model with a few weights, so that steps are as short as possible. The cost is the time in the hooks of all
 callbacks of a step, Keras' `History` included. The latency is the time from the creation of an event on a worker to its
 arrival at the driver's handler, while four workers train.
 """

@@ -2,8 +2,8 @@
 
     python -m benchmarks.faults [NUMBER ...]
 
-Each fault changes one place in a copy of the project, in which the tests that should catch it run. At least one of them
-must fail; without a fault all of them must pass. `docs/design/tests.md` contains the table that this prints.
+Each fault changes one place in a copy of the project, and the tests that should catch it run there. At least one of
+them must fail; without a fault all of them must pass. `docs/design/tests.md` contains the table that this prints.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ FAULTS = (
         (f"{EXACTNESS}::test_training_matches_keras[1x2 keras 257 rows, weights]",),
     ),
     Fault(
-        "a row is skipped at a resume",
+        "a row is skipped on resume",
         "data/streaming/interleave.py",
         "            (rows,) = interleaver.interleave(*_rank_range(rank_input, plan, a, b))\n",
         "            (rows,) = interleaver.interleave(*_rank_range(rank_input, plan, a, b))\n"
@@ -61,7 +61,7 @@ FAULTS = (
         (f"{RESUME}::test_run_resumes_with_steps_per_execution_and_validation_freq[1-keras]",),
     ),
     Fault(
-        "the metrics of an epoch are reset at a resume",
+        "the metrics of an epoch are reset on resume",
         "worker/resume.py",
         "            self._training.restore_metrics()\n",
         "            pass\n",
@@ -121,7 +121,7 @@ FAULTS = (
         ("tests/unit/data/test_plan.py::test_order_differs_by_epoch_and_seed",),
     ),
     Fault(
-        "the batches of a Sequence come in another order",
+        "the batches of a Sequence arrive in another order",
         "data/adapters/epochs.py",
         "        return iter(order.tolist())\n",
         "        return iter(order[::-1].tolist())\n",
@@ -153,7 +153,7 @@ def copy_with(fault: Fault | None, folder: Path) -> None:
         text = path.read_text()
         if text.count(fault.old) != 1:
             raise SystemExit(
-                f"{fault.path} must contain the text of {fault.name!r} once; it contains it {text.count(fault.old)}x"
+                f"{fault.path} must contain the text of {fault.name!r} once; it occurs {text.count(fault.old)} times"
             )
         path.write_text(text.replace(fault.old, fault.new))
 

@@ -7,7 +7,7 @@ plain Keras; streamed from Parquet, with images as lists of numbers and as bytes
 contender is a process, and they take turns: while one validates and trains for an epoch, the other processes and their
 Ray clusters are stopped, because the speed of a machine changes within seconds and an idle Ray slows plain Keras down.
 
-The figures are of the second half of the epochs, since Ray still starts processes in the first:
+The figures are from the second half of the epochs, since Ray still starts processes in the first:
 
     epoch             training time of an epoch (median)
     ÷ plain           ratio to the epoch of plain Keras in the same turn (median and quartiles)

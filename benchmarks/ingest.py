@@ -12,8 +12,8 @@ Writes Parquet files of random rows to a local disk, and reads batches inside a 
 
 raykeras, streamed and cached, shuffles and delivers weights; of the others only tf.data's `shuffle` does. "pyarrow" is
 the limit: it reads every row group with its own threads, and converts it to NumPy arrays, with a thread per CPU to
-decode images, without batches or shuffling. Petastorm is installed in a separate environment if possible, and read as
-its documentation says and with tf.data's `rebatch`.
+decode images, without batches or shuffling. Petastorm is installed in a separate environment if possible, and used as
+documented and with tf.data's `rebatch`.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         expected = {
             (workers, dropout): fit(
-                folder, f"undisturbed-{workers}-{dropout}", steering(), scale=rk.Scale(workers=workers), dropout=dropout
+                folder, f"expected-{workers}-{dropout}", steering(), scale=rk.Scale(workers=workers), dropout=dropout
             )
             for workers, dropout in ((1, DROPOUT), (1, 0.0), (2, DROPOUT))
         }

@@ -4,9 +4,9 @@
 
 Trains one worker on Parquet of growing size, each time in a new process, and prints peaks: `private` is the worker's
 private memory (RssAnon), `shared` are the pages of Ray's object store that it has read (RssShmem), and `store` is the
-content of the object store. All but the smallest data consists of files of 512 MB, which are hard links to one file. A
-peak grows with the duration of the run: therefore two files are also trained on for as many epochs as the largest data
-has rows.
+content of the object store. All but the smallest data consists of files of 512 MB, which are hard links to one file.
+Peaks also grow with the duration of a run, so a run on two files trains for enough epochs to read as many rows as the
+largest data has.
 
 The limit is the bytes of a shuffle window × (canonical shards ÷ workers + 1), two tables of a task, and 300 MB.
 """

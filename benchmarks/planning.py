@@ -4,7 +4,7 @@
 
 Plans passes over a number of row groups and rows, as the driver and every rank do, without reading data. Prints the
 time and the peak memory of a plan, and the time until a rank at a random step has its first window ("seek"). Every seek
-is made twice: the lesser of the two times excludes pauses of the machine and cold CPU caches after a plan.
+is made twice: the lower of the two times excludes pauses of the machine and cold CPU caches after a plan.
 
 Then opens a source of Parquet files with 10 row groups and 30 columns each, on a local disk: for the first time, and
 again with cached footers; compared with `pyarrow.dataset`, which reads all footers each time. Each runs in a new

@@ -186,7 +186,7 @@ def main() -> None:
         train(arguments.train, "soak", arguments.workers, step_s=0.05)
         return
     with tempfile.TemporaryDirectory() as storage:
-        expected = train(storage, "undisturbed", arguments.workers, step_s=0)
+        expected = train(storage, "uninterrupted", arguments.workers, step_s=0)
         start = time.monotonic()
         workers, drivers = soak(storage, arguments.kills, arguments.workers, arguments.seed)
         seconds = time.monotonic() - start

@@ -28,7 +28,7 @@ from tests.support.resuming import X, Y, assert_same, build, fit, steering
 
 
 def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
-    undisturbed = fit(str(tmp_path), "undisturbed", epochs=3)
+    uninterrupted = fit(str(tmp_path), "uninterrupted", epochs=3)
     result = fit(str(tmp_path), "run", epochs=2)
     *_, before, last = result.checkpoints
     position = (before.epoch, before.state["step"])
@@ -40,7 +40,7 @@ def test_damaged_checkpoint_is_reported_and_skipped(tmp_path: Path) -> None:
     assert damaged.path == last.path and MODEL_FILE in damaged.cause
     (started,) = (event for event in seen if isinstance(event, rk.RunStarted))
     assert (started.initial_epoch, started.initial_step) == position
-    assert_same(result, undisturbed, rtol=0)
+    assert_same(result, uninterrupted, rtol=0)
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

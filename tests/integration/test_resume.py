@@ -1,4 +1,4 @@
-"""An interrupted run resumes and ends like an undisturbed one; changed arguments are refused."""
+"""An interrupted run resumes and ends like an uninterrupted one; changed arguments are refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def crash(package: str, point: Point) -> Any:
     return Crashes()
 
 
-def crashed_and_undisturbed(
+def crashed_and_uninterrupted(
     folder: Path,
     package: str,
     make: Callable[[], Any],
@@ -72,10 +72,10 @@ def crashed_and_undisturbed(
     checkpoint_every: int = 1,
     **options: Any,
 ) -> tuple[rk.Result, rk.Result, list[Any], list[Any]]:
-    """Train once undisturbed, and once with a crash at each point.
+    """Train once uninterrupted, and once with a crash at each point.
 
     Returns:
-        The result of the crashed run and of the undisturbed one, and the calls of a callback in each.
+        The result of the crashed run and of the uninterrupted one, and the calls of a callback in each.
     """
 
     def run(name: str, *more: Any) -> tuple[rk.Result, list[Any]]:
@@ -85,7 +85,7 @@ def crashed_and_undisturbed(
         kept = rk.Run(storage=str(folder), name=name, checkpoint_every=checkpoint_every)
         return rk.fit(make, x, y, callbacks=[calls, *more], run=kept, **all_options), calls.calls
 
-    expected, expected_calls = run("undisturbed")
+    expected, expected_calls = run("uninterrupted")
     for point in points:
         with pytest.raises(rk.UserCodeError, match="Crash"):
             run("run", crash(package, point))
@@ -99,7 +99,7 @@ def test_run_resumes_with_steps_per_execution_and_validation_freq(
     package: str, steps_per_execution: int, tmp_path: Path
 ) -> None:
     last = 5 if steps_per_execution == 2 and package == "keras" else 4  # Keras 3 counts whole executions
-    result, expected, calls, expected_calls = crashed_and_undisturbed(
+    result, expected, calls, expected_calls = crashed_and_uninterrupted(
         tmp_path,
         package,
         lambda: build(package, dropout=0, steps_per_execution=steps_per_execution),
@@ -112,7 +112,7 @@ def test_run_resumes_with_steps_per_execution_and_validation_freq(
 
 
 def test_run_resumes_with_steps_per_execution_on_two_replicas(tmp_path: Path) -> None:
-    result, expected, calls, expected_calls = crashed_and_undisturbed(
+    result, expected, calls, expected_calls = crashed_and_uninterrupted(
         tmp_path,
         "keras",
         lambda: build(dropout=0, steps_per_execution=2),
@@ -136,7 +136,7 @@ def test_run_resumes_if_steps_per_epoch_does_not_divide_pass(
     package: str, steps_per_epoch: int, steps_per_execution: int, tmp_path: Path
 ) -> None:
     """A pass has five steps. In Keras 3 an epoch ends with it; in tf_keras it continues in the next pass."""
-    result, expected, calls, expected_calls = crashed_and_undisturbed(
+    result, expected, calls, expected_calls = crashed_and_uninterrupted(
         tmp_path,
         package,
         lambda: build(package, dropout=0, steps_per_execution=steps_per_execution),
@@ -191,7 +191,7 @@ def generator() -> Any:
     ],
 )
 def test_run_resumes_with_user_batches(data: Any, steps: int | None, points: list[Point], tmp_path: Path) -> None:
-    result, expected, calls, expected_calls = crashed_and_undisturbed(
+    result, expected, calls, expected_calls = crashed_and_uninterrupted(
         tmp_path, "keras", build, points, data=data, batch_size=None, steps_per_epoch=steps
     )
     assert_same(result, expected)
@@ -206,7 +206,7 @@ def test_checkpoints_are_saved_by_time(workers: int, two_workers: None, tmp_path
     result = fit(str(tmp_path), "timed", [slow(0.1)], run=run, **options)
     saved = [event.step for event in seen if isinstance(event, rk.CheckpointSaved)]
     assert any(saved)  # some of them mid-epoch
-    assert_same(result, fit(str(tmp_path), "undisturbed", dropout=0), rtol=1e-5)
+    assert_same(result, fit(str(tmp_path), "uninterrupted", dropout=0), rtol=1e-5)
 
 
 def test_csv_logger_continues_its_file(tmp_path: Path) -> None:
@@ -216,18 +216,18 @@ def test_csv_logger_continues_its_file(tmp_path: Path) -> None:
         logger = keras.callbacks.CSVLogger(str(tmp_path / f"{name}.csv"))
         return fit(str(tmp_path), name, [logger, *more])
 
-    run("undisturbed")
+    run("uninterrupted")
     with pytest.raises(rk.UserCodeError, match="Crash"):
         run("run", crash("keras", (2, None)))
     run("run")
-    assert (tmp_path / "run.csv").read_text() == (tmp_path / "undisturbed.csv").read_text()
+    assert (tmp_path / "run.csv").read_text() == (tmp_path / "uninterrupted.csv").read_text()
 
 
 def test_finished_run_is_extended(tmp_path: Path) -> None:
-    undisturbed = fit(str(tmp_path), "undisturbed", epochs=EPOCHS)
+    uninterrupted = fit(str(tmp_path), "uninterrupted", epochs=EPOCHS)
     fit(str(tmp_path), "run", epochs=2)
-    assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), undisturbed)
-    assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), undisturbed)  # no epoch is left
+    assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), uninterrupted)
+    assert_same(fit(str(tmp_path), "run", epochs=EPOCHS), uninterrupted)  # no epoch is left
 
 
 def test_run_ended_by_early_stopping_is_not_continued(tmp_path: Path) -> None:
@@ -370,7 +370,7 @@ def test_signal_saves_and_run_resumes(
                 os.kill(os.getpid(), number)
 
     with kept_workers.used():
-        undisturbed = fit(str(tmp_path), "undisturbed", **options)
+        uninterrupted = fit(str(tmp_path), "uninterrupted", **options)
     with kept_workers.used(), default_handler(number), pytest.raises(raised[0], match=raised[1]):
         fit(str(tmp_path), "run", [Interrupts(), slow(0.1)], **options)
     last = events_of(str(tmp_path / "run"))[-1]
@@ -379,7 +379,7 @@ def test_signal_saves_and_run_resumes(
     assert 1 <= saved["epoch"] < 6
     with kept_workers.used():
         resumed = fit(str(tmp_path), "run", **options)
-    assert_same(resumed, undisturbed)
+    assert_same(resumed, uninterrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])

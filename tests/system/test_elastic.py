@@ -29,11 +29,11 @@ def test_node_is_lost_comes_back_and_is_drained(forked: ForkServer, tmp_path: Pa
     ended = forked.run(two_nodes.main, str(tmp_path), timeout_s=600)
     assert ended.exit_code == 0, ended.output
     *events, last = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
-    undisturbed = fit(str(tmp_path), "undisturbed", epochs=two_nodes.EPOCHS, dropout=0)
-    for name, values in undisturbed.history.items():
+    uninterrupted = fit(str(tmp_path), "uninterrupted", epochs=two_nodes.EPOCHS, dropout=0)
+    for name, values in uninterrupted.history.items():
         np.testing.assert_allclose(last["history"][name], values, rtol=1e-5, err_msg=name)
     newest = RunFolder(str(tmp_path / "elastic")).checkpoints()[-1]
-    assert_same_weights(newest.load_model(), undisturbed.model(), rtol=1e-4, atol=1e-5)
+    assert_same_weights(newest.load_model(), uninterrupted.model(), rtol=1e-4, atol=1e-5)
 
     resized = [(e["before"], e["workers"]) for e in events if e["event"] == "WorldResized"]
     assert resized == [(2, 1), (1, 2), (2, 1)]
@@ -68,7 +68,7 @@ def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
     seen: list[rk.Event] = []
     run = {"hang_timeout_s": 6.0}
     result = fit(str(tmp_path), "run", [hanging(tmp_path, 1)], scale=TWO, dropout=0, run=run, on_event=seen.append)
-    expected = fit(str(tmp_path), "undisturbed", dropout=0)
+    expected = fit(str(tmp_path), "uninterrupted", dropout=0)
     assert result.epoch == expected.epoch
     for name, values in expected.history.items():
         np.testing.assert_allclose(result.history[name], values, rtol=1e-5, err_msg=name)

@@ -1,4 +1,4 @@
-"""A run whose processes are killed ends like an undisturbed one: same history, weights and callback calls.
+"""A run whose processes are killed ends like an uninterrupted one: same history, weights and callback calls.
 
 A run in one process is killed at every point, and workers are killed at two representative points. At the others,
 workers raise instead; `python -m benchmarks.kill_points` kills them at every point.
@@ -39,14 +39,14 @@ def test_every_point_is_covered() -> None:
 @pytest.mark.usefixtures("tensorflow")
 def test_run_resumes_after_kill_at_any_point(forked: ForkServer, tmp_path: Path) -> None:
     calls, expected_calls = recorder(), recorder()
-    undisturbed = fit(str(tmp_path), "undisturbed", [expected_calls, *steering()])
+    uninterrupted = fit(str(tmp_path), "uninterrupted", [expected_calls, *steering()])
     for number, point in enumerate(POINTS):
         ended = forked.run(partial(train, points=POINTS), str(tmp_path))
         assert ended.exit_code == -signal.SIGKILL, ended.output
         assert (tmp_path / point).exists()
         assert not any((tmp_path / later).exists() for later in POINTS[number + 1 :])
     result = fit(str(tmp_path), "run", [calls, *steering()])
-    assert_same(result, undisturbed)
+    assert_same(result, uninterrupted)
     assert calls.calls == expected_calls.calls
     starts = [(e["initial_epoch"], e["initial_step"]) for e in events_of(result.path) if e["event"] == "RunStarted"]
     assert starts == sorted(starts)
@@ -55,28 +55,28 @@ def test_run_resumes_after_kill_at_any_point(forked: ForkServer, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> rk.Result:
-    """Return the result of an undisturbed run on two workers."""
+def uninterrupted(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> rk.Result:
+    """Return the result of an uninterrupted run on two workers."""
     with kept_workers.used():
-        return fit(str(tmp_path_factory.mktemp("undisturbed")), "undisturbed", steering(), scale=TWO)
+        return fit(str(tmp_path_factory.mktemp("uninterrupted")), "uninterrupted", steering(), scale=TWO)
 
 
-def test_killed_workers_are_restarted(undisturbed: rk.Result, tmp_path: Path) -> None:
+def test_killed_workers_are_restarted(uninterrupted: rk.Result, tmp_path: Path) -> None:
     seen: list[rk.Event] = []
     killers = [killer(points, str(tmp_path), rank) for rank, points in KILLED_BY_RANK.items()]
     result = fit(str(tmp_path), "run", [*steering(), *killers], scale=TWO, on_event=seen.append)
-    assert_same(result, undisturbed)
+    assert_same(result, uninterrupted)
     failed = assert_restarted(seen, len(KILLED_BY_RANK))
     assert {event.rank for event in failed} <= {0, 1} and all(event.node for event in failed)
     assert all("because" in event.cause or "Error" in event.cause for event in failed), [e.cause for e in failed]
 
 
 @pytest.mark.usefixtures("two_workers")
-def test_run_resumes_after_lost_worker_at_any_point(undisturbed: rk.Result, tmp_path: Path) -> None:
+def test_run_resumes_after_lost_worker_at_any_point(uninterrupted: rk.Result, tmp_path: Path) -> None:
     seen: list[rk.Event] = []
     callbacks = [*steering(), loser(LOST, str(tmp_path))]
     result = fit(str(tmp_path), "run", callbacks, scale=TWO, on_event=seen.append)
-    assert_same(result, undisturbed)
+    assert_same(result, uninterrupted)
     failed = assert_restarted(seen, len(LOST))
     assert [point for point, event in zip(LOST, failed, strict=True) if repr(point) not in event.cause] == []
 
@@ -149,10 +149,10 @@ def youngest_process(title: str) -> int:
 
 @pytest.fixture(scope="module")
 def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, rk.Result]:
-    """Return the folder of a two-worker run whose driver was killed mid-epoch, and the result of an undisturbed run."""
+    """Return the folder of a two-worker run whose driver was killed mid-epoch, and an uninterrupted run's result."""
     folder = tmp_path_factory.mktemp("driver")
     with kept_workers.used():
-        undisturbed = fit(str(folder), "undisturbed", steering(), scale=TWO, dropout=0)
+        uninterrupted = fit(str(folder), "uninterrupted", steering(), scale=TWO, dropout=0)
     plan = {"storage": str(folder), "workers": 2, "driver_epoch": 1, "dropout": 0}
     (folder / "plan.json").write_text(json.dumps(plan))
     ended = subprocess.run(
@@ -163,17 +163,17 @@ def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFa
         timeout=240,
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    return folder / "run", undisturbed
+    return folder / "run", uninterrupted
 
 
 @pytest.mark.parametrize("workers", [2, 1, 3])
 def test_run_of_killed_driver_resumes_on_any_number_of_workers(
     workers: int, killed_driver: tuple[Path, rk.Result], kept_workers: KeptWorkers, tmp_path: Path
 ) -> None:
-    interrupted, undisturbed = killed_driver
+    interrupted, uninterrupted = killed_driver
     shutil.copytree(interrupted, tmp_path / "run")
     with kept_workers.used() if workers == 2 else contextlib.nullcontext():
         result = fit(str(tmp_path), "run", steering(), scale=rk.Scale(workers=workers), dropout=0)
-    assert_same(result, undisturbed, rtol=1e-6 if workers == 2 else 1e-5)
+    assert_same(result, uninterrupted, rtol=1e-6 if workers == 2 else 1e-5)
     starts = [(e["initial_epoch"], e["initial_step"]) for e in events_of(result.path) if e["event"] == "RunStarted"]
     assert len(starts) == 2 and starts[1] > (0, 0) and starts[1][1] > 0
