@@ -51,7 +51,7 @@ GLOBAL_ATTRIBUTE = PrivateName(
 )
 IN_SAFE_MODE = PrivateName(
     "keras.src.saving.serialization_lib:in_safe_mode",
-    "notice calls of `enable_unsafe_deserialization`",
+    "detect calls of `enable_unsafe_deserialization`",
     "only `safe_mode=False` allows code in a model file",
     parameters=(),
 )

@@ -45,7 +45,7 @@ CHECK_WEIGHTED_METRICS = PrivateName(
 )
 IN_SAFE_MODE = PrivateName(
     "tf_keras.src.saving.serialization_lib:in_safe_mode",
-    "notice calls of `enable_unsafe_deserialization`",
+    "detect calls of `enable_unsafe_deserialization`",
     "only `safe_mode=False` allows code in a model file",
     parameters=(),
 )

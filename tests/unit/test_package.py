@@ -114,7 +114,7 @@ def test_tests_named_in_documentation_exist() -> None:
         match for path in root.glob("tests/**/*.py") for match in re.findall(r"def (test_\w+)", path.read_text())
     }
     for page in (README, root / "CONTRIBUTING.md", *root.glob("docs/**/*.md")):
-        text, _, earlier = page.read_text().partition("## Where earlier tests are")
+        text, _, earlier = page.read_text().partition("## Earlier tests")
         text += re.sub(r"^\|[^|]*\|", "", earlier, flags=re.MULTILINE)  # the first column names removed tests
         named = set(re.findall(r"`(?:[\w/.]+::)?(test_\w+)", text))
         assert named <= defined, f"{page.name} names {sorted(named - defined)}"
