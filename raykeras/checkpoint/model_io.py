@@ -1,4 +1,4 @@
-"""Pack a model for the workers, whatever the user passed: a model, a build function, a checkpoint or a `.keras` file.
+"""Pack a model for the workers: a compiled model, a build function, a checkpoint or a `.keras` file.
 
 The result is a pickled function that creates the model in any process, under that process's strategy. A compiled model
 is packed as the bytes of its `.keras` file, together with its custom objects.

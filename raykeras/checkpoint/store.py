@@ -52,7 +52,7 @@ T = TypeVar("T")
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the filesystem of a path or URL, and the path in it.
 
-    Its listings are not cached, since other processes write, too.
+    Its listings are not cached, since other processes also write to it.
     """
     fs, inside = fsspec.core.url_to_fs(path, use_listings_cache=False)
     return fs, inside

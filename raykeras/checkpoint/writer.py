@@ -33,7 +33,7 @@ class AsyncCheckpointWriter:
     Args:
         folder: The run's folder.
         token: The token with which this driver claimed the folder.
-        run: Says how many checkpoints to keep, and which is the best.
+        run: Sets how many checkpoints to keep, and which one is best.
         send: Receives events.
     """
 

@@ -1,7 +1,7 @@
 """The command line: `raykeras fit | evaluate | predict PIPELINE` and `raykeras inspect DATA`.
 
 Exit statuses: 0 success; 1 the user's code or a worker failed; 2 invalid arguments or insufficient resources;
-130 after Ctrl-C; 143 after SIGTERM.
+129 after SIGHUP; 130 after Ctrl-C; 143 after SIGTERM.
 """
 
 from __future__ import annotations

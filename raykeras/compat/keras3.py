@@ -73,7 +73,7 @@ FUNC_LOAD = PrivateName(
     "keras.src.utils.python_utils:func_load", "load a model with lambdas on workers", parameters=("code",)
 )
 INSTANCE_NAMES = ("keras.losses.SparseCategoricalCrossentropy._fn_kwargs", "keras.Sequential._functional")
-"""Attributes of instances that `raykeras.compat.keras_api` reads; without them it does without what they tell."""
+"""Attributes of instances that `raykeras.compat.keras_api` reads; without them, checks that need them are skipped."""
 
 
 @dataclass(frozen=True)

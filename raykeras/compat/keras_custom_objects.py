@@ -1,7 +1,7 @@
 """Save and load models with custom classes and functions that are not registered with Keras.
 
 Keras writes custom objects by their registered name. Here each of them gets a unique name in a table that is pickled
-beside the model, so that lambdas, closures and classes of the same name can be told apart.
+with the model, so that lambdas, closures and classes of the same name can be told apart.
 """
 
 from __future__ import annotations

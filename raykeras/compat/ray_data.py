@@ -256,7 +256,7 @@ def admission_policy(base: Any, number: int) -> type:
 def _refresh_limits(resource_manager: Any) -> None:
     """Have Ray Data query the cluster's resources again while its limits are still zero.
 
-    An actor answers the query. Ray Data would look at the answer a second later, and run one task at a time until then.
+    An actor answers the query. Ray Data would read the answer a second later, and run one task at a time until then.
     """
     if hasattr(resource_manager, "_global_limits_last_update_time") and not resource_manager.get_global_limits().cpu:
         resource_manager._global_limits_last_update_time = 0

@@ -67,6 +67,6 @@ def max_cluster_resources() -> dict[str, float]:
     if get := MAX_RESOURCES.find():
         try:
             largest = get()
-        except Exception:  # the cluster's configuration is of another form
+        except Exception:  # the cluster's configuration has another form
             largest = None
     return dict(largest or ray.cluster_resources())

@@ -69,7 +69,7 @@ def prompt_replica_join() -> Iterator[None]:
 
 
 def separate_collectives() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which a `MirroredStrategy` gets other collective keys than those before it."""
+    """Return a context in which a `MirroredStrategy` gets different collective keys than earlier ones."""
     if COLLECTIVE_KEY_BASE.find() is None:
         return contextlib.nullcontext()
     return COLLECTIVE_KEY_BASE.replaced(next(_key_bases))
@@ -78,7 +78,7 @@ def separate_collectives() -> contextlib.AbstractContextManager[None]:
 def disable_thread_spinning() -> None:
     """Make idle TensorFlow threads sleep instead of busy-wait, which leaves the core for reading rows.
 
-    This is possible only before TensorFlow's context is initialised. A configuration of the user's is left unchanged.
+    This is possible only before TensorFlow's context is initialised. The user's configuration is left unchanged.
     """
     get_context = CONTEXT.find()
     if get_context is None:

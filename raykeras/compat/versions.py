@@ -46,7 +46,7 @@ class PrivateName:
     Attributes:
         path: "module:attribute", or "module:Class.attribute".
         purpose: What raykeras needs the name for, as in "to {purpose}".
-        fallback: What happens without the name, as a clause. None if raykeras refuses to go on without it.
+        fallback: What happens without the name, as a clause. None if raykeras raises an error without it.
         parameters: Names of the first parameters that raykeras passes or replaces; None if it is not called.
     """
 

@@ -13,8 +13,8 @@ do not depend on the number of ranks, and each rank reads only its own shards, i
     source      every `num_shards`-th row                      shuffle=False: exactly the source
                                                                order; every rank reads every unit
 
-A *window* consists of whole units, so a unit is decoded once unless a shard boundary cuts it. Resuming is arithmetic:
-`windows(first_step=…)` starts at the window that contains the step.
+A *window* consists of whole units, so a unit is decoded once unless a shard boundary cuts it. To resume at a step,
+`windows(first_step=…)` starts at the window that contains it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run several steps per execution in Keras 3, and no more than the epoch has left.
 
 Keras 3 loops over batches that it takes as optionals. TensorFlow cannot run that loop with several replicas ("You must
-feed a value for placeholder tensor"), and on endless data every execution runs in full, so that an epoch runs on into
+feed a value for placeholder tensor"), and on endless data every execution runs in full, so that an epoch continues into
 the next. The loop here is passed the number of steps, as in tf_keras. Where that number is unknown, several replicas
 run one step at a time, and an execution ends with the data.
 

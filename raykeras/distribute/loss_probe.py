@@ -1,8 +1,8 @@
 """Classify scalar losses as means or sums over the rows of a batch.
 
-A scalar from user code does not say what it is, but it can be probed: over the same rows twice, a mean stays and a sum
-doubles, and both follow from their values over two halves of the rows, which a loss over pairs of rows does not. On
-several replicas a mean counts by the replica's share of the rows, a sum by one.
+A scalar from user code does not show which it is, but it can be probed: over the same rows twice, a mean is unchanged
+and a sum doubles, and both follow from their values over two halves of the rows, unlike a loss over pairs of rows. On
+several replicas, a mean is weighted by the replica's share of the rows, and a sum is not weighted.
 
 A Keras loss that a layer calls is already weighted by the share: its value halves when the same rows are declared to be
 half of a batch. A scalar that is zero at first, such as the divergence of a variational model whose last layers start

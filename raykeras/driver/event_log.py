@@ -82,7 +82,7 @@ class RunLog:
             self._temporary.cleanup()
         if self._failure is not None:
             message = (
-                f"The events of the run in {self._folder.path!r} could not all be written there: "
+                f"Some events of the run could not be written to {self._folder.path!r}: "
                 f"{type(self._failure).__name__}: {self._failure} Those that were written are in {local_copy!r}. The "
                 "run itself is not affected."
             )

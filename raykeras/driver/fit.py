@@ -79,7 +79,7 @@ def fit(
 ) -> Result:
     """Train a Keras model for a fixed number of epochs, on one machine or on a Ray cluster.
 
-    The arguments are those of `keras.Model.fit`, and `scale`, `run` and `on_event`. The history and the weights are
+    The arguments are those of `keras.Model.fit`, plus `scale`, `run` and `on_event`. The history and the weights are
     those of `Model.fit` over the same batches, on any number of workers and after any number of restarts. Layers that
     draw or measure per replica (Dropout, and BatchNormalization unless `synchronized=True`) may differ between numbers
     of workers.
@@ -362,7 +362,7 @@ def _run_folder(run: Run) -> RunFolder:
         return folder
     raise OptionError(
         f"A new run needs an empty folder; {folder.path!r} holds "
-        + ("a run, and `resume` is None." if folder.is_run() else "files that are not a run.")
+        + ("a run, and `resume` is None." if folder.is_run() else "files that do not belong to a run.")
         + " Choose another `name`, or remove the folder."
     )
 

@@ -95,7 +95,7 @@ class Interrupt:
             self._request = None
 
     def _preempt_workers(self) -> None:
-        """Wait for a signal, preempt the workers, and say so."""
+        """Wait for a signal, preempt the workers, and print a message."""
         number = self._received.get()
         if number is None:
             return

@@ -124,8 +124,8 @@ class RemoteOutput(Output):
         if sizes != self._sizes:
             differ = sorted(name for name in {**sizes, **self._sizes} if sizes.get(name) != self._sizes.get(name))
             raise RaykerasError(
-                f"Two calls must not write to one `output`; the files in {self.path!r} are not those that this call "
-                f"wrote, for example {differ[0]!r}. Call `predict` again with another `output`."
+                f"Two calls must not write to the same `output`; the files in {self.path!r} are not those that this "
+                f"call wrote, for example {differ[0]!r}. Call `predict` again with another `output`."
             )
         self._put(SUCCESS, b"")
         with contextlib.suppress(Exception):  # readers ignore it once `_SUCCESS` exists

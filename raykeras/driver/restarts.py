@@ -172,7 +172,7 @@ def _resume_from(job: TrainJob, resumption: Resumption | None) -> TrainJob:
 
 
 def _set_aside(folder: RunFolder, checkpoint: Checkpoint) -> str:
-    """Move the checkpoints of a run away, before training starts over with the weights of one.
+    """Move the checkpoints of a run aside, before training starts over with the weights of one.
 
     Returns:
         The new path of the checkpoint.

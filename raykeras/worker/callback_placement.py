@@ -2,8 +2,8 @@
 
 On several workers, each callback has a placement:
 
-    every    steers training, or is a user's class: runs on every worker. Its logs are reduced over all replicas, so
-             that all workers decide alike.
+    every    affects training, or is user-defined: runs on every worker. Its logs are reduced over all replicas, so
+             that all workers make the same decisions.
     chief    only writes or reports: runs on the chief, which is rank 0.
     saves    reads variables, in which all workers must take part: runs on every worker; the chief's files are kept.
     refused  cannot run on several workers.
@@ -134,7 +134,7 @@ class Artifacts:
 def on_chief(callback: Any) -> OnChief:
     """Let a callback run once, on the chief (rank 0), instead of on every worker.
 
-    Use it for what must not happen several times, such as sending a message. The callback must not read the model's
+    Use it for actions that must happen only once, such as sending a message. The callback must not read the model's
     variables, in which all workers would have to take part; `model.stop_training` stops all of them.
 
     Args:

@@ -3,7 +3,7 @@
 The steps and the ends of epochs are *step boundaries*, which all workers pass in the same order. When one worker, or
 the driver, wants an action, other workers may already be in the next step and wait in a collective for it. So it starts
 a *round*: a thread of each worker answers with the first boundary at which that worker can still act, and all workers
-act at the latest of these. Nothing is sent before a round starts, so that a step costs nothing more.
+act at the latest of these. Nothing is sent before a round starts, so ordinary steps cost nothing more.
 """
 
 from __future__ import annotations

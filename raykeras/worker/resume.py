@@ -1,6 +1,6 @@
-"""Resume a training in the middle of an epoch, through Keras' `fit`.
+"""Resume training in the middle of an epoch, through Keras' `fit`.
 
-The callbacks see nothing of the interruption: hooks, batch numbers and logs continue, metrics keep their state, and the
+Callbacks do not notice the interruption: hooks, batch numbers and logs continue, metrics keep their state, and the
 epoch ends where it would have ended.
 """
 
@@ -73,7 +73,7 @@ class CallbackStates:
 
 
 class ResumableTraining(Protocol):
-    """What a resuming list of callbacks asks of a training."""
+    """What a resuming list of callbacks needs from a training."""
 
     @property
     def params(self) -> Mapping[str, Any]:

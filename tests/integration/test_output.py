@@ -127,7 +127,7 @@ def test_concurrent_call_with_same_output_is_detected(bucket: str) -> None:
         yield from tables(4)
         open_output(url).write(tables(3))
 
-    with pytest.raises(rk.RaykerasError, match="Two calls must not write to one `output`"):
+    with pytest.raises(rk.RaykerasError, match="Two calls must not write to the same `output`"):
         open_output(url).write(interrupted())
 
 

@@ -337,7 +337,7 @@ def test_changed_file_is_named(tmp_path: Path) -> None:
 def test_folder_without_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    with pytest.raises(rk.OptionError, match="holds files that are not a run"):
+    with pytest.raises(rk.OptionError, match="holds files that do not belong to a run"):
         fit(str(tmp_path), "run")
 
 

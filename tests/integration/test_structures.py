@@ -146,7 +146,7 @@ def sparse_batches() -> Iterator[Any]:
 
 
 @pytest.mark.filterwarnings("default:Sparse batches:UserWarning")  # otherwise an error
-def test_sparse_batches_are_made_dense(tmp_path: Path) -> None:
+def test_sparse_batches_are_converted_to_dense(tmp_path: Path) -> None:
     def build() -> Any:
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
@@ -156,7 +156,7 @@ def test_sparse_batches_are_made_dense(tmp_path: Path) -> None:
     plain = build()
     expected = plain.fit(X * (X > 0), SCORE, batch_size=BATCH, shuffle=False, epochs=2, verbose=0).history
     run, options = rk.Run(storage=str(tmp_path)), {"steps_per_epoch": 5, "epochs": 2, "verbose": 0}
-    with pytest.warns(UserWarning, match="are made dense; got a SparseTensor"):
+    with pytest.warns(UserWarning, match="are converted to dense arrays; got a SparseTensor"):
         result = rk.fit(build, sparse_batches(), run=run, **options)
     assert_same_training(result, expected, plain)
     with pytest.raises(rk.OptionError, match="x must be dense"):

@@ -283,7 +283,7 @@ def as_array(value: Any) -> np.ndarray:
         )
     is_sparse = _is_instance(value, "tensorflow.SparseTensor")
     if is_sparse or hasattr(value, "todense"):  # SciPy's and JAX's sparse arrays have `todense`
-        warnings.warn(f"Sparse batches are made dense; got a {type(value).__name__}.", stacklevel=2)
+        warnings.warn(f"Sparse batches are converted to dense arrays; got a {type(value).__name__}.", stacklevel=2)
         if is_sparse:
             import tensorflow as tf
 

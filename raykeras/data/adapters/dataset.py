@@ -79,7 +79,7 @@ class BatchStream:
 
             def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
                 self.num_steps_here = batch + 1
-                # Another step would fail for want of a batch, but be counted.
+                # Another step would fail for lack of a batch, but would be counted.
                 if self.is_over() and self.num_steps_here < (self.params["steps"] or 0):
                     self.model.stop_training = True
 

@@ -1,4 +1,4 @@
-"""Read the footers of Parquet files in parallel, and reduce each to what a source must know of the file.
+"""Read the footers of Parquet files in parallel, and reduce each to what a source needs to know about the file.
 
 Footers of sources with many files are cached by `raykeras.data.sources.parquet_footer_cache`, so that only files that
 changed are read again. A cached footer is valid while the filesystem reports the same modification time, version and
@@ -44,7 +44,7 @@ _MAX_CHECKED = 400_000  # column chunks of a source whose statistics are checked
 
 @dataclass(frozen=True)
 class Footer:
-    """What a source must know of a file.
+    """What a source needs to know about a file.
 
     Attributes:
         schema: The file's Arrow schema.
@@ -160,7 +160,7 @@ def _read_all(read: Callable[[int], Footer], indices: Sequence[int], are_local: 
     """Read footers, in as many threads as it takes to keep a CPU busy.
 
     For local files, the ratio of wall time to CPU time of the first files is that number. Files in the page cache are
-    read faster by one thread than by several. It is the calling one, since each thread keeps the memory that it freed.
+    read faster by one thread than by several. It is the calling one, since each thread retains memory that it freed.
     """
     probed = indices[:_PROBED_FILES] if are_local else []
     start_s, start_cpu_s = time.perf_counter(), time.thread_time()
@@ -270,7 +270,7 @@ def _summary(
     for g in range(min(len(groups), max_chunks // max(len(leaves), 1))):
         for j, name in leaves:
             chunk = groups[g].column(j)
-            if name in info.lists:  # null counts of lists say nothing: the leaf of an empty list is null
+            if name in info.lists:  # null counts of lists are useless: the leaf of an empty list is null
                 entries = lengths.setdefault(name, [])
                 if rows[g] and (not entries or _lengths_differ(entries[0], chunk.num_values, rows[g])):
                     entries.append((g, chunk.num_values, rows[g]))
