@@ -1,7 +1,7 @@
 """Create a `tf.data.Dataset` from a Python iterator.
 
 `tf.data.Dataset.from_generator` is not used, since it lowers glibc's `M_MMAP_THRESHOLD` for the whole process
-(TensorFlow 2.21 on Python 3.11, tensorflow issue 65675), so that every large tensor is mapped anew. It also leaves
+(TensorFlow 2.21 on Python 3.11, tensorflow issue 65675), so that every large tensor is mapped again. It also leaves
 iterators to be finalized by Python, which warns at interpreter exit.
 """
 

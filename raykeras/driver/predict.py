@@ -309,7 +309,7 @@ class _SourceRows:
 
     Attributes:
         opened, batch_spec: The source, and what is predicted from.
-        columns: Columns of the source to keep beside the predictions.
+        columns: Columns of the source to write with the predictions.
     """
 
     opened: OpenSource

@@ -58,7 +58,7 @@ def test_failure_is_raised_again() -> None:
 
 
 def test_memory_of_large_tensors_is_reused() -> None:
-    """With `GeneratorDataset` on Python 3.11, each 4 MB tensor would be mapped anew, with up to 1,024 page faults."""
+    """With `GeneratorDataset` on Python 3.11, each 4 MB tensor would be mapped again, with up to 1,024 page faults."""
     script = """
     import resource
     import numpy as np

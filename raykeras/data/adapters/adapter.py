@@ -3,9 +3,9 @@
 It infers the batch spec before training starts and converts batches to arrays. `raykeras.data.adapters.epochs`
 iterates over them, according to their kind:
 
-    dataset     iterated anew in each pass
+    dataset     iterated again in each pass
     sequence    indexed; if shuffled, in an order that depends on (seed, pass); its hooks are called in each epoch
-    loader      iterated anew in each pass
+    loader      iterated again in each pass
     generator   iterated once
 """
 

@@ -122,15 +122,15 @@ def test_first_changed_file_is_named(num_files: int, tmp_path: Path, monkeypatch
     def changed() -> str:
         return what_changed(before, source.open()).replace(str(tmp_path / "data"), "")
 
-    told = num_files == 5
+    is_named = num_files == 5
     write(tmp_path / "data" / "0002.parquet", 10, start=1)
     write(tmp_path / "data" / "0003.parquet", 10, start=1)
-    assert changed() == "the contents of the files changed" + ", first '/0002.parquet'" * told
+    assert changed() == "the contents of the files changed" + ", first '/0002.parquet'" * is_named
     (tmp_path / "data" / "0001.parquet").rename(tmp_path / "data" / "0001b.parquet")
-    assert changed() == "the names of the files changed" + ", first '/0001b.parquet'" * told
+    assert changed() == "the names of the files changed" + ", first '/0001b.parquet'" * is_named
     write(tmp_path / "data" / "00000.parquet", 1)
     assert changed().startswith(f"the number of files changed from {num_files:,} to {num_files + 1:,}")
-    assert changed().endswith(", first '/00000.parquet'") == told
+    assert changed().endswith(", first '/00000.parquet'") == is_named
     for path in sorted((tmp_path / "data").iterdir())[3:]:
         path.unlink()
     write(tmp_path / "data" / "0000.parquet", 3, more=pa.array([1, 2, 3]))
