@@ -49,22 +49,11 @@ GLOBAL_ATTRIBUTE = PrivateName(
     "save the state of `keras.random`",
     parameters=("name",),
 )
-IN_SAFE_MODE = PrivateName(
-    "keras.src.saving.serialization_lib:in_safe_mode",
-    "detect calls of `enable_unsafe_deserialization`",
-    "only `safe_mode=False` allows code in a model file",
-    parameters=(),
-)
 H5_STORE = PrivateName(
     "keras.src.saving.saving_lib:H5IOStore",
     "copy the weights that Keras saves",
     "training waits while Keras writes the weights of a checkpoint",
     parameters=("path_or_io", "archive", "mode"),
-)
-REGISTERED_NAME = PrivateName(
-    "keras.src.saving.object_registration:get_registered_name",
-    "send a compiled model with custom objects to workers",
-    parameters=("obj",),
 )
 FUNC_DUMP = PrivateName(
     "keras.src.utils.python_utils:func_dump", "send a compiled model with lambdas to workers", parameters=("func",)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -71,8 +72,17 @@ class KerasAPI:
     @property
     def allows_unsafe_deserialization(self) -> bool:
         """Whether `enable_unsafe_deserialization` of the package was called in this process."""
-        in_safe_mode = self.names.IN_SAFE_MODE.find() if self.name in sys.modules else None
-        return in_safe_mode is not None and in_safe_mode() is False
+        if self.name not in sys.modules:
+            return False
+        saving = self.module.saving
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras warns of lambdas.
+            config = saving.serialize_keras_object(lambda: None)
+        try:
+            saving.deserialize_keras_object(config)
+        except ValueError:
+            return False
+        return True
 
     @property
     def ends_epochs_with_data(self) -> bool:

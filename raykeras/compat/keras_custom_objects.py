@@ -23,7 +23,7 @@ Table = Mapping[str, Any]
 @contextlib.contextmanager
 def recorded(api: KerasAPI) -> Iterator[dict[str, Any]]:
     """Have Keras write custom objects by the names of a table while the block runs; yield the table."""
-    original, original_name = api.module.saving.serialize_keras_object, api.names.REGISTERED_NAME.get()
+    original, original_activation = api.module.saving.serialize_keras_object, api.module.activations.serialize
     table: dict[str, Any] = {}
     names: dict[int, str] = {}
 
@@ -51,13 +51,20 @@ def recorded(api: KerasAPI) -> Iterator[dict[str, Any]]:
                 config["registered_name"] = add(type(value), _CustomClass(type(value)))
         return config
 
+    def serialize_activation(value: Any, *args: Any, **kwargs: Any) -> Any:
+        # Keras would replace the name in the table by that of the function.
+        is_custom_function = isinstance(value, types.FunctionType) and is_custom(value)
+        return serialize(value) if is_custom_function else original_activation(value, *args, **kwargs)
+
     with contextlib.ExitStack() as stack:
-        for module in list(sys.modules.values()):
-            name = getattr(module, "__name__", "")
-            if name.startswith(f"{api.name}.") and vars(module).get("serialize_keras_object") is original:
-                stack.enter_context(patched(module, "serialize_keras_object", serialize))
-        registered = lambda value: names.get(id(value)) or original_name(value)  # noqa: E731
-        stack.enter_context(api.names.REGISTERED_NAME.replaced(registered))
+        for attribute, function, replacement in (
+            ("serialize_keras_object", original, serialize),
+            ("serialize", original_activation, serialize_activation),
+        ):
+            for module in list(sys.modules.values()):
+                name = getattr(module, "__name__", "")
+                if name.startswith(f"{api.name}.") and vars(module).get(attribute) is function:
+                    stack.enter_context(patched(module, attribute, replacement))
         stack.enter_context(api.names.FUNC_DUMP.replaced(lambda value: (add(value, value), None, None)))
         yield table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
@@ -14,33 +15,18 @@ from typing import Any
 
 from raykeras.compat.versions import PrivateName
 
-POLICY = PrivateName(
-    "ray.data._internal.execution.backpressure_policy:BackpressurePolicy",
-    "limit how many tables a stream reads ahead",
-    "a stream may read twice as far ahead while one execution follows another",
-    parameters=("data_context", "topology", "resource_manager"),
-)
-
-POLICIES = PrivateName(
-    "ray.data._internal.execution.backpressure_policy:ENABLED_BACKPRESSURE_POLICIES",
-    POLICY.purpose,
-    POLICY.fallback,
-)
-
-POLICIES_KEY = PrivateName(
-    "ray.data._internal.execution.backpressure_policy:ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY",
-    POLICY.purpose,
-    POLICY.fallback,
-)
-
 CALLBACK = PrivateName(
     "ray.data._internal.execution.execution_callback:ExecutionCallback",
     "pause Ray Data's scheduling loop while it has nothing to do, and stop it",
     "the loop slows down training, and a stream that is closed first waits for the table that is being read",
 )
 
-INSTANCE_NAMES = ("ray.data._internal.execution.resource_manager.ResourceManager._global_limits_last_update_time",)
-"""Attributes that are set in `__init__`; without the first, the first second of a stream reads one table at a time."""
+INSTANCE_NAMES = (
+    "ray.data._internal.execution.streaming_executor.StreamingExecutor._backpressure_policies",
+    "ray.data._internal.execution.streaming_executor.StreamingExecutor._resource_manager",
+    "ray.data._internal.execution.resource_manager.ResourceManager._global_limits_last_update_time",
+)
+"""Attributes that are set in `__init__`."""
 
 _WAITED_S = 0.05
 """A longer iteration of Ray Data's scheduling loop has waited for its tasks, which it does for 0.1 s at most."""
@@ -85,8 +71,6 @@ def configure(context: Any, limits: ReadLimits, read_ahead: ReadAhead) -> None:
     if callback := CALLBACK.find():
         callbacks = context.custom_execution_callback_classes
         context.custom_execution_callback_classes = [*callbacks, pacing(callback, read_ahead.number)]
-    if (base := POLICY.find()) and (policies := POLICIES.find()) and (key := POLICIES_KEY.find()):
-        context.set_config(key, [admission_policy(base, read_ahead.number), *context.get_config(key, policies)])
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(cpu=limits.cpus, object_store_memory=limits.store_nbytes)
@@ -196,7 +180,7 @@ def _read_ahead(number: int) -> ReadAhead:  # A function, since pickle stores it
 
 
 def pacing(base: Any, number: int) -> type:
-    """Return a callback that pauses Ray Data's scheduling loop while it has nothing to do.
+    """Return a callback that limits an execution, and pauses Ray Data's scheduling loop while it has nothing to do.
 
     The loop runs in the consumer's process and holds the GIL, which slows training down. While the consumer is full,
     finished tasks make its `ray.wait` return at once, so that the loop would spin. An iteration that did not wait is
@@ -214,6 +198,8 @@ def pacing(base: Any, number: int) -> type:
 
         def before_execution_starts(self, executor: Any) -> None:
             self._read_ahead.attach(executor)
+            with contextlib.suppress(AttributeError):  # a stream may then read further ahead
+                executor._backpressure_policies.insert(0, AdmissionPolicy(self._read_ahead, executor._resource_manager))
             self._read_ahead.wait_for_capacity()
 
         def on_execution_step(self, executor: Any) -> None:
@@ -230,27 +216,28 @@ def pacing(base: Any, number: int) -> type:
     return Pacing
 
 
-def admission_policy(base: Any, number: int) -> type:
-    """Return a policy that starts a task for each table taken from this or the previous dataset.
+class AdmissionPolicy:
+    """A backpressure policy that starts a task for each table taken from this or the previous dataset.
 
     The resource limits of Ray Data apply to each dataset separately; without the policy, two consecutive datasets
     would use twice the limits.
 
     Args:
-        base: `BackpressurePolicy` of Ray Data.
-        number: Number of the `ReadAhead`, which Ray could not pickle with the class.
+        read_ahead: Tracks the tables.
+        resource_manager: The resource limits of the execution.
     """
 
-    class AdmissionPolicy(base):
-        def __init__(self, data_context: Any, topology: Any, resource_manager: Any) -> None:
-            super().__init__(data_context, topology, resource_manager)
-            self._limits = resource_manager
+    name = "raykeras"
 
-        def can_add_input(self, op: Any) -> bool:
-            _refresh_limits(self._limits)
-            return _read_ahead(number).may_start(op.metrics.num_tasks_submitted)
+    def __init__(self, read_ahead: ReadAhead, resource_manager: Any) -> None:
+        self._read_ahead, self._resource_manager = read_ahead, resource_manager
 
-    return AdmissionPolicy
+    def can_add_input(self, op: Any) -> bool:
+        _refresh_limits(self._resource_manager)
+        return self._read_ahead.may_start(op.metrics.num_tasks_submitted)
+
+    def max_task_output_bytes_to_read(self, op: Any) -> None:
+        """Set no limit."""
 
 
 def _refresh_limits(resource_manager: Any) -> None:

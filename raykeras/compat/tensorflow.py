@@ -9,14 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from raykeras.compat.patch import Proxy
+from raykeras.compat.patch import patched
 from raykeras.compat.versions import PrivateName
 
-COORDINATOR = PrivateName(
-    "tensorflow.python.distribute.mirrored_run:coordinator",
-    "notice at once when the threads of replicas end",
-    "each start of several replicas takes up to a second longer",
-)
 COLLECTIVE_KEY_BASE = PrivateName(
     "tensorflow:distribute.MirroredStrategy._collective_key_base",
     "separate the collectives of successive strategies in a process",
@@ -53,18 +48,14 @@ def prompt_replica_join() -> Iterator[None]:
 
     TensorFlow polls them once per second, often just before one ends.
     """
+    join = tf.train.Coordinator.join
 
-    class Coordinator(tf.train.Coordinator):
-        def join(self, threads: Sequence[Any], *args: Any, **kwargs: Any) -> None:
-            for thread in threads:
-                thread.join(_JOIN_S)
-            super().join(threads, *args, **kwargs)
+    def prompt_join(self: Any, threads: Sequence[Any] | None = None, *args: Any, **kwargs: Any) -> None:
+        for thread in threads or ():
+            thread.join(_JOIN_S)
+        join(self, threads, *args, **kwargs)
 
-    module = COORDINATOR.find()
-    if module is None:
-        yield
-        return
-    with COORDINATOR.replaced(Proxy(module, Coordinator=Coordinator)):
+    with patched(tf.train.Coordinator, "join", prompt_join):
         yield
 
 

@@ -43,22 +43,11 @@ CHECK_WEIGHTED_METRICS = PrivateName(
     "`evaluate` on several replicas does not warn",
     parameters=("self", "x", "sample_weight"),
 )
-IN_SAFE_MODE = PrivateName(
-    "tf_keras.src.saving.serialization_lib:in_safe_mode",
-    "detect calls of `enable_unsafe_deserialization`",
-    "only `safe_mode=False` allows code in a model file",
-    parameters=(),
-)
 H5_STORE = PrivateName(
     "tf_keras.src.saving.saving_lib:H5IOStore",
     "copy the weights that Keras saves",
     "training waits while Keras writes the weights of a checkpoint",
     parameters=("root_path", "archive", "mode"),
-)
-REGISTERED_NAME = PrivateName(
-    "tf_keras.src.saving.object_registration:get_registered_name",
-    "send a compiled model with custom objects to workers",
-    parameters=("obj",),
 )
 FUNC_DUMP = PrivateName(
     "tf_keras.src.utils.generic_utils:func_dump", "send a compiled model with lambdas to workers", parameters=("func",)

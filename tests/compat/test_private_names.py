@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from raykeras.data.streaming.resources import CpuBudget, reading
 from tests.compat.private_names import declared, instance_names, row
 from tests.support.sources import small_source
 
-MAX_NAMES = 53
+MAX_NAMES = 45
 PAGE = Path(__file__).parents[2] / "docs" / "design" / "private-names.md"
 
 
@@ -59,12 +58,9 @@ def test_names_are_documented() -> None:
 
 
 def test_overridden_methods_exist() -> None:
-    for base, made in (
-        (ray_data.CALLBACK, ray_data.pacing),
-        (ray_data.POLICY, ray_data.admission_policy),
-    ):
-        methods = [name for name in vars(made(base.get(), 0)) if not name.startswith("_")]
-        assert methods and all(hasattr(base.get(), name) for name in methods)
+    base = ray_data.CALLBACK.get()
+    methods = [name for name in vars(ray_data.pacing(base, 0)) if not name.startswith("_")]
+    assert methods and all(hasattr(base, name) for name in methods)
 
 
 def rows_of_stream(folder: Path) -> list[float]:
@@ -82,6 +78,7 @@ def test_attributes_of_instances_exist(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(ray_data.ReadAhead, "attach", lambda _, executor: executors.append(executor))
     assert rows_of_stream(tmp_path) == list(range(64))
     make = {
+        "ray.data._internal.execution.streaming_executor.StreamingExecutor": lambda: executors[0],
         "ray.data._internal.execution.resource_manager.ResourceManager": lambda: executors[0]._resource_manager,
         **makers(tmp_path),
     }
@@ -153,20 +150,12 @@ def makers(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.usefixtures("ray_cluster", "warned_again")
-def test_stream_reads_all_rows_without_one_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("ray.data._internal.execution.backpressure_policy.BackpressurePolicy")
-    with pytest.warns(UserWarning, match=r"BackpressurePolicy` to limit .* does not have it. Without it, a stream may"):
-        assert rows_of_stream(tmp_path) == list(range(64))
-
-
-@pytest.mark.usefixtures("ray_cluster", "warned_again")
-def test_stream_reads_all_rows_without_any_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for constant in ("CALLBACK", "POLICY"):
-        name = getattr(ray_data, constant)
-        monkeypatch.setattr(ray_data, constant, dataclasses.replace(name, path=f"{name.path}Gone"))
+def test_stream_reads_all_rows_without_name_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = ray_data.CALLBACK
+    monkeypatch.setattr(ray_data, "CALLBACK", dataclasses.replace(name, path=f"{name.path}Gone"))
     with pytest.warns(UserWarning, match="Gone") as warned:
         assert rows_of_stream(tmp_path) == list(range(64))
-    assert len([warning for warning in warned if "Gone" in str(warning.message)]) == 2
+    assert len([warning for warning in warned if "Gone" in str(warning.message)]) == 1
 
 
 def name_of(path: str) -> PrivateName:
@@ -178,18 +167,3 @@ def test_missing_name_of_keras_raises_one_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr("keras.src.losses.loss.scale_loss_for_distribution")
     with pytest.raises(RaykerasError, match=r"raykeras needs .*; keras 3\.\S+ does not have it. Install `keras>=3.12"):
         name.get()
-
-
-@pytest.mark.usefixtures("warned_again")
-def test_replicas_run_without_private_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorflow.python.distribute import mirrored_run
-
-    from raykeras.compat.tensorflow import prompt_replica_join
-
-    monkeypatch.delattr(mirrored_run, "coordinator")
-    with pytest.warns(UserWarning, match="Without it, each start of several replicas takes"), prompt_replica_join():
-        pass
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # raises if the warning is repeated
-        with prompt_replica_join():
-            pass

@@ -69,16 +69,17 @@ def test_untested_keras_must_pass_self_check(package: str, monkeypatch: pytest.M
 
 
 def test_replica_threads_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorflow as tf
     from tensorflow.python.distribute import mirrored_run
 
     from raykeras.compat.tensorflow import prompt_replica_join
 
-    original = mirrored_run.coordinator.Coordinator
+    original = tf.train.Coordinator.join
     waits: list[float] = []
-    monkeypatch.setattr(original, "wait_for_stop", lambda self, timeout: waits.append(timeout))
+    monkeypatch.setattr(tf.train.Coordinator, "wait_for_stop", lambda self, timeout: waits.append(timeout))
     with prompt_replica_join():
         leaving = threading.Thread(target=time.sleep, args=(0.1,))
         leaving.start()
         mirrored_run.coordinator.Coordinator().join([leaving])
     assert not waits and not leaving.is_alive()
-    assert mirrored_run.coordinator.Coordinator is original
+    assert tf.train.Coordinator.join is original
