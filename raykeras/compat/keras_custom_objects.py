@@ -35,8 +35,6 @@ def recorded(api: KerasAPI) -> Iterator[dict[str, Any]]:
         python_name = getattr(value, "__name__", type(value).__name__)
         name = names.setdefault(id(value), f"raykeras>{python_name}-{len(names)}")
         table[name] = entry
-        if api.is_legacy and isinstance(value, types.FunctionType):
-            table[python_name] = value  # The Lambda layer of tf_keras writes functions by this name.
         return name
 
     def serialize(value: Any) -> Any:

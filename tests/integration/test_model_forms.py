@@ -15,6 +15,8 @@ import pytest
 import tensorflow as tf
 
 import raykeras as rk
+from raykeras.checkpoint.model_io import load_model, save_model
+from raykeras.compat.keras_api import KerasAPI
 from tests.support.compare import assert_same_training, assert_same_weights
 from tests.support.kept_workers import TWO, KeptWorkers
 from tests.support.models import BATCH, PACKAGES, SCALES, X, Y
@@ -286,6 +288,28 @@ def test_labels_out_of_range_are_allowed_where_keras_allows_them(own: str, packa
 
 
 @PACKAGES
+def test_functions_with_names_of_others_reach_workers(package: str) -> None:
+    keras = importlib.import_module(package)
+    api = KerasAPI(package)
+
+    def relu(x: Any) -> Any:
+        return 5.0 * x
+
+    def scaled(factor: float) -> Callable[[Any], Any]:
+        def activation(x: Any) -> Any:
+            return factor * x
+
+        return activation
+
+    layers = [keras.layers.Dense(4, activation=relu), keras.layers.Dense(4, activation="relu")]
+    layers += [keras.layers.Activation(scaled(factor)) for factor in (2.0, 3.0)]
+    model = keras.Sequential([keras.layers.Input((8,)), *layers, keras.layers.Lambda(scaled(4.0))])
+    model.compile("sgd", "mse")
+    received = load_model(save_model(model, api), api)
+    np.testing.assert_allclose(received.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
+
+
+@PACKAGES
 def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
     marker, path = str(tmp_path / "ran"), str(tmp_path / "model.keras")
@@ -324,7 +348,6 @@ def test_model_file_of_older_format_is_refused(tmp_path: Path) -> None:
     import tf_keras
 
     from raykeras.checkpoint.model_io import ModelFile
-    from raykeras.compat.keras_api import KerasAPI
 
     model = tf_keras.Sequential([tf_keras.layers.Input((8,)), tf_keras.layers.Lambda(lambda x: x * 2)])
     model.save(tmp_path / "model.h5")
