@@ -85,7 +85,7 @@ def _write_archive(path: str, saved: bytes, weights_path: str) -> None:
             shutil.copyfileobj(weights, member, _COPY_NBYTES)
 
 
-def take(
+def take_snapshot(
     model: Any,
     api: KerasAPI,
     state: Mapping[str, Any],
@@ -143,8 +143,8 @@ class Restored:
 
     Attributes:
         checkpoint: The checkpoint.
-        state: The argument `state` of `take`.
-        extra: The argument `extra` of `take`.
+        state: The argument `state` of `take_snapshot`.
+        extra: The argument `extra` of `take_snapshot`.
         metrics: Values of the metrics' variables, in the order of `KerasAPI.metric_variables`.
     """
 

@@ -63,7 +63,7 @@ def user_code_error(error: BaseException, rank: int | None) -> UserCodeError:
         ),
     )
     user_error.full_traceback = redacted("".join(traceback.format_exception(error)))
-    return user_error.also_as(error)
+    return user_error.as_instance_of(error)
 
 
 def message_lines(error: BaseException) -> list[str]:

@@ -107,7 +107,7 @@ class UserCodeError(RaykerasError):
         all_frames = f"; all frames in {redacted(self.traceback_file)}" if self.traceback_file else ""
         return f"{self.summary}\n(on {where}, node {self.node}{all_frames})\n{self.user_traceback}".rstrip()
 
-    def also_as(self, original: BaseException) -> UserCodeError:
+    def as_instance_of(self, original: BaseException) -> UserCodeError:
         """Return this error as an instance of the original's class as well; `self` if that is not possible."""
         state = {**_picklable_attributes(original), **vars(self)}
         return _dual_error(type(original), _arguments(original), original.args, state) or self

@@ -96,12 +96,12 @@ def _with_share(step: Any, name: str) -> Any:
         batch, global_rows = unpacked(data)
         rows = tf.shape(next(x for x in tf.nest.flatten(batch) if x is not None))[0]
         current.share = tf.cast(rows, tf.float32) / tf.cast(global_rows, tf.float32)
-        current.num_losses, current.num_added, current.weighed, current.whole = 0, 0, False, False
+        current.num_losses, current.num_added, current.has_weighted_loss, current.gave_global_loss = 0, 0, False, False
         try:
             result = step(batch)
         finally:
             current.share = None
-        if name == "train_step" and not current.weighed:
+        if name == "train_step" and not current.has_weighted_loss:
             raise _unweighted_loss()
         return result
 

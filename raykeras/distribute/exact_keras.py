@@ -20,7 +20,7 @@ from raykeras.distribute.loss_probe import current_record
 from raykeras.distribute.replica_logs import ReplicaLogs
 from raykeras.distribute.weighting import (
     ScalarLosses,
-    as_whole,
+    as_global_loss,
     current,
     patch_means,
     patch_own_calls,
@@ -81,7 +81,7 @@ def _patch_compute_loss(stack: contextlib.ExitStack, base: Any) -> None:
     compute_loss = base.compute_loss
 
     def global_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return as_whole(compute_loss(self, *args, **kwargs))
+        return as_global_loss(compute_loss(self, *args, **kwargs))
 
     stack.enter_context(patched(base, "compute_loss", global_loss))
 
@@ -100,7 +100,7 @@ def _weight_total(model: Any, scalar_losses: ScalarLosses) -> Callable[..., Any]
             loss = compute_loss(*args, **kwargs)
         finally:
             current.is_raw = False
-        current.weighed = True
+        current.has_weighted_loss = True
         return scaled(loss) if kind == "mean" else loss
 
     return compute
@@ -134,7 +134,7 @@ class _WeightedLosses:
     def _unscale(self, value: Any) -> Any:
         if current.share is None:
             return self._original.unscale(value)
-        return value if current.whole else unscaled(value)
+        return value if current.gave_global_loss else unscaled(value)
 
     def _unscale_output(self, value: Any) -> Any:
         # a traced batch has no static size, so Keras' metric counts each replica as one batch
@@ -144,14 +144,14 @@ class _WeightedLosses:
 
     def _reduce_values(self, values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
         if reduction == "sum":
-            current.weighed = True
+            current.has_weighted_loss = True
         if current.weights_losses and values.shape.num_elements() == 0 and reduction not in (None, "none"):
             # a replica without rows, in eager execution: Keras would not reduce the values
-            current.weighed = True
+            current.has_weighted_loss = True
             return tf.reduce_sum(values)
         if not current.weights_losses or reduction != "mean_with_sample_weight" or sample_weight is None:
             return self._original.reduce_values(values, sample_weight, reduction)
-        current.weighed = True
+        current.has_weighted_loss = True
         total_weight = sum_over_replicas(tf.cast(tf.reduce_sum(sample_weight), values.dtype))
         return tf.math.divide_no_nan(tf.reduce_sum(values), total_weight)
 
@@ -169,7 +169,7 @@ class _WeightedLosses:
             kind = self._scalar_losses.loss(values)
         if kind is None:
             return self._original.reduce_weighted_values(values, sample_weight, mask, reduction, dtype)
-        current.weighed = True
+        current.has_weighted_loss = True
         value = values * weight_factor(sample_weight, mask, reduction, values.dtype)
         return scaled(value) if kind == "mean" else value
 
@@ -195,7 +195,7 @@ def _weight_added_loss(original: Callable[[Any], Any], model: Any, scalar_losses
         kinds = scalar_losses.added(len(model.losses))
         kind = kinds[current.num_added % len(kinds)]
         current.num_added += 1
-        current.weighed = True
+        current.has_weighted_loss = True
         return scaled(value) if kind == "mean" else value
 
     return add

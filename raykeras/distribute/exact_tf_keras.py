@@ -17,14 +17,14 @@ from raykeras.distribute.loss_probe import Kind, current_record
 from raykeras.distribute.replica_logs import ReplicaLogs
 from raykeras.distribute.weighting import (
     ScalarLosses,
-    as_whole,
+    as_global_loss,
     current,
-    defined,
     patch_means,
     patch_own_calls,
     scaled,
     unscaled,
     weight_factor,
+    zero_without_rows,
 )
 
 
@@ -103,12 +103,14 @@ class _WeightedLosses:
             record.added.extend(added)
         elif current.share is not None:
             kinds = self._losses.added(len(added))
-            added = [defined(v) if kind == "mean" else unscaled(v) for v, kind in zip(added, kinds, strict=True)]
+            added = [
+                zero_without_rows(v) if kind == "mean" else unscaled(v) for v, kind in zip(added, kinds, strict=True)
+            ]
         has_targets = any(target is not None for target in tf.nest.flatten(y_true))
         counts_replicas = record is None and current.share is not None and not has_targets
         with _rows_counted(container, y_pred) if counts_replicas else contextlib.nullcontext():
             loss = self._original.compute_total_loss(container, y_true, y_pred, sample_weight, added)
-        return as_whole(loss) if self._is_whole and loss is not None else loss
+        return as_global_loss(loss) if self._is_whole and loss is not None else loss
 
     def _get_strategy(self) -> Any:
         strategy = self._original.get_strategy()
@@ -121,9 +123,9 @@ class _WeightedLosses:
 def _part_of(value: Any, kind: Kind, reduction: str) -> Any:
     """Return the part of a scalar loss from which tf_keras' reduction makes this replica's part of the batch's loss."""
     if reduction not in ("auto", "sum_over_batch_size"):  # Keras does not scale it
-        current.weighed = True
+        current.has_weighted_loss = True
         return scaled(value) if kind == "mean" else value
-    return defined(value) if kind == "mean" else unscaled(value)
+    return zero_without_rows(value) if kind == "mean" else unscaled(value)
 
 
 def _rows_counted(container: Any, y_pred: Any) -> contextlib.AbstractContextManager[None]:

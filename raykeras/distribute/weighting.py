@@ -20,18 +20,18 @@ class Step(threading.local):
     Attributes:
         share: This replica's rows divided by those of the global batch, float32 (), 0 to 1; None outside a step.
         num_losses, num_added: Number of compiled and of added scalar losses seen so far.
-        weighed: Whether any loss was weighted.
+        has_weighted_loss: Whether any loss was weighted.
         reduced: Whether Keras reduced the loss that is being computed.
-        whole: Whether user code was given the loss of the global batch.
+        gave_global_loss: Whether user code was given the loss of the global batch.
         is_raw: Whether losses stay unweighted, because the result of a custom `compute_loss` is weighted instead.
     """
 
     share: tf.Tensor | None = None
     num_losses = 0
     num_added = 0
-    weighed = False
+    has_weighted_loss = False
     reduced = False
-    whole = False
+    gave_global_loss = False
     is_raw = False
 
     @property
@@ -98,7 +98,7 @@ def scaled(value: Any) -> Any:
     """Return a mean over this replica's rows as its part of the mean over the global batch."""
     if not current.weights_losses:
         return value
-    current.weighed = True
+    current.has_weighted_loss = True
     return tf.math.multiply_no_nan(value, tf.cast(current.share, value.dtype))
 
 
@@ -107,7 +107,7 @@ def unscaled(value: Any) -> Any:
     return tf.math.divide_no_nan(value, tf.cast(current.share, value.dtype)) if current.weights_losses else value
 
 
-def defined(mean: Any) -> Any:
+def zero_without_rows(mean: Any) -> Any:
     """Return a mean over this replica's rows, or zero if a small batch leaves it without rows."""
     return mean if current.share is None else tf.where(current.share > 0, mean, tf.zeros_like(mean))
 
@@ -117,11 +117,11 @@ def sum_over_replicas(value: Any) -> Any:
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
-def as_whole(part: Any) -> Any:
+def as_global_loss(part: Any) -> Any:
     """Return the loss of the global batch with the gradient of this replica's part, for code that logs it."""
     if not current.weights_losses or current_record() is not None:
         return part
-    current.whole = True
+    current.gave_global_loss = True
     return part + tf.stop_gradient(sum_over_replicas(part) - part)
 
 
@@ -182,7 +182,7 @@ def patch_means(stack: contextlib.ExitStack, model: Any, mean: Any) -> None:
     def with_share(update_state: Callable[..., Any]) -> Callable[..., Any]:
         def update(values: Any, sample_weight: Any = None) -> Any:
             if current.share is not None and sample_weight is None and tf.convert_to_tensor(values).shape.rank == 0:
-                values, sample_weight = defined(values), current.share
+                values, sample_weight = zero_without_rows(values), current.share
             return update_state(values, sample_weight=sample_weight)
 
         return update
@@ -207,7 +207,7 @@ def _weighted_call(
                 f"per row; got {type(loss).__name__}, which overrides `__call__`. Override `call`, or train on one "
                 "replica."
             )
-        current.weighed = True
+        current.has_weighted_loss = True
         return part_of(value, kind, loss)
 
     return call

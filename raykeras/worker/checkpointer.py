@@ -15,7 +15,7 @@ from typing import Any
 
 import raykeras
 from raykeras.checkpoint import store as checkpoint
-from raykeras.checkpoint.snapshot import take, variables_of
+from raykeras.checkpoint.snapshot import take_snapshot, variables_of
 from raykeras.checkpoint.store import RESTORED
 from raykeras.checkpoint.writer import AsyncCheckpointWriter
 from raykeras.compat.keras_api import KerasAPI
@@ -72,7 +72,7 @@ class CheckpointManager:
         previous, self._num_steps = self._num_steps, total
         return isinstance(self._every, int) and previous // self._every < total // self._every
 
-    def begin_at(self, epoch: int, step: int, total: int) -> None:
+    def set_position(self, epoch: int, step: int, total: int) -> None:
         """Set the position of the checkpoint from which training continues.
 
         Args:
@@ -116,7 +116,7 @@ class CheckpointManager:
             "workers": job.scale.workers,
             **fields,
         }
-        snapshot = take(self._model, self._api, state, self._extra(), self._buffers, self._unserializable)
+        snapshot = take_snapshot(self._model, self._api, state, self._extra(), self._buffers, self._unserializable)
         self._unserializable = snapshot.unserializable
         self._saved, self._saved_at = (epoch, step), time.monotonic()
         if not step:

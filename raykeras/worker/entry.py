@@ -73,7 +73,7 @@ def checkpoint_writer(job: TrainJob, send: Any) -> Iterator[AsyncCheckpointWrite
 
 
 @contextlib.contextmanager
-def watched_steps(job: TrainJob, rank: int, tell: Any, leave: Any) -> Iterator[Any]:
+def watched_steps(job: TrainJob, rank: int, report: Any, end: Any) -> Iterator[Any]:
     """Watch the steps of a worker while the block runs; yield the function to call after each step.
 
     Yields None if the run has no `hang_timeout_s`.
@@ -81,14 +81,14 @@ def watched_steps(job: TrainJob, rank: int, tell: Any, leave: Any) -> Iterator[A
     Args:
         job: Job of the run.
         rank: Rank of the worker.
-        tell: As for `Watchdog`.
-        leave: As for `Watchdog`.
+        report: As for `Watchdog`.
+        end: As for `Watchdog`.
     """
     if job.run.hang_timeout_s is None:
         yield None
         return
     name = f"attempt-{job.attempt}-rank-{rank}"
-    watchdog = Watchdog(job.run.hang_timeout_s, job.folder, name, tell, leave)
+    watchdog = Watchdog(job.run.hang_timeout_s, job.folder, name, report, end)
     try:
         yield watchdog.heartbeat
     finally:

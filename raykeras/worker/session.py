@@ -163,7 +163,7 @@ class TrainingSession:
         model_signature = {**signature, "variables": variables_of(self._model)}
         check_signature(checkpoint, checkpoint.state["signature"], model_signature)
         restored = restore(self._model, self._api, checkpoint)
-        self._manager.begin_at(resumption.epoch, resumption.step, self._job.first_step)
+        self._manager.set_position(resumption.epoch, resumption.step, self._job.first_step)
         resume_loggers(self._callbacks.values() if self._context.rank == 0 else (), resumption.epoch)
         return restored
 

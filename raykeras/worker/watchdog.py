@@ -32,8 +32,8 @@ class Watchdog:
         timeout_s: Seconds without a heartbeat after which the worker hangs; at least 1800 before the first one.
         folder: The run's folder.
         name: Name of the file for the stacks, without suffix, such as "attempt-0-rank-1".
-        tell: Called with one line that describes the hang.
-        leave: Ends the process; None if it must continue.
+        report: Called with one line that describes the hang.
+        end: Ends the process; None if it must continue.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Watchdog:
         timeout_s: float,
         folder: RunFolder,
         name: str,
-        tell: Callable[[str], None],
-        leave: Callable[[], None] | None,
+        report: Callable[[str], None],
+        end: Callable[[], None] | None,
     ) -> None:
-        self._timeout_s, self._folder, self._name, self._tell, self._leave = timeout_s, folder, name, tell, leave
+        self._timeout_s, self._folder, self._name, self._report, self._end = timeout_s, folder, name, report, end
         self._limit_s = max(timeout_s, _FIRST_STEP_S)
         self._heartbeat_at = time.monotonic()
         self._closed = threading.Event()
@@ -68,13 +68,13 @@ class Watchdog:
             stacks = _stacks()
             print(f"raykeras: {text}\n{stacks}", file=sys.stderr, flush=True)
             with contextlib.suppress(Exception):  # of the storage, or of a coordinator that is gone
-                self._tell(text)
+                self._report(text)
                 self._folder.fs.makedirs(self._folder / FOLDER, exist_ok=True)
                 with self._folder.fs.open(path, "w") as file:
                     file.write(stacks)
-            if self._leave is not None:
+            if self._end is not None:
                 time.sleep(_GRACE_S)
-                self._leave()
+                self._end()
             self._heartbeat_at = time.monotonic()  # report again only after the same time
 
 

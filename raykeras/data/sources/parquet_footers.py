@@ -72,7 +72,7 @@ class Footer:
         names = self.schema.names
         return self.checked.issuperset(names if columns is None else set(names).intersection(columns))
 
-    def packed(self) -> CachedFooter:
+    def to_cached(self) -> CachedFooter:
         """Return the footer as it is cached."""
         fields = {name: getattr(self, name) for name in ("nulls", "lengths", "digest")}
         fields |= {"checked": sorted(self.checked), "encrypted": sorted(self.encrypted)}
@@ -80,16 +80,16 @@ class Footer:
         return CachedFooter(self.schema, zlib.compress(content, 1))
 
     @classmethod
-    def unpacked(cls, kept: CachedFooter) -> Footer | None:
-        """Return a packed footer; None if it is invalid, does not fit the schema, or is too large."""
+    def from_cached(cls, cached: CachedFooter) -> Footer | None:
+        """Return a cached footer; None if it is invalid, does not fit the schema, or is too large."""
         try:
             decompressor = zlib.decompressobj()
-            content, _, rows = decompressor.decompress(kept.known, MAX_NBYTES).partition(b"\n")
+            content, _, rows = decompressor.decompress(cached.known, MAX_NBYTES).partition(b"\n")
             if not decompressor.eof:
                 return None
             fields = json.loads(content)
             footer = cls(
-                kept.schema,
+                cached.schema,
                 np.frombuffer(rows, "<i8").astype(np.int64),
                 frozenset(map(str, fields["checked"])),
                 {name: (group, count) for name, (group, count) in fields["nulls"].items()},
@@ -129,7 +129,7 @@ def read_footers(
     requested = None if columns is None else frozenset(columns)
     is_cached = len(files) >= _MIN_CACHED_FILES
     keys = [(fs.unstrip_protocol(path), footer_cache.stamp(info)) for path, info in files] if is_cached else []
-    unpacked = {i: Footer.unpacked(kept) for i, kept in footer_cache.load(keys).items()} if is_cached else {}
+    unpacked = {i: Footer.from_cached(footer) for i, footer in footer_cache.load(keys).items()} if is_cached else {}
     cached = {i: footer for i, footer in unpacked.items() if footer is not None}
     missing = [i for i in range(len(files)) if i not in cached or not cached[i].covers(requested)]
     infos: dict[tuple[bytes, frozenset[str] | None], _SchemaInfo] = {}
@@ -141,7 +141,7 @@ def read_footers(
 
     fresh = _read_all(read, missing, is_local(fs))
     if is_cached and fresh:
-        footer_cache.save([(*keys[i], footer.packed()) for i, footer in fresh.items()])
+        footer_cache.save([(*keys[i], footer.to_cached()) for i, footer in fresh.items()])
     footers = cached | fresh
     return [footers[i] for i in range(len(files))], len(files) - len(missing)
 
