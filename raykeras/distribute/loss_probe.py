@@ -200,8 +200,8 @@ def _state_kept(model: Any, strategy: Any) -> Iterator[None]:
         return variable
 
     with strategy.scope():
-        variables = model.non_trainable_variables if model.built else ()
-        original += [(variable, variable.numpy()) for variable in variables]
+        with contextlib.suppress(ValueError):  # tf_keras: the model is not built
+            original += [(variable, variable.numpy()) for variable in model.non_trainable_variables]
         try:
             with tf.variable_creator_scope(create):
                 yield

@@ -97,7 +97,8 @@ class BarDisplay(LineDisplay):
         elif isinstance(event, events.BatchEnded):
             if self._task is None:  # a resumed epoch, which has no `EpochStarted`
                 self._begin(event)
-            logs = f"{metrics(event.logs)}  {event.rows_per_s:,.0f} rows/s  data wait {event.data_wait:.0%}"
+            rate = [f"{event.rows_per_s:,.0f} rows/s", f"data wait {event.data_wait:.0%}"]
+            logs = " - ".join([*metrics(event.logs), *rate])
             self._progress.update(self._task, completed=event.step, logs=logs, refresh=True)
         elif isinstance(event, events.EpochEnded | events.RunEnded | events.WorkerFailed):
             self.close()
@@ -150,23 +151,21 @@ def failure_line(event: Event) -> str | None:
 
 
 def epoch_line(event: events.EpochEnded, params: dict[str, Any]) -> str:
-    """Return, for example, `epoch 1/5  1.9s  47 steps  loss 0.4321  …  12,345 rows/s  data wait 3%`."""
-    return "  ".join(
-        [
-            f"epoch {(event.epoch or 0) + 1}/{params.get('epochs', '?')}",
-            f"{event.seconds:.1f}s",
-            _count(event.step or 0, "step"),
-            metrics(event.logs),
-            f"{event.rows_per_s:,.0f} rows/s",
-            f"data wait {event.data_wait:.0%}",
-        ]
-    )
+    """Return, for example, `Epoch 1/5: 47/47 - 1.9s - loss: 0.4321 - … - data wait 3%`, as Keras does."""
+    texts = [
+        f"Epoch {(event.epoch or 0) + 1}/{params.get('epochs', '?')}: {event.step}/{event.step}",
+        f"{event.seconds:.1f}s",
+        *metrics(event.logs),
+        *([f"{event.rows_per_s:,.0f} rows/s"] if event.rows_per_s else []),
+        f"data wait {event.data_wait:.0%}",
+    ]
+    return " - ".join(texts)
 
 
-def metrics(logs: Logs) -> str:
-    """Return the metrics as text: losses first, then others, and validation metrics last."""
+def metrics(logs: Logs) -> list[str]:
+    """Return, for example, `["loss: 0.4321", …]`: losses first, then others, and validation metrics last."""
     names = sorted(logs, key=lambda name: (name.startswith("val_"), not name.endswith("loss")))
-    return "  ".join(f"{name} {_number(logs[name])}" for name in names)
+    return [f"{name}: {_number(logs[name])}" for name in names]
 
 
 def _number(value: Any) -> str:

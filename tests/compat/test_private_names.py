@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from raykeras.compat import ray_data, versions
+from raykeras.compat.keras_api import api_of
 from raykeras.compat.versions import PrivateName
 from raykeras.core.errors import RaykerasError
 from raykeras.data.streaming.reader import gather_tasks, ray_blocks
@@ -167,3 +168,15 @@ def test_missing_name_of_keras_raises_one_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr("keras.src.losses.loss.scale_loss_for_distribution")
     with pytest.raises(RaykerasError, match=r"raykeras needs .*; keras 3\.\S+ does not have it. Install `keras>=3.12"):
         name.get()
+
+
+@pytest.mark.usefixtures("warned_again")
+def test_random_states_are_found_without_private_name_of_tensorflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+    from tensorflow.python.ops import stateful_random_ops
+
+    monkeypatch.delattr(stateful_random_ops, "global_generator")
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dropout(0.5)])
+    with pytest.warns(UserWarning, match="Without it, its random numbers differ after a resume"):
+        states = api_of(model).seed_states(model)
+    assert len(states) == 1

@@ -32,7 +32,7 @@ def test_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert "epoch 3/3" in shown.getvalue()
+    assert "Epoch 3/3" in shown.getvalue()
     assert "checkpoints/epoch-0000" in shown.getvalue()
 
 
@@ -108,8 +108,8 @@ def test_submitted_job_trains(head: dict[str, str], tmp_path: Path) -> None:
     options = ["--storage", str(tmp_path / "runs")]
     done = ray_job(*submit, *command, *options, environment=head)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
-    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("Epoch ")]
+    assert [line.split(":")[0] for line in lines] == ["Epoch 1/2", "Epoch 2/2"]
     assert "val_accuracy" in lines[1]
     assert list((tmp_path / "runs").glob("digits-*/checkpoints/epoch-000002/model.keras"))
     without_token = {**head, "HOME": "/nonexistent"}

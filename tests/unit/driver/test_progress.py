@@ -52,7 +52,7 @@ def shown(verbose: str | int, file: io.StringIO) -> str:
 def test_pipe_gets_one_line_per_epoch() -> None:
     assert shown("auto", io.StringIO()).splitlines() == [
         "2 workers × 2 replicas  1,500 rows, batch 32  runs/a",
-        "epoch 1/2  1.9s  4 steps  loss 0.5000  accuracy 0.7500  val_loss 1.2000e-04  12,346 rows/s  data wait 3%",
+        "Epoch 1/2: 4/4 - 1.9s - loss: 0.5000 - accuracy: 0.7500 - val_loss: 1.2000e-04 - 12,346 rows/s - data wait 3%",
         "the worker of rank 1 failed on n: killed; training continues from epoch 2, step 2",
         "1 worker resumed from epoch 2, step 2",
         "skipped a damaged checkpoint: c/model.keras is damaged",
@@ -64,8 +64,8 @@ def test_pipe_gets_one_line_per_epoch() -> None:
 def test_terminal_gets_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     text = shown("auto", Terminal())
-    assert "1,000 rows/s  data wait 25%" in text
-    assert "epoch 1/2  1.9s  4 steps" in text
+    assert "1,000 rows/s - data wait 25%" in text
+    assert "Epoch 1/2: 4/4 - 1.9s" in text
 
 
 def test_verbose_zero_is_silent() -> None:
