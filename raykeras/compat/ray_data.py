@@ -28,6 +28,8 @@ INSTANCE_NAMES = (
 )
 """Attributes that are set in `__init__`."""
 
+_CALLBACKS_KEY = "execution_callbacks"
+
 _WAITED_S = 0.05
 """A longer iteration of Ray Data's scheduling loop has waited for its tasks, which it does for 0.1 s at most."""
 
@@ -69,11 +71,18 @@ def configure(context: Any, limits: ReadLimits, read_ahead: ReadAhead) -> None:
     context.memory_usage_poll_interval_s = None  # Otherwise each task starts a thread that polls its memory.
     context.downstream_capacity_backpressure_ratio = None  # It leaves CPUs idle; the limits below suffice.
     if callback := CALLBACK.find():
-        callbacks = context.custom_execution_callback_classes
-        context.custom_execution_callback_classes = [*callbacks, pacing(callback, read_ahead.number)]
+        _add_callback(context, pacing(callback, read_ahead.number))
     options = context.execution_options
     options.preserve_order = True
     options.resource_limits = options.resource_limits.copy(cpu=limits.cpus, object_store_memory=limits.store_nbytes)
+
+
+def _add_callback(context: Any, callback: type) -> None:
+    """Add an `ExecutionCallback` to the executions of a dataset."""
+    if hasattr(context, "custom_execution_callback_classes"):
+        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, callback]
+    else:  # Ray 2.54 and earlier take instances
+        context.set_config(_CALLBACKS_KEY, [*context.get_config(_CALLBACKS_KEY, []), callback()])
 
 
 def execute(dataset: Any) -> Iterator[Any]:
@@ -91,8 +100,11 @@ def execute(dataset: Any) -> Iterator[Any]:
 
 def executed_blocks(dataset: Any) -> list[tuple[Any, int, int]]:
     """Execute a dataset; return the reference, rows and bytes of each of its blocks, in order."""
-    entries = [entry for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks]
-    return [(entry.ref, entry.metadata.num_rows, entry.metadata.size_bytes) for entry in entries]
+    return [
+        (ref, metadata.num_rows, metadata.size_bytes)
+        for bundle in dataset.iter_internal_ref_bundles()
+        for ref, metadata in zip(bundle.block_refs, bundle.metadata, strict=True)
+    ]
 
 
 class ReadAhead:
@@ -195,6 +207,9 @@ def pacing(base: Any, number: int) -> type:
         def __init__(self) -> None:
             self._read_ahead, self._taken = _read_ahead(number), 0
             self._pause_s, self._ended = 0.0, 0.0
+
+        def __reduce__(self) -> Any:  # Ray 2.54 and earlier copy it with the dataset's context.
+            return type(self), ()
 
         def before_execution_starts(self, executor: Any) -> None:
             self._read_ahead.attach(executor)

@@ -14,6 +14,7 @@ Every actor and process that is not started makes the workers start sooner:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -28,7 +29,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import ControllerError, RunConfig, ScalingConfig
+from ray.train import ControllerError, FailureConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
 
 from raykeras.compat.patch import default_environment, patched
@@ -56,12 +57,14 @@ DATASETS_CALLBACK = PrivateName(
     "ray.train.v2._internal.callbacks:DatasetsCallback",
     "start no actor for datasets",
     "an actor is started that is not used",
+    since="2.54",
 )
 
 CLEANER_CALLBACK = PrivateName(
     "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback",
     "start no actor that removes placement groups",
     "an actor is started that is not used",
+    since="2.53",
 )
 
 PLACEMENT_GROUP = PrivateName(
@@ -78,10 +81,30 @@ SETTINGS: Mapping[str, str] = {
 """Environment variables that Ray Train's controller reads when it is created."""
 
 
+PREEMPTION_ERRORS: tuple[type[Exception], ...] = (
+    (ray.train.PreemptionError,) if hasattr(ray.train, "PreemptionError") else ()
+)
+"""What Ray Train raises if a node is preempted; Ray 2.57 and earlier raise that its workers failed."""
+
+
+def no_restarts(controller_failure_limit: int) -> FailureConfig:
+    """Return a configuration with which Ray Train never starts failed workers again.
+
+    Args:
+        controller_failure_limit: How often the controller may fail to start the workers; -1 for any number.
+    """
+    options = {"max_failures": 0, "max_preemption_failures": 0, "controller_failure_limit": controller_failure_limit}
+    known = {field.name for field in dataclasses.fields(FailureConfig)}  # Ray 2.57 and earlier lack the second
+    return FailureConfig(**{name: value for name, value in options.items() if name in known})
+
+
 def run_here(work: Callable[[], Any]) -> Any:
     """Run `work` in this process, as Ray Train's only worker; return its value."""
+    values: list[Any] = []
     run_config = RunConfig(name="raykeras", storage_path=tempfile.gettempdir())
-    return TRAINER.get()(work, scaling_config=ScalingConfig(num_workers=0), run_config=run_config).fit().return_value
+    scaling_config = ScalingConfig(num_workers=0)
+    TRAINER.get()(lambda: values.append(work()), scaling_config=scaling_config, run_config=run_config).fit()
+    return values[0]
 
 
 def run_on_workers(
@@ -98,8 +121,9 @@ def run_on_workers(
     Returns:
         The value that `work` returns on rank 0.
     """
+    keeper = None if "return_value" in {field.name for field in dataclasses.fields(Result)} else _value_keeper()
     trainer = TRAINER.get()(
-        work,
+        work if keeper is None else functools.partial(_run_and_keep, work, keeper),
         train_loop_config=config,
         backend_config=TensorFlowBackendConfig(),
         scaling_config=scaling_config,
@@ -111,11 +135,43 @@ def run_on_workers(
         settings = {}
     try:
         with default_environment(settings):  # which Ray Train passes on to its controller and the workers
-            return trainer.fit().return_value
+            result = trainer.fit()
+            return result.return_value if keeper is None else ray.get(keeper.get.remote())
     except (ControllerError, RayError):
         with contextlib.suppress(Exception):  # The original error is more informative.
             _remove_groups(run_config.name)
         raise
+
+
+def exceptions_of_workers(error: WorkerGroupError) -> dict[int, BaseException]:
+    """Return the exception of each failed worker, by rank. Ray 2.54 and earlier wrap those of the function it runs."""
+    return {rank: getattr(failure, "_base_exc", failure) for rank, failure in error.worker_failures.items()}
+
+
+class _ValueKeeper:
+    """An actor that holds the value of rank 0 for the driver; `Result` of Ray 2.55 and earlier has none."""
+
+    def set(self, value: Any) -> None:
+        self._value = value
+
+    def get(self) -> Any:
+        return self._value
+
+
+def _value_keeper() -> Any:
+    """Return a `_ValueKeeper` on this node, which lives as long as the reference to it."""
+    return ray.remote(_ValueKeeper).options(num_cpus=0, label_selector=_this_node()).remote()
+
+
+def _run_and_keep(work: Callable[[dict[str, Any]], Any], keeper: Any, config: dict[str, Any]) -> None:
+    value = work(config)
+    if ray.train.get_context().get_world_rank() == 0:
+        ray.get(keeper.set.remote(value))
+
+
+def _this_node() -> dict[str, str]:
+    """Return a label selector for this node."""
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 def _run_controller(controller_class: type, **arguments: Any) -> Any:
@@ -126,7 +182,7 @@ def _run_controller(controller_class: type, **arguments: Any) -> Any:
         ray.remote(controller_class)
         .options(
             num_cpus=0,
-            label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
+            label_selector=_this_node(),
             runtime_env={"env_vars": env_vars} if env_vars else None,
         )
         .remote(**arguments)

@@ -19,10 +19,10 @@ from raykeras.compat.patch import patched, patched_method
 from raykeras.core.errors import RaykerasError
 
 TESTED: Mapping[str, str] = {
-    "ray": ">=2.60,<2.61",
-    "tensorflow": ">=2.21,<2.22",
+    "ray": ">=2.52,<2.61",
+    "tensorflow": ">=2.19,<2.22",
     "keras": ">=3.12,<3.16",
-    "tf_keras": ">=2.21,<2.22",
+    "tf_keras": ">=2.19,<2.22",
     "pyarrow": ">=18,<27",
 }
 """Version ranges that the tests pass with, as `pyproject.toml` states them."""
@@ -30,8 +30,23 @@ TESTED: Mapping[str, str] = {
 
 def is_tested(package: str, version: str) -> bool:
     """Return whether a version of a package is in the range of `TESTED`."""
-    bounds = re.findall(r"(>=|<)([\d.]+)", TESTED[package])
-    return all((_release(version) < _release(bound)) == (operator == "<") for operator, bound in bounds)
+    oldest, end = _bounds(package)
+    return oldest <= _release(version) < end
+
+
+@functools.cache
+def installed_version(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed under this name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # such as TensorFlow as `tensorflow-cpu`
+        return None
+
+
+def _bounds(package: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the first release in the tested range, and the first one after it."""
+    oldest, end = TESTED[package].split(",")
+    return _release(oldest.removeprefix(">=")), _release(end.removeprefix("<"))
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -48,12 +63,20 @@ class PrivateName:
         purpose: What raykeras needs the name for, as in "to {purpose}".
         fallback: What happens without the name, as a clause. None if raykeras raises an error without it.
         parameters: Names of the first parameters that raykeras passes or replaces; None if it is not called.
+        since: First release that has the name, if raykeras does not need it with earlier ones; otherwise None.
     """
 
     path: str
     purpose: str
     fallback: str | None = None
     parameters: tuple[str, ...] | None = None
+    since: str | None = None
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether the name should exist in the installed version of the package."""
+        version = installed_version(self.package)
+        return self.since is None or version is None or _release(version) >= _release(self.since)
 
     @property
     def package(self) -> str:
@@ -76,11 +99,12 @@ class PrivateName:
             raise self._error() from None
 
     def find(self) -> Any:
-        """Return the object, or None with one warning per process if the package does not have it."""
+        """Return the object, or None with one warning per process if the package should have it and does not."""
         try:
             return self._resolve()
         except (ImportError, AttributeError):
-            _warn_once(f"{self._missing()} Without it, {self.fallback}. Tested: {TESTED[self.package]}.")
+            if self.is_expected:
+                _warn_once(f"{self._missing()} Without it, {self.fallback}. Tested: {TESTED[self.package]}.")
             return None
 
     def of(self, instance: Any) -> Any:
@@ -131,10 +155,10 @@ class PrivateName:
         return RaykerasError(f"{self._missing()} Install `{self.package}{TESTED[self.package]}`.")
 
     def _missing(self) -> str:
-        version = importlib.metadata.version(self.package)
+        version = installed_version(self.package) or "as installed"
         return f"raykeras needs `{self.path}` to {self.purpose}; {self.package} {version} does not have it."
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+def _warn_once(message: str, stacklevel: int = 4) -> None:
+    warnings.warn(message, stacklevel=stacklevel)

@@ -60,7 +60,7 @@ def run_on_workers(
         RaykerasError: If a worker raises an exception or is lost.
     """
     from ray.exceptions import RayError, RayTaskError
-    from ray.train import ControllerError, PreemptionError, ScalingConfig, WorkerGroupError
+    from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 
     from raykeras.compat import ray_train
 
@@ -73,8 +73,8 @@ def run_on_workers(
     try:
         return _in_thread(lambda: ray_train.run_on_workers(work, config, scaling_config, run_config))
     except WorkerGroupError as error:
-        raise most_severe(error.worker_failures) from None
-    except PreemptionError as error:
+        raise most_severe(ray_train.exceptions_of_workers(error)) from None
+    except ray_train.PREEMPTION_ERRORS as error:
         raise _worker_lost(f"A node of the run was preempted: {error}") from None
     except ControllerError as error:
         raise _worker_lost(f"Ray Train's controller failed: {error.controller_failure}") from error
@@ -88,7 +88,9 @@ def _run_config(folder: RunFolder | None, waits: bool) -> Any:
     """Return Ray Train's configuration of a run that raykeras restarts; see `run_on_workers`."""
     import fsspec
     import pyarrow.fs
-    from ray.train import FailureConfig, RunConfig
+    from ray.train import RunConfig
+
+    from raykeras.compat.ray_train import no_restarts
 
     filesystem, storage = None, folder.path if folder else tempfile.gettempdir()
     if folder and not folder.is_local:
@@ -98,9 +100,7 @@ def _run_config(folder: RunFolder | None, waits: bool) -> Any:
         name=f".ray_train_{uuid.uuid4().hex}",  # unique, or Ray Train would restore an earlier run
         storage_path=storage,
         storage_filesystem=filesystem,
-        failure_config=FailureConfig(
-            max_failures=0, max_preemption_failures=0, controller_failure_limit=-1 if waits else 0
-        ),
+        failure_config=no_restarts(controller_failure_limit=-1 if waits else 0),
     )
 
 

@@ -35,7 +35,8 @@ def instance_names() -> list[str]:
 
 def row(name: PrivateName) -> str:
     """Return the row of the table for a name."""
-    return f"| `{name.path}` | {name.purpose} | {name.fallback or '**an error**'} |"
+    since = f" (since {name.package} {name.since})" if name.since else ""
+    return f"| `{name.path}`{since} | {name.purpose} | {name.fallback or '**an error**'} |"
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ def warned_again() -> Iterator[None]:
 
 def test_names_exist() -> None:
     for name in declared():
+        if not name.is_expected:
+            continue
         value = name.get()
         if name.parameters is not None:
             parameters = tuple(inspect.signature(value).parameters)
@@ -75,6 +77,8 @@ def rows_of_stream(folder: Path) -> list[float]:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_attributes_of_instances_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+
     executors: list[Any] = []
     monkeypatch.setattr(ray_data.ReadAhead, "attach", lambda _, executor: executors.append(executor))
     assert rows_of_stream(tmp_path) == list(range(64))
@@ -86,6 +90,8 @@ def test_attributes_of_instances_exist(tmp_path: Path, monkeypatch: pytest.Monke
     for path in instance_names():
         class_path = max((name for name in make if path.startswith(f"{name}.")), key=len, default="")
         assert class_path, f"`makers` must make the instance of {path}"
+        if class_path == "keras.optimizers.MultiOptimizer" and not hasattr(keras.optimizers, "MultiOptimizer"):
+            continue  # Keras 3.14 and earlier have none
         value = make[class_path]()
         for attribute in path.removeprefix(f"{class_path}.").split("."):
             assert hasattr(value, attribute), path
