@@ -17,7 +17,7 @@ import numpy as np
 from raykeras.compat import keras3, tf_keras
 from raykeras.compat.keras_callbacks import accepts_tensors
 from raykeras.compat.patch import patched
-from raykeras.compat.versions import PrivateName
+from raykeras.compat.versions import PrivateName, refuse_older
 from raykeras.core.errors import ModelError
 from raykeras.core.logs import plain_number
 from raykeras.core.structures import is_deep
@@ -48,8 +48,9 @@ class KerasAPI:
         """The imported package.
 
         Raises:
-            ModelError: tf_keras is not installed.
+            RaykerasError: It is older than the tested range, or tf_keras is not installed.
         """
+        refuse_older(self.name)
         try:
             return importlib.import_module(self.name)
         except ModuleNotFoundError as error:

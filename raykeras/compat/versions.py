@@ -34,6 +34,40 @@ def is_tested(package: str, version: str) -> bool:
     return oldest <= _release(version) < end
 
 
+def check_installed() -> None:
+    """Check the installed packages that every call uses, without importing them.
+
+    One that is newer than the tested range is a warning, once in a process: if it lacks a private name, that name's own
+    warning or error follows. A newer Keras must pass `raykeras.distribute.self_check` on several replicas instead.
+
+    Raises:
+        RaykerasError: A package is older than the tested range.
+    """
+    for package in ("ray", "tensorflow", "keras", "pyarrow"):
+        refuse_older(package)
+        version = installed_version(package)
+        if package != "keras" and version is not None and not is_tested(package, version):
+            _warn_once(
+                f"raykeras is tested with {package}{TESTED[package]}; got {package} {version}. If something fails, "
+                f"install `{package}{TESTED[package]}`.",
+                stacklevel=5,  # the caller of a public function, which has a decorator
+            )
+
+
+def refuse_older(package: str) -> None:
+    """Refuse an installed package that is older than the tested range.
+
+    Raises:
+        RaykerasError: It is older.
+    """
+    version = installed_version(package)
+    if version is not None and _release(version) < _bounds(package)[0]:
+        raise RaykerasError(
+            f"raykeras needs {package}{TESTED[package]}; got {package} {version}, which is older. Install "
+            f"`{package}{TESTED[package]}`."
+        )
+
+
 @functools.cache
 def installed_version(package: str) -> str | None:
     """Return the installed version of a package; None if it is not installed under this name."""

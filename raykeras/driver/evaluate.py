@@ -10,6 +10,7 @@ from typing import Any
 from raykeras.checkpoint.model_io import as_model, is_model, pack_model
 from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import import_tensorflow, quiet
+from raykeras.compat.versions import check_installed
 from raykeras.core.config import Scale
 from raykeras.core.errors import OptionError
 from raykeras.core.logs import Logs
@@ -78,6 +79,7 @@ def evaluate(
         WorkerLostError: If a worker is lost.
         CheckpointError: If the checkpoint does not exist or cannot be read.
     """
+    check_installed()
     check_scale_and_run(scale)
     scale = with_fixed_workers(scale or Scale())
     batch_size = check_batch_size("batch_size", 32 if batch_size is None else batch_size, scale)

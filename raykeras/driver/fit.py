@@ -17,6 +17,7 @@ from raykeras.checkpoint.model_io import ModelFile, as_model, is_model
 from raykeras.checkpoint.store import RunFolder
 from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import quiet
+from raykeras.compat.versions import check_installed
 from raykeras.core import events
 from raykeras.core.config import Run, Scale
 from raykeras.core.errors import OptionError, UserCodeError, redacted
@@ -153,6 +154,7 @@ def fit(
         KeyboardInterrupt: On Ctrl-C, after the run is saved.
         SystemExit: On SIGTERM or SIGHUP, after the run is saved; the code is 128 plus the signal's number.
     """
+    check_installed()
     check_scale_and_run(scale, run)
     scale, run = scale or Scale(), run or Run()
     for name, size in (("batch_size", batch_size), ("validation_batch_size", validation_batch_size)):

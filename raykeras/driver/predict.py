@@ -20,6 +20,7 @@ from raykeras.checkpoint.model_io import as_model, pack_model
 from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.compat.ray_data import ReadAhead, ReadLimits
+from raykeras.compat.versions import check_installed
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError
@@ -208,6 +209,7 @@ def predict(
         CheckpointError: If the checkpoint does not exist or cannot be read.
         RaykerasError: If the output cannot be written.
     """
+    check_installed()
     check_scale_and_run(scale)
     scale = with_fixed_workers(scale or Scale())
     batch_size = check_positive("batch_size", 32 if batch_size is None else batch_size)

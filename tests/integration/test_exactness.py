@@ -55,7 +55,7 @@ def test_untested_keras_must_pass_self_check(package: str, monkeypatch: pytest.M
     from raykeras.distribute.strategy import make_strategy
 
     strategy, api = make_strategy(Scale(replicas_per_worker=2)), KerasAPI(package)
-    monkeypatch.setitem(versions.TESTED, package, ">=2.98,<2.99")  # type: ignore[arg-type]
+    monkeypatch.setitem(versions.TESTED, package, ">=1.98,<1.99")  # type: ignore[arg-type]
     monkeypatch.setattr(self_check, "_verdicts", {})
     self_check.check_version(api, strategy)
     assert list(self_check._verdicts.values()) == [""]
