@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-unit keras-suite test-exhaustive lint bench clean
+.PHONY: demo test test-unit test-versions keras-suite test-exhaustive lint bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
@@ -17,6 +17,9 @@ test: $(VENV)/installed-test
 keras-suite: $(VENV)/installed-test
 	$(PIP_INSTALL) --editable ".[test,keras-suite]"
 	$(BIN)/python -m tests.compat.keras_suite $(if $(TF_KERAS),--tf-keras $(TF_KERAS))
+
+test-versions:
+	$(PYTHON) -m tests.compat.versions $(SETS)
 
 test-exhaustive: lint
 	$(BIN)/python -m pytest --exhaustive --numprocesses 2 --dist loadgroup

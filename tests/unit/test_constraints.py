@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from raykeras.compat.versions import TESTED
+from tests.compat.versions import SETS
 
 EXTRAS = ("s3", "gcs", "legacy", "test", "keras-suite")
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,23 @@ def test_requirements_match_tested_ranges() -> None:
         assert {ranges for name, ranges in lines if name == package} == {tested}
 
 
+def test_documented_ranges_are_the_requirements() -> None:
+    page = (ROOT / "docs" / "reference" / "versions.md").read_text()
+    required = dict(re.findall(r'"([\w-]+)(?:\[[\w,-]+\])?([<>=][^"]+)"', (ROOT / "pyproject.toml").read_text()))
+    for package in (*TESTED, "numpy", "fsspec"):
+        assert f"| {package} | `{required[package]}` |" in page
+
+
 def test_pins_are_in_tested_ranges() -> None:
     for package, tested in TESTED.items():
         assert pins()[canonicalize_name(package)] in SpecifierSet(tested)
+
+
+def test_version_sets_are_the_ends_of_the_tested_ranges() -> None:
+    sets = {name: dict(pin.split("==") for pin in lines) for name, lines in SETS.items()}
+    for package, tested in TESTED.items():
+        assert all(versions[package] in SpecifierSet(tested) for versions in sets.values())
+        oldest = tested.split(",")[0].removeprefix(">=")
+        assert sets["oldest"][package].startswith(f"{oldest}.")
+    for package, version in sets["newest"].items():
+        assert f"{package}=={version}" in {line.split(" ;")[0] for line in CONSTRAINTS.read_text().splitlines()}
