@@ -59,7 +59,7 @@ CHECKS = {
     "exact on 2 × 1": (EXACTNESS, "-k", "2x1"),
     "streamed fit": ("tests/integration/test_fit.py::test_stream_over_several_executions_matches_keras",),
     "failed workers": (
-        "tests/system/test_workers.py::test_exception_names_rank",
+        "tests/system/test_workers.py::test_user_exception_has_rank",
         "tests/system/test_killed.py::test_killed_workers_are_restarted",
     ),
 }

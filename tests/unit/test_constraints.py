@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
@@ -12,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from raykeras.compat.versions import TESTED
-from tests.compat.versions import SETS
+from tests.compat.versions import CHECKS, SETS
 
 EXTRAS = ("s3", "gcs", "legacy", "test", "keras-suite")
 ROOT = Path(__file__).parents[2]
@@ -96,3 +97,10 @@ def test_version_sets_are_the_ends_of_the_tested_ranges() -> None:
         assert sets["oldest"][package].startswith(f"{oldest}.")
     for package, version in sets["newest"].items():
         assert f"{package}=={version}" in {line.split(" ;")[0] for line in CONSTRAINTS.read_text().splitlines()}
+
+
+def test_checks_of_version_sets_exist() -> None:
+    for test in itertools.chain.from_iterable(CHECKS.values()):
+        file, _, name = test.partition("::")
+        if name:
+            assert f"def {name}(" in (ROOT / file).read_text()
