@@ -34,7 +34,7 @@ def test_documented_command_runs(
     options = [option.format(folder=tmp_path) for option in options]
     ended = forked.run(run_command, [*command, "--storage", str(tmp_path / "runs"), *options])
     assert ended.exit_code == 0, ended.output
-    shown = re.findall(rf"^epoch (\d+)/.* {metric} ([\d.]+)", ended.output, re.MULTILINE)
+    shown = re.findall(rf"^Epoch (\d+)/.* {metric}: ([\d.]+)", ended.output, re.MULTILINE)
     assert [int(epoch) for epoch, _ in shown] == list(range(1, len(shown) + 1))
     assert len(shown) in num_epochs
     assert float(shown[-1][1]) > float(shown[0][1])
