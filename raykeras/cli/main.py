@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 import raykeras as rk
+from raykeras.core.errors import redacted
 from raykeras.core.tracebacks import without_package_frames
 
 
@@ -143,7 +144,7 @@ def _load(path: str, parameters: dict[str, str]) -> rk.Pipeline:
         raise
     except Exception as error:
         lines = traceback.format_exception(type(error), error, without_package_frames(error.__traceback__))
-        click.echo("".join(lines).rstrip(), err=True)
+        click.echo(redacted("".join(lines).rstrip()), err=True)
         sys.exit(1)
 
 

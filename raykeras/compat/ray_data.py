@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import operator
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raykeras.compat.versions import PrivateName
+from raykeras.compat.versions import TESTED, PrivateName, warn_once
 
 CALLBACK = PrivateName(
     "ray.data._internal.execution.execution_callback:ExecutionCallback",
@@ -21,9 +20,11 @@ CALLBACK = PrivateName(
     "the loop slows down training, and a stream that is closed first waits for the table that is being read",
 )
 
+_POLICIES, _RESOURCE_MANAGER = "_backpressure_policies", "_resource_manager"  # of an executor
+
 INSTANCE_NAMES = (
-    "ray.data._internal.execution.streaming_executor.StreamingExecutor._backpressure_policies",
-    "ray.data._internal.execution.streaming_executor.StreamingExecutor._resource_manager",
+    f"ray.data._internal.execution.streaming_executor.StreamingExecutor.{_POLICIES}",
+    f"ray.data._internal.execution.streaming_executor.StreamingExecutor.{_RESOURCE_MANAGER}",
     "ray.data._internal.execution.resource_manager.ResourceManager._global_limits_last_update_time",
 )
 """Attributes that are set in `__init__`."""
@@ -213,8 +214,7 @@ def pacing(base: Any, number: int) -> type:
 
         def before_execution_starts(self, executor: Any) -> None:
             self._read_ahead.attach(executor)
-            with contextlib.suppress(AttributeError):  # a stream may then read further ahead
-                executor._backpressure_policies.insert(0, AdmissionPolicy(self._read_ahead, executor._resource_manager))
+            _limit(executor, self._read_ahead)
             self._read_ahead.wait_for_capacity()
 
         def on_execution_step(self, executor: Any) -> None:
@@ -229,6 +229,20 @@ def pacing(base: Any, number: int) -> type:
             self._ended = time.monotonic()
 
     return Pacing
+
+
+def _limit(executor: Any, read_ahead: ReadAhead) -> None:
+    """Add an `AdmissionPolicy` to an execution; warn once if this version of Ray Data has no place for it."""
+    try:
+        policies, resource_manager = getattr(executor, _POLICIES), getattr(executor, _RESOURCE_MANAGER)
+    except AttributeError as error:
+        warn_once(
+            f"raykeras needs to limit how many tables a stream reads ahead: {error}. "
+            "Without it, a stream may read twice as far ahead while one execution follows another. "
+            f"Tested: ray{TESTED['ray']}."
+        )
+    else:
+        policies.insert(0, AdmissionPolicy(read_ahead, resource_manager))
 
 
 class AdmissionPolicy:

@@ -91,6 +91,7 @@ def _parts(item: Any) -> Iterable[Any]:
     if isinstance(item, types.MethodType):
         return [item.__self__, item.__func__]
     if isinstance(item, types.FunctionType):
+        # an empty cell, whose contents cannot be read, equals only another empty one
         return [cell.cell_contents for cell in item.__closure__ or () if cell != types.CellType()]
     attributes = getattr(item, "__dict__", {})
     leads_elsewhere = isinstance(item, NODE.get()) or "_keras_history" in attributes  # To layers of other models.

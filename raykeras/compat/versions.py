@@ -47,7 +47,7 @@ def check_installed() -> None:
         refuse_older(package)
         version = installed_version(package)
         if package != "keras" and version is not None and not is_tested(package, version):
-            _warn_once(
+            warn_once(
                 f"raykeras is tested with {package}{TESTED[package]}; got {package} {version}. If something fails, "
                 f"install `{package}{TESTED[package]}`.",
                 stacklevel=5,  # the caller of a public function, which has a decorator
@@ -138,7 +138,7 @@ class PrivateName:
             return self._resolve()
         except (ImportError, AttributeError):
             if self.is_expected:
-                _warn_once(f"{self._missing()} Without it, {self.fallback}. Tested: {TESTED[self.package]}.")
+                warn_once(f"{self._missing()} Without it, {self.fallback}. Tested: {TESTED[self.package]}.")
             return None
 
     def of(self, instance: Any) -> Any:
@@ -194,5 +194,6 @@ class PrivateName:
 
 
 @functools.cache
-def _warn_once(message: str, stacklevel: int = 4) -> None:
+def warn_once(message: str, stacklevel: int = 4) -> None:
+    """Warn, unless this process has warned of the same."""
     warnings.warn(message, stacklevel=stacklevel)

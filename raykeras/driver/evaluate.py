@@ -25,7 +25,7 @@ from raykeras.data.inputs import (
 from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
-from raykeras.driver.worker_group import run_here, run_on_workers, runs_here
+from raykeras.driver.worker_group import check_strategy_scope, run_here, run_on_workers, runs_here
 from raykeras.worker.callback_placement import pack, restore_callbacks, unwrapped
 from raykeras.worker.entry import evaluate_on_worker
 from raykeras.worker.job import EvaluationJob
@@ -92,6 +92,8 @@ def evaluate(
     common: dict[str, Any] = {"scale": scale, "seed": seed, "floatx": floatx}
     spec = validation_spec(data, batch_size=batch_size, steps=steps, steps_name="steps", **common)
     in_process = runs_here(scale)
+    if in_process:
+        check_strategy_scope("evaluate")
     spec.read_ahead()
     is_local = in_process and not spec.uses_ray_data
     budget = CpuBudget() if is_local else connect(scale, in_process=in_process)

@@ -46,7 +46,7 @@ from raykeras.driver.progress import make_display
 from raykeras.driver.restarts import resumed
 from raykeras.driver.restarts import train as train_run
 from raykeras.driver.result import Result
-from raykeras.driver.worker_group import runs_here
+from raykeras.driver.worker_group import check_strategy_scope, runs_here
 from raykeras.worker.entry import Packed
 from raykeras.worker.job import Outcome, TrainJob
 
@@ -184,6 +184,8 @@ def fit(
         validation = validation_spec(val_data, batch_size=size, steps=validation_steps, **common)
 
     in_process = runs_here(scale)
+    if in_process:
+        check_strategy_scope("fit")
     specs = [train] if validation is None else [train, validation]
     for spec in specs:
         spec.read_ahead()

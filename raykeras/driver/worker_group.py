@@ -6,6 +6,7 @@ A single worker runs in this process, in Ray Train's local mode. Several workers
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 import uuid
@@ -16,7 +17,7 @@ from raykeras.checkpoint.store import RunFolder
 from raykeras.compat.ray_state import num_gpus_here
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
-from raykeras.core.errors import RaykerasError, UserCodeError, WorkerLostError
+from raykeras.core.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
 
 _LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
 """Exceptions of TensorFlow's collectives after another worker is lost, without "Error"."""
@@ -25,6 +26,24 @@ _LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Int
 def runs_here(scale: Scale) -> bool:
     """Return whether there is one worker and it can be this process."""
     return bool(scale.workers == 1) and (not scale.gpus_per_worker or num_gpus_here() >= scale.gpus_per_worker)
+
+
+def check_strategy_scope(function: str) -> None:
+    """Refuse a call in the scope of a strategy, in which the strategy of this process cannot be entered.
+
+    Args:
+        function: Name of the function that the user called.
+
+    Raises:
+        OptionError: A scope is open.
+    """
+    tf = sys.modules.get("tensorflow")
+    if tf is not None and tf.distribute.has_strategy():
+        name = type(tf.distribute.get_strategy()).__name__
+        raise OptionError(
+            f"`{function}` must be called outside of `strategy.scope()`, because it creates the strategy; got a call "
+            f"in the scope of a {name}. Move the call out of the `with` block; the model may stay in it."
+        )
 
 
 def run_here(work: Callable[[], Any]) -> Any:

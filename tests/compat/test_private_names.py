@@ -32,9 +32,9 @@ def imported(tensorflow: None) -> None:
 @pytest.fixture
 def warned_again() -> Iterator[None]:
     """Reset the warnings that are shown once per process."""
-    versions._warn_once.cache_clear()
+    versions.warn_once.cache_clear()
     yield
-    versions._warn_once.cache_clear()
+    versions.warn_once.cache_clear()
 
 
 def test_names_exist() -> None:
@@ -163,6 +163,13 @@ def test_stream_reads_all_rows_without_name_of_ray_data(tmp_path: Path, monkeypa
     with pytest.warns(UserWarning, match="Gone") as warned:
         assert rows_of_stream(tmp_path) == list(range(64))
     assert len([warning for warning in warned if "Gone" in str(warning.message)]) == 1
+
+
+@pytest.mark.usefixtures("ray_cluster", "warned_again")
+def test_stream_reads_all_rows_without_attribute_of_ray_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_data, "_POLICIES", "_gone")
+    with pytest.warns(UserWarning, match="no attribute '_gone'. Without it, a stream may read twice as far ahead"):
+        assert rows_of_stream(tmp_path) == list(range(64))
 
 
 def name_of(path: str) -> PrivateName:

@@ -32,7 +32,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that sets the versions that count as installed, by package; 1.2.0 unless given."""
 
     def set_versions(**installed: str | None) -> None:
-        versions._warn_once.cache_clear()
+        versions.warn_once.cache_clear()
         monkeypatch.setattr(versions, "installed_version", lambda package: installed.get(package, "1.2.0"))
 
     return set_versions
