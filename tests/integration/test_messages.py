@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 import raykeras as rk
+from raykeras.core.tracebacks import PACKAGE_FOLDER
 from tests.support.kept_workers import TWO, KeptWorkers
 from tests.support.models import X, Y
 
@@ -124,7 +125,7 @@ def shown(call: Call, path: str, run: dict[str, Any], capfd: pytest.CaptureFixtu
         except Exception:
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
     for warning in warned:
-        if "raykeras" in warning.filename:
+        if warning.filename.startswith(PACKAGE_FOLDER):
             print(warnings.formatwarning(warning.message, UserWarning, warning.filename, 1), file=sys.stderr)
     return [line for line in capfd.readouterr().err.splitlines() if line.strip()]
 
@@ -137,7 +138,7 @@ def test_wrong_call_in_one_process_has_short_message(
     lines = shown(CALLS[name], table, run, capfd)
     print(*lines, sep="\n")
     assert 1 < len(lines) <= MAX_LINES
-    assert not [line for line in lines if "raykeras/" in line and "File" in line]
+    assert not [line for line in lines if line.lstrip().startswith(f'File "{PACKAGE_FOLDER}')]
 
 
 @pytest.mark.parametrize("name", ON_TWO_WORKERS)
@@ -149,4 +150,4 @@ def test_wrong_call_on_two_workers_has_short_message(
         lines = shown(CALLS[name], table, run, capfd)
     print(*lines, sep="\n")
     assert 1 < len(lines) <= MAX_LINES
-    assert not [line for line in lines if "raykeras/" in line and "File" in line]
+    assert not [line for line in lines if line.lstrip().startswith(f'File "{PACKAGE_FOLDER}')]
