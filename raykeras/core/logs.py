@@ -1,4 +1,4 @@
-"""Convert the logs that Keras passes to callbacks to floats and arrays.
+"""Convert the logs that Keras passes to callbacks to numbers and arrays.
 
 Metrics with several values, such as `F1Score` with one per class, become arrays.
 """
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 Logs = dict[str, Any]
-"""Metric name to a float or an array of numbers."""
+"""Metric name to a number or an array of numbers."""
 
 
 def plain_logs(logs: Mapping[str, Any] | None) -> Logs:
-    """Return logs as floats and arrays; values that are not numbers are dropped."""
+    """Return logs as numbers and arrays; values that are not numbers are dropped."""
     plain: Logs = {}
     for name, value in (logs or {}).items():
         if isinstance(value, Mapping):  # Keras flattens these as well.
@@ -26,14 +26,16 @@ def plain_logs(logs: Mapping[str, Any] | None) -> Logs:
 
 
 def plain_number(value: Any) -> Any:
-    """Return a value as a float, or as an array if it holds several numbers; None if it is not numeric."""
+    """Return a value as a number, or as an array if it holds several; None if it is not numeric."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError):
         return None
     if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
         return None
-    return float(array.item()) if array.size == 1 else array
+    if array.size != 1:
+        return array
+    return array.item() if array.dtype.kind in "iu" else float(array.item())
 
 
 def as_json(logs: Mapping[str, Any]) -> dict[str, Any]:

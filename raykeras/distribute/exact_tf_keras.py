@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from raykeras.compat import tf_keras
 from raykeras.compat.keras_api import KerasAPI
-from raykeras.compat.patch import Proxy, patched_method
+from raykeras.compat.patch import Proxy, patched, patched_method
 from raykeras.compat.tf_keras import LossFunctions
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.distribute.loss_probe import Kind, current_record
@@ -19,6 +19,7 @@ from raykeras.distribute.weighting import (
     ScalarLosses,
     as_global_loss,
     current,
+    outside_step,
     patch_means,
     patch_own_calls,
     scaled,
@@ -46,6 +47,8 @@ def patch_tf_keras(
     patch_own_calls(
         stack, model, api.module.losses.Loss, losses, lambda value, kind, loss: _part_of(value, kind, loss.reduction)
     )
+    add_metric = api.module.layers.Layer.add_metric
+    stack.enter_context(patched(api.module.layers.Layer, "add_metric", _exact_add_metric(add_metric, losses)))
     if has_own_steps:
         patch_means(stack, model, api.module.metrics.Mean)
     stack.enter_context(patched_method(model, "get_metrics_result", logs.get_metrics_result))
@@ -118,6 +121,24 @@ class _WeightedLosses:
             return strategy
         # tf_keras multiplies a sum over rows by this number for its metric; 1 / share also suits unequal replicas
         return Proxy(strategy, num_replicas_in_sync=unscaled(tf.ones(())))
+
+
+def _exact_add_metric(original: Callable[..., None], losses: ScalarLosses) -> Callable[..., None]:
+    """Return tf_keras' `add_metric` with each scalar as this replica's part of the batch's value.
+
+    tf_keras averages the scalars of replicas and batches, so the parts are multiplied by the number of replicas.
+    """
+
+    def add_metric(layer: Any, value: Any, name: str | None = None, **kwargs: Any) -> None:
+        kind = losses.metric(f"{layer.name}/{name}", value)
+        if kind is None:
+            return original(layer, value, name=name, **kwargs)
+        part = tf.math.multiply_no_nan(value, tf.cast(current.share, value.dtype)) if kind == "mean" else value
+        part *= tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, value.dtype)
+        with outside_step():  # else the patched `Mean` of a model with its own steps weights it again
+            return original(layer, part, name=name, **kwargs)
+
+    return add_metric
 
 
 def _part_of(value: Any, kind: Kind, reduction: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,11 +44,13 @@ class Scalars:
         losses: Kinds of the compiled losses that return a scalar, in the order of the outputs.
         added: Kinds of the losses of `add_loss` and of regularizers, in the order of `model.losses`.
         total: Kind of the result of a custom `compute_loss`; None if there is none.
+        metrics: Kinds of the scalars that layers pass to `add_metric`, by name; those that are neither are left out.
     """
 
     losses: tuple[Kind, ...] = ()
     added: tuple[Kind, ...] = ()
     total: Kind | None = None
+    metrics: Mapping[str, Kind] = field(default_factory=dict)
 
 
 @dataclass
@@ -58,12 +60,14 @@ class Record:
     Attributes:
         losses, added: As for `Scalars`.
         totals: The result of `compute_loss`.
+        metrics: The scalars that layers passed to `add_metric`, by name.
         is_precise: Whether all of them are float32 or wider.
     """
 
     losses: list[Any] = field(default_factory=list)
     added: list[Any] = field(default_factory=list)
     totals: list[Any] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
     is_precise: bool = True
 
 
@@ -72,7 +76,12 @@ class _Answers:
     losses: list[Answer]
     added: list[Answer]
     totals: list[Answer]
+    metrics: dict[str, Answer]
     tolerance: float
+
+    def kinds_of_metrics(self) -> dict[str, Kind]:
+        kinds = {name: _kind(values, self.tolerance) for name, values in self.metrics.items()}
+        return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 _current = threading.local()  # a strategy runs each replica in a separate thread
@@ -126,30 +135,32 @@ class Probe:
                 total = "part" if _is_part(answers.totals[0], answers.tolerance) else None
             if self._has_custom_loss and total is None:
                 raw = self._answers(sample, is_raw=True)
-                total = _kind(raw.totals[0], raw.tolerance, "`compute_loss`", 0)
-                return Scalars(total=total)
+                total = _required_kind(raw.totals[0], raw.tolerance, "`compute_loss`", 0)
+                return Scalars(total=total, metrics=answers.kinds_of_metrics())
         return Scalars(
-            tuple(_kind(values, answers.tolerance, "compiled loss", i) for i, values in enumerate(answers.losses)),
-            tuple(_kind(values, answers.tolerance, "`add_loss`", i) for i, values in enumerate(answers.added)),
+            tuple(_required_kind(v, answers.tolerance, "compiled loss", i) for i, v in enumerate(answers.losses)),
+            tuple(_required_kind(v, answers.tolerance, "`add_loss`", i) for i, v in enumerate(answers.added)),
             total,
+            answers.kinds_of_metrics(),
         )
 
     def _answers(self, sample: Sequence[Any], is_raw: bool) -> _Answers:
         """Return the scalars over the probed rows; those that are zero, over perturbed rows with perturbed weights."""
         first = self._computed(sample, is_raw)
-        values = [*first.losses, *first.added, *(first.totals if is_raw else ())]
+        values = [*first.losses, *first.added, *(first.totals if is_raw else ()), *first.metrics.values()]
         if not any(abs(once) <= _ZERO for once, *_ in values):
             return first
         rng = np.random.default_rng(0)
         with _perturbed(self._model, self._strategy, rng):
             second = self._computed([_perturb(tensor, rng) for tensor in sample], is_raw)
         losses, added, totals = (
-            [b if abs(a[0]) <= _ZERO and np.isfinite(b).all() else a for a, b in zip(one, other, strict=True)]
+            [_unless_zero(a, b) for a, b in zip(one, other, strict=True)]
             for one, other in zip(
                 (first.losses, first.added, first.totals), (second.losses, second.added, second.totals), strict=True
             )
         )
-        return _Answers(losses, added, totals, first.tolerance)
+        metrics = {name: _unless_zero(first.metrics[name], value) for name, value in second.metrics.items()}
+        return _Answers(losses, added, totals, metrics, first.tolerance)
 
     def _computed(self, sample: Sequence[Any], is_raw: bool) -> _Answers:
         middle = int(sample[0].shape[0]) // 2
@@ -164,6 +175,7 @@ class Probe:
             list(zip(*(record.losses for record in records), strict=True)),
             list(zip(*(record.added for record in records), strict=True)),
             list(zip(*(record.totals for record in records), strict=True)),
+            {name: tuple(record.metrics[name] for record in records) for name in records[0].metrics},
             _TOLERANCE if all(record.is_precise for record in records) else _LOW_PRECISION_TOLERANCE,
         )
 
@@ -173,19 +185,20 @@ class Probe:
         # custom code may need the weights, and a mean that it divides by their sum cannot be combined
         weights = batch[2] if self._has_custom_loss and len(batch) > 2 else None
 
-        def step() -> tuple[list[Any], list[Any], Any]:
+        def step() -> tuple[list[Any], list[Any], dict[str, Any], Any]:
             self._set_share(share, is_raw)
             try:
                 with _recording() as record:
                     total = self._model.compute_loss(x, y, self._model(x, training=False), weights, **self._options)
             finally:
                 self._set_share(None)
-            return record.losses, record.added, total
+            return record.losses, record.added, record.metrics, total
 
-        losses, added, total = self._strategy.experimental_local_results(self._strategy.run(step))[0]
+        losses, added, metrics, total = self._strategy.experimental_local_results(self._strategy.run(step))[0]
         totals = [] if total is None else [tf.reduce_sum(total)]
-        is_precise = all(v.dtype.size >= 4 for v in (*losses, *added, *totals))
-        return Record(_as_arrays(losses), _as_arrays(added), _as_arrays(totals), is_precise)
+        is_precise = all(v.dtype.size >= 4 for v in (*losses, *added, *totals, *metrics.values()))
+        metrics = dict(zip(metrics, _as_arrays(metrics.values()), strict=True))
+        return Record(_as_arrays(losses), _as_arrays(added), _as_arrays(totals), metrics, is_precise)
 
 
 @contextlib.contextmanager
@@ -233,7 +246,7 @@ def _perturb(tensor: Any, rng: np.random.Generator) -> Any:
     return tensor.with_flat_values(noisy) if isinstance(tensor, tf.RaggedTensor) else noisy
 
 
-def _as_arrays(values: Sequence[Any]) -> list[np.ndarray]:
+def _as_arrays(values: Iterable[Any]) -> list[np.ndarray]:
     return [tf.cast(value, tf.float64).numpy() for value in values]  # NumPy has no bfloat16
 
 
@@ -251,7 +264,13 @@ def _is_part(values: Answer, tolerance: float) -> bool:
     return abs(once) > _ZERO and bool(np.isclose(once, 2 * half, rtol=tolerance))
 
 
-def _kind(values: Answer, tolerance: float, source: str, index: int) -> Kind:
+def _unless_zero(answer: Answer, other: Answer) -> Answer:
+    """Return an answer, or another one if it is zero."""
+    return other if abs(answer[0]) <= _ZERO and np.isfinite(other).all() else answer
+
+
+def _kind(values: Answer, tolerance: float) -> Kind | None:
+    """Return the kind of a scalar; None if it is neither a mean nor a sum."""
     once, twice, _, first, second = values
     if _is_part(values, tolerance):
         return "part"
@@ -260,6 +279,14 @@ def _kind(values: Answer, tolerance: float, source: str, index: int) -> Kind:
         return "mean"
     if np.isclose(2 * once, twice, rtol=tolerance, atol=_ZERO) and abs(once - first - second) <= largest_error:
         return "sum"
+    return None
+
+
+def _required_kind(values: Answer, tolerance: float, source: str, index: int) -> Kind:
+    kind = _kind(values, tolerance)
+    if kind is not None:
+        return kind
+    once, twice, _, first, second = values
     raise ModelError(
         "With several replicas, a scalar loss must be a mean or a sum over the rows of a batch, so that the replicas' "
         f"losses can be combined; scalar {index} from {source} is {once:g} over some rows, {twice:g} over the same "

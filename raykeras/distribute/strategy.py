@@ -56,10 +56,27 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
         return tf.distribute.MultiWorkerMirroredStrategy()
 
 
-def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset) -> Any:
-    """Return a dataset as `fit` takes it; replicas get its elements in turn, and no element is split."""
+def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset, num_steps: int | None) -> Any:
+    """Return a dataset as `fit` takes it; replicas get its elements in turn, and no element is split.
+
+    Args:
+        strategy: The strategy, or None.
+        dataset: Elements for the replicas.
+        num_steps: The number of steps that `fit` is told; None for a dataset of unknown length. tf_keras refuses that
+            of distributed datasets, so Keras gets the dataset itself and has the strategy distribute it.
+    """
     if strategy is None:
         dataset.as_numpy_iterator = _refuse_to_iterate
+        return dataset
+    if num_steps is None:
+        distribute_others = strategy.experimental_distribute_dataset
+
+        def distribute_dataset(given: Any, options: Any = None) -> Any:
+            if given is dataset:
+                return strategy.distribute_datasets_from_function(lambda _: dataset)
+            return distribute_others(given, options)
+
+        strategy.experimental_distribute_dataset = distribute_dataset
         return dataset
     return strategy.distribute_datasets_from_function(lambda _: dataset)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -92,6 +92,31 @@ class ScalarLosses:
                 "train on one replica."
             )
         return kinds
+
+    def metric(self, name: str, value: Any) -> Kind | None:
+        """Return the kind of a scalar that a layer passes to `add_metric`; None for others and outside a step.
+
+        Args:
+            name: Names of the layer and the metric.
+            value: The scalar, which is recorded if a probe runs.
+        """
+        if not tf.is_tensor(value) or value.shape.rank != 0 or not value.dtype.is_floating:
+            return None
+        record = current_record()
+        if record is not None:
+            record.metrics.setdefault(name, value)
+            return None
+        return None if current.share is None else self.scalars.metrics.get(name)
+
+
+@contextlib.contextmanager
+def outside_step() -> Iterator[None]:
+    """Have this thread compute without weights while the block runs."""
+    share, current.share = current.share, None
+    try:
+        yield
+    finally:
+        current.share = share
 
 
 def scaled(value: Any) -> Any:

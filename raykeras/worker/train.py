@@ -75,7 +75,7 @@ def evaluate(
         inputs.append(rank_input)
         rank_input.begin()
         rows = [] if strategy is None else rank_input.sample()
-        dataset = distribute(strategy, rank_input.pass_dataset(data.num_steps))
+        dataset = distribute(strategy, rank_input.pass_dataset(data.num_steps), data.num_steps)
         executions = _executions(model, api, strategy, None, data.num_steps)
         with exact(model, api, data.batch_spec, strategy, rows, training=False), executions:
             options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
@@ -131,7 +131,7 @@ def _run(
         test_steps = job.validation.num_steps
         inputs.append(job.validation.open(context.rank, job.scale, job.budget, num_steps=None, num_inputs=2))
         validation = {
-            "validation_data": distribute(strategy, inputs[-1].pass_dataset(test_steps)),
+            "validation_data": distribute(strategy, inputs[-1].pass_dataset(test_steps), test_steps),
             "validation_steps": test_steps,
             "validation_freq": job.validation_freq,
         }
@@ -145,7 +145,7 @@ def _run(
         session = TrainingSession(job, context, api, model, callbacks, train=train, counts_steps=counts_steps)
         try:
             model.fit(
-                distribute(strategy, data),
+                distribute(strategy, data, steps),
                 epochs=job.epochs,
                 initial_epoch=session.initial_epoch,
                 steps_per_epoch=steps,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 import raykeras as rk
 from tests.support.compare import assert_same_training
@@ -128,6 +129,33 @@ def test_add_loss_that_starts_at_zero_matches_keras(package: str, added: str, tm
 def test_add_loss_without_compiled_loss_matches_keras(package: str, tmp_path: Path) -> None:
     compiled = {"loss": None, "metrics": None}
     assert_matches_keras(builder(package, added="both", **compiled), package, tmp_path, X)
+
+
+@pytest.mark.parametrize("has_own_step", [False, True])
+def test_add_metric_matches_keras(has_own_step: bool, tmp_path: Path) -> None:
+    def build() -> Any:
+        class Measuring(tf_keras.layers.Layer):  # type: ignore[misc]
+            def call(self, inputs: Any) -> Any:
+                self.add_metric(tf.reduce_sum(inputs), name="sum")
+                self.add_metric(tf.reduce_mean(tf.square(inputs)), name="mean")
+                self.add_metric(inputs, name="rows")
+                return inputs
+
+        class Stepping(tf_keras.Model):  # type: ignore[misc]
+            def train_step(self, data: Any) -> Any:
+                return super().train_step(data)
+
+        inputs = tf_keras.Input((4,))
+        middle = Measuring()(tf_keras.layers.Dense(5, bias_initializer="ones")(inputs))
+        outputs = tf_keras.layers.Dense(1)(middle)
+        model = (Stepping if has_own_step else tf_keras.Model)(inputs, outputs)
+        model.add_metric(tf.reduce_sum(outputs), name="predicted")
+        model.compile("sgd", "mse")
+        return model
+
+    build.uses = "tf_keras"  # type: ignore[attr-defined]
+    rows = 2 * BATCH + 1  # the last row leaves a replica without rows
+    assert_matches_keras(build, "tf_keras", tmp_path, X[:rows], Y[:rows], validation_data=(X[:13], Y[:13]))
 
 
 @PACKAGES
