@@ -218,6 +218,11 @@ class KerasAPI:
         states.append(None if generator is None else generator.state)
         return [state for state in states if state is not None]
 
+    def synchronizes(self, model: Any) -> bool:
+        """Return whether a layer computes statistics over the rows of all replicas."""
+        layers = (tf_keras if self.is_legacy else keras3).FLATTEN_LAYERS.of(model)()
+        return any(getattr(layer, "synchronized", False) for layer in layers)
+
     def inherits(self, model: Any, method: str) -> bool:
         """Return whether a model inherits a method from Keras rather than overriding it."""
         owner = next((cls for cls in type(model).__mro__ if method in vars(cls)), None)

@@ -15,6 +15,11 @@ def packed(batch: Any, global_rows: tf.Tensor) -> tuple[Any, tf.Tensor]:
     return tf.nest.map_structure(lambda value: none if value is None else value, batch), global_rows
 
 
+def num_rows(batch: Any) -> tf.Tensor:
+    """Return the number of rows of a packed batch, int32 ()."""
+    return tf.shape(next(value for value in tf.nest.flatten(batch) if value.dtype != _NONE_DTYPE))[0]
+
+
 def unpacked(element: tuple[Any, tf.Tensor]) -> tuple[Any, tf.Tensor]:
     """Return the batch of a packed element, with None restored, and the rows of the global batch."""
     batch, global_rows = element

@@ -32,10 +32,12 @@ from raykeras.compat.patch import patched_method
 from raykeras.compat.tensorflow import prompt_replica_join
 from raykeras.core.errors import ModelError
 from raykeras.data.batch_spec import BatchSpec
-from raykeras.data.elements import unpacked
+from raykeras.data.elements import num_rows, unpacked
+from raykeras.distribute.build import zeros
+from raykeras.distribute.empty_replicas import uncounted
 from raykeras.distribute.exact_keras import patch_keras
 from raykeras.distribute.exact_tf_keras import patch_tf_keras
-from raykeras.distribute.loss_probe import Probe
+from raykeras.distribute.loss_probe import Probe, state_kept
 from raykeras.distribute.weighting import ScalarLosses, current
 
 _PATCHES = {"keras": patch_keras, "tf_keras": patch_tf_keras}
@@ -70,11 +72,14 @@ def exact(
         raise _unweighted_loss()
     with contextlib.ExitStack() as stack:
         stack.enter_context(prompt_replica_join())
+        with strategy.scope(), state_kept(model, strategy):
+            api.build(model, zeros(batch_spec))
         losses = ScalarLosses()
         has_custom_loss = _PATCHES[api.name](stack, model, batch_spec, strategy, losses)
         with strategy.scope():
             probe = Probe(model, batch_spec.structure, strategy, _set_share, training, has_custom_loss)
             losses.scalars = probe.scalars(sample)
+        uncounted(stack, model, api.module.metrics.Mean)
         for name in ("train_step", "test_step"):
             stack.enter_context(patched_method(model, name, _with_share(getattr(model, name), name)))
         yield
@@ -94,8 +99,8 @@ def _with_share(step: Any, name: str) -> Any:
 
     def share_step(data: Any) -> Any:
         batch, global_rows = unpacked(data)
-        rows = tf.shape(next(x for x in tf.nest.flatten(batch) if x is not None))[0]
-        current.share = tf.cast(rows, tf.float32) / tf.cast(global_rows, tf.float32)
+        rows = tf.cast(num_rows(data[0]), tf.float32)
+        current.share = tf.math.divide_no_nan(rows, tf.cast(global_rows, tf.float32))
         current.num_losses, current.num_added, current.has_weighted_loss, current.gave_global_loss = 0, 0, False, False
         try:
             result = step(batch)

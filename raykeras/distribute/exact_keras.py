@@ -15,7 +15,6 @@ from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.patch import patched, patched_method
 from raykeras.core.errors import ModelError
 from raykeras.data.batch_spec import BatchSpec
-from raykeras.distribute.build import zeros
 from raykeras.distribute.loss_probe import current_record
 from raykeras.distribute.replica_logs import ReplicaLogs
 from raykeras.distribute.weighting import (
@@ -28,6 +27,7 @@ from raykeras.distribute.weighting import (
     sum_over_replicas,
     unscaled,
     weight_factor,
+    zero_without_rows,
 )
 
 
@@ -51,8 +51,6 @@ def patch_keras(
         Whether the result of a custom `compute_loss` is weighted.
     """
     api, logs = KerasAPI("keras"), ReplicaLogs(model)
-    with strategy.scope():
-        api.build(model, zeros(batch_spec))
     stack.enter_context(keras3.fit_without_building(model))
     patch_own_calls(
         stack, model, api.module.losses.Loss, scalar_losses, lambda v, kind, _: scaled(v) if kind == "mean" else v
@@ -139,7 +137,7 @@ class _WeightedLosses:
     def _unscale_output(self, value: Any) -> Any:
         # a traced batch has no static size, so Keras' metric counts each replica as one batch
         if current.share is None or (tf.inside_function() and not current.is_raw):
-            return self._original.unscale_output(value)
+            return self._original.unscale_output(zero_without_rows(value))
         return unscaled(value)
 
     def _reduce_values(self, values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:

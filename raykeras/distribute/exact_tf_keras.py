@@ -133,7 +133,8 @@ def _exact_add_metric(original: Callable[..., None], losses: ScalarLosses) -> Ca
         kind = losses.metric(f"{layer.name}/{name}", value)
         if kind is None:
             return original(layer, value, name=name, **kwargs)
-        part = tf.math.multiply_no_nan(value, tf.cast(current.share, value.dtype)) if kind == "mean" else value
+        share = tf.cast(current.share, value.dtype)
+        part = tf.math.multiply_no_nan(value, share) if kind == "mean" else zero_without_rows(value)
         part *= tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, value.dtype)
         with outside_step():  # else the patched `Mean` of a model with its own steps weights it again
             return original(layer, part, name=name, **kwargs)
@@ -162,6 +163,8 @@ def _rows_counted(container: Any, y_pred: Any) -> contextlib.AbstractContextMana
     update_mean = mean.update_state
 
     def update_state(value: Any, sample_weight: Any = None) -> Any:
-        return update_mean(scaled(value) * num_replicas, sample_weight=sample_weight)
+        part = scaled(value) * num_replicas
+        with outside_step():  # else the patched `Mean` of a model with its own steps weights it again
+            return update_mean(part, sample_weight=sample_weight)
 
     return patched_method(mean, "update_state", update_state)

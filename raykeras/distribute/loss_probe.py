@@ -128,7 +128,7 @@ class Probe:
         Raises:
             ModelError: If a scalar is neither a mean nor a sum.
         """
-        with without_eager_strategy_warning(), _state_kept(self._model, self._strategy):
+        with without_eager_strategy_warning(), state_kept(self._model, self._strategy):
             answers = self._answers(sample, is_raw=False)
             total: Kind | None = None
             if self._has_custom_loss:
@@ -202,7 +202,7 @@ class Probe:
 
 
 @contextlib.contextmanager
-def _state_kept(model: Any, strategy: Any) -> Iterator[None]:
+def state_kept(model: Any, strategy: Any) -> Iterator[None]:
     """Undo what the block does to variables that are not trained, such as those of layers that count their calls."""
     original: list[tuple[Any, np.ndarray]] = []
 

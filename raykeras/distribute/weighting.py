@@ -132,14 +132,15 @@ def unscaled(value: Any) -> Any:
     return tf.math.divide_no_nan(value, tf.cast(current.share, value.dtype)) if current.weights_losses else value
 
 
-def zero_without_rows(mean: Any) -> Any:
-    """Return a mean over this replica's rows, or zero if a small batch leaves it without rows."""
-    return mean if current.share is None else tf.where(current.share > 0, mean, tf.zeros_like(mean))
+def zero_without_rows(value: Any) -> Any:
+    """Return a value of this replica's rows, or zero if a small batch leaves it without rows."""
+    return value if current.share is None else tf.where(current.share > 0, value, tf.zeros_like(value))
 
 
 def sum_over_replicas(value: Any) -> Any:
-    """Return the sum of a value over all replicas of all workers."""
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+    """Return the sum of a value over all replicas of all workers that have rows."""
+    own = zero_without_rows(value)
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, own)
 
 
 def as_global_loss(part: Any) -> Any:

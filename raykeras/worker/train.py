@@ -14,6 +14,7 @@ from raykeras.core.logs import Logs, plain_logs
 from raykeras.data.batch_spec import BatchSpec
 from raykeras.data.train_input import TrainInput
 from raykeras.distribute.build import make_variables
+from raykeras.distribute.empty_replicas import filled
 from raykeras.distribute.exact import building, exact
 from raykeras.distribute.executions import counted_executions, is_countable, steps_left, without_xla
 from raykeras.distribute.mirroring import mirrored, needs_mirroring
@@ -75,7 +76,11 @@ def evaluate(
         inputs.append(rank_input)
         rank_input.begin()
         rows = [] if strategy is None else rank_input.sample()
-        dataset = distribute(strategy, rank_input.pass_dataset(data.num_steps), data.num_steps)
+        fills = strategy is not None and not api.synchronizes(model)
+        dataset = rank_input.pass_dataset(data.num_steps)
+        if fills:
+            dataset = filled(dataset, data.batch_spec, rows)
+        dataset = distribute(strategy, dataset, data.num_steps)
         executions = _executions(model, api, strategy, None, data.num_steps)
         with exact(model, api, data.batch_spec, strategy, rows, training=False), executions:
             options: dict[str, Any] = {"callbacks": list(callbacks)} if callbacks else {}
@@ -125,19 +130,25 @@ def _run(
     inputs.append(train)
     train.begin()  # while the model is compiled
     data, steps = _train_dataset(job, train, model, api)
+    rows = [] if strategy is None else train.sample()
+    fills = strategy is not None and not api.synchronizes(model)
+    if fills:
+        data = filled(data, job.train.batch_spec, rows)
     validation: dict[str, Any] = {}
     test_steps = None
     if job.validation is not None:
         test_steps = job.validation.num_steps
         inputs.append(job.validation.open(context.rank, job.scale, job.budget, num_steps=None, num_inputs=2))
+        test_data = inputs[-1].pass_dataset(test_steps)
+        if fills:
+            test_data = filled(test_data, job.validation.batch_spec, inputs[-1].sample())
         validation = {
-            "validation_data": distribute(strategy, inputs[-1].pass_dataset(test_steps), test_steps),
+            "validation_data": distribute(strategy, test_data, test_steps),
             "validation_steps": test_steps,
             "validation_freq": job.validation_freq,
         }
     if job.resumption is not None or job.is_finished:
         make_variables(model, api, job.train.batch_spec, strategy)  # a checkpoint needs all variables
-    rows = [] if strategy is None else train.sample()
     known_steps = _known_steps(job, model, api)
     executions = _executions(model, api, strategy, known_steps, test_steps, start=job.start, steps_of=job.steps_of)
     counts_steps = _counts_steps(job, model, api)
