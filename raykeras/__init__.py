@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         EpochEnded,
         EpochStarted,
         Event,
+        PhaseStarted,
         RunEnded,
         RunRestarted,
         RunStarted,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from raykeras.driver.fit import fit
     from raykeras.driver.predict import predict
     from raykeras.driver.result import Result
+    from raykeras.driver.runs import RunInfo, open_run, runs
     from raykeras.worker.callback_placement import on_chief
 
 __version__ = "0.1.0"
@@ -67,12 +69,14 @@ __all__ = [
     "Event",
     "ModelError",
     "OptionError",
+    "PhaseStarted",
     "Pipeline",
     "RaykerasError",
     "ResourceError",
     "Result",
     "Run",
     "RunEnded",
+    "RunInfo",
     "RunRestarted",
     "RunStarted",
     "Scale",
@@ -90,8 +94,10 @@ __all__ = [
     "fit",
     "npy",
     "on_chief",
+    "open_run",
     "parquet",
     "predict",
+    "runs",
 ]
 
 _MODULES = {
@@ -118,6 +124,7 @@ _MODULES = {
         "EpochEnded",
         "EpochStarted",
         "Event",
+        "PhaseStarted",
         "RunEnded",
         "RunRestarted",
         "RunStarted",
@@ -135,6 +142,7 @@ _MODULES = {
     "driver.fit": ("fit",),
     "driver.predict": ("predict",),
     "driver.result": ("Result",),
+    "driver.runs": ("RunInfo", "open_run", "runs"),
     "worker.callback_placement": ("on_chief",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

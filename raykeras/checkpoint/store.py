@@ -109,6 +109,25 @@ class RunFolder:
         """Return whether the folder holds a run."""
         return self._retried(lambda: bool(self.fs.exists(self / OWNER_FILE)))
 
+    def folders(self) -> list[str]:
+        """Return the paths of the folders in this folder, sorted by name."""
+
+        def list_folders() -> list[str]:
+            found = self.fs.ls(self.path, detail=True) if self.fs.exists(self.path) else []
+            names = [str(entry["name"]).rstrip("/") for entry in found if entry["type"] == "directory"]
+            return [self / os.path.basename(name) for name in sorted(names)]
+
+        return self._retried(list_folders)
+
+    def read(self, name: str, start: int = 0) -> bytes:
+        """Return the contents of a file from an offset; nothing if the file does not exist or is shorter."""
+
+        def read_file() -> bytes:
+            fs, path = self.fs, self / name
+            return bytes(fs.cat_file(path, start=start)) if fs.exists(path) and fs.size(path) > start else b""
+
+        return self._retried(read_file)
+
     def make(self) -> None:
         """Create the folder."""
         self._retried(lambda: self.fs.makedirs(self.path, exist_ok=True))

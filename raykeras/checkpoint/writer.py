@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable
 
 from raykeras.checkpoint import store as checkpoint_store
@@ -40,13 +42,13 @@ class AsyncCheckpointWriter:
     def __init__(self, folder: RunFolder, token: str, run: Run, send: Callable[[Event], None]) -> None:
         self._folder, self._token, self._run, self._send = folder, token, run, send
         self._changed = threading.Condition()
-        self._waiting: tuple[str, Snapshot, Event] | None = None
+        self._waiting: tuple[str, Snapshot, events.CheckpointSaved] | None = None
         self._is_writing = self._is_failing = self._ended = False
         self._failure: RaykerasError | None = None
         self._thread = threading.Thread(target=self._work, name="raykeras-checkpoint", daemon=True)
         self._thread.start()
 
-    def put(self, name: str, snapshot: Snapshot, saved: Event) -> None:
+    def put(self, name: str, snapshot: Snapshot, saved: events.CheckpointSaved, begun: float) -> None:
         """Queue a checkpoint, after waiting for the previous one to be written.
 
         While storage fails, it replaces the previous one instead of waiting.
@@ -55,6 +57,7 @@ class AsyncCheckpointWriter:
             name: Name of the checkpoint's folder.
             snapshot: The contents of the checkpoint.
             saved: The event to send once the checkpoint is saved.
+            begun: When training stopped for the checkpoint, in seconds since the Unix epoch.
 
         Raises:
             CheckpointError: A checkpoint could not be written; no more will be.
@@ -63,7 +66,8 @@ class AsyncCheckpointWriter:
             self._changed.wait_for(lambda: self._is_failing or self._failure or not (self._waiting or self._is_writing))
             if self._failure is not None:
                 raise self._failure
-            self._waiting = (name, snapshot, saved)
+            resumed = time.time()
+            self._waiting = (name, snapshot, dataclasses.replace(saved, seconds=resumed - begun, resumed=resumed))
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `raykeras fit | evaluate | predict PIPELINE` and `raykeras inspect DATA`.
+"""The command line: `raykeras fit | evaluate | predict PIPELINE`, `inspect DATA`, `runs STORAGE`, `watch RUN`, ….
 
 Exit statuses: 0 success; 1 the user's code or a worker failed; 2 invalid arguments or insufficient resources;
 129 after SIGHUP; 130 after Ctrl-C; 143 after SIGTERM.
@@ -6,9 +6,11 @@ Exit statuses: 0 success; 1 the user's code or a worker failed; 2 invalid argume
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import sys
 import time
 import traceback
@@ -131,7 +133,10 @@ def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
     if arguments["run"].name is None:
         name = f"{loaded.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         arguments["run"] = dataclasses.replace(arguments["run"], name=name)
-    rk.fit(loaded.model, loaded.train, **{**arguments, **overrides})
+    from raykeras.driver.record import called_by_pipeline
+
+    with called_by_pipeline(pipeline, parameters):
+        rk.fit(loaded.model, loaded.train, **{**arguments, **overrides})
 
 
 def _load(path: str, parameters: dict[str, str]) -> rk.Pipeline:
@@ -248,6 +253,51 @@ def inspect(data: str) -> None:
     )
     cached = f", {opened.num_cached_footers:,} footers from the cache" if opened.num_cached_footers else ""
     console.print(f"metadata read in {seconds:.1f} s{cached}")
+
+
+@main.command()
+@click.argument("storage", default="runs")
+def runs(storage: str) -> None:
+    """List the runs in STORAGE, a folder or an fsspec URL: their states, metrics and times."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    found = rk.runs(storage)
+    if not found:
+        raise rk.OptionError(f"`raykeras runs` lists the runs in a storage folder; {storage!r} holds none.")
+    table = Table(*found.HEADER, box=None, pad_edge=False)
+    table.columns[0].no_wrap = table.columns[3].no_wrap = True
+    for info in found:
+        table.add_row(*map(Text, info.cells()))
+    Console().print(table)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--interval-s", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between reads of the log.")
+def watch(run: str, interval_s: float) -> None:
+    """Show the progress of RUN, a run's folder or fsspec URL, until it ends."""
+    from raykeras.driver.progress import make_display
+    from raykeras.driver.runs import StoredRun
+
+    stored = StoredRun(run)
+    display = make_display(monitor=stored.state.monitor)
+    with contextlib.closing(display):
+        stored.follow(display, pause=lambda: time.sleep(interval_s))
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("run")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def tensorboard(run: str, options: tuple[str, ...]) -> None:
+    """Start TensorBoard on the scalars of RUN. OPTIONS, such as --port 6007, are those of `tensorboard`."""
+    from raykeras.driver.runs import StoredRun
+    from raykeras.driver.tensorboard import FOLDER
+
+    folder = StoredRun(run).folder / FOLDER
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, *options]
+    os.execv(sys.executable, command)  # signals reach TensorBoard
 
 
 if __name__ == "__main__":

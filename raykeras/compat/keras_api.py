@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ from raykeras.compat.patch import patched
 from raykeras.compat.versions import PrivateName, refuse_older
 from raykeras.core.errors import ModelError
 from raykeras.core.logs import plain_number
+from raykeras.core.plain_values import plain_value
 from raykeras.core.structures import is_deep
 
 GLOBAL_GENERATOR = PrivateName(
@@ -107,6 +109,37 @@ class KerasAPI:
     def can_leave_strategy(self) -> bool:
         """Whether a model that was built under a strategy can be used outside of it."""
         return not self.is_legacy
+
+    def describe(self, model: Any) -> dict[str, Any]:
+        """Return the class of a model and, as JSON values, what is known of it before training.
+
+        Returns:
+            "class"; of a built model "summary", "parameters" and "trainable_parameters"; and "optimizer".
+        """
+        described: dict[str, Any] = {"class": type(model).__name__}
+        with contextlib.suppress(Exception):  # a user's layer may lack what a summary needs
+            if model.built:
+                lines: list[str] = []
+                model.summary(print_fn=lambda line, **_: lines.append(str(line)))
+                described["parameters"] = sum(int(np.prod(weight.shape)) for weight in model.weights)
+                described["trainable_parameters"] = sum(int(np.prod(w.shape)) for w in model.trainable_weights)
+                described["summary"] = "\n".join(lines)
+        optimizer = getattr(model, "optimizer", None)
+        with contextlib.suppress(Exception):  # a user's optimizer may lack `get_config`
+            if optimizer is not None:
+                described["optimizer"] = plain_value({"class": type(optimizer).__name__, **optimizer.get_config()})
+        return described
+
+    def learning_rate(self, model: Any) -> float | None:
+        """Return the learning rate of the next step; None if the model has no optimizer with one."""
+        optimizer = getattr(model, "optimizer", None)
+        rate: Any = None
+        with contextlib.suppress(Exception):  # a user's schedule may only work inside of a step
+            rate = optimizer.learning_rate  # type: ignore[union-attr]
+            if callable(rate) and not hasattr(rate, "numpy"):
+                rate = rate(optimizer.iterations)  # type: ignore[union-attr]
+            rate = plain_number(rate)
+        return rate if isinstance(rate, float) and math.isfinite(rate) else None
 
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy, TensorFlow and the package."""

@@ -33,6 +33,11 @@ def redacted(text: str) -> str:
     return _QUERY.sub(r"\1***", _CREDENTIALS.sub("***@", text)) if "://" in text else text
 
 
+def printable(text: str) -> str:
+    """Return text that is safe to show: `redacted`, and without characters that control a terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in redacted(text))
+
+
 class RaykerasError(Exception):
     """Base class of all exceptions of raykeras."""
 

@@ -3,6 +3,8 @@
 `EventSender` delivers them from a background thread, so that sending never blocks a step. Consecutive `BatchEnded`
 events that are pending are merged into the latest, whose `num_steps` counts the steps it stands for. All other events
 arrive exactly once and in order.
+
+`from_dict` reads events from a file that somebody else may have written: it accepts only what `as_dict` returns.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from raykeras.core.logs import Logs, as_json
+from raykeras.core.logs import Logs, as_json, plain_logs
 
 FLUSH_INTERVAL_S = 0.05
 
@@ -47,17 +49,41 @@ class Event:
         return {"event": self.kind, **values}
 
 
+PHASES = {
+    "metadata": "reading metadata",
+    "cluster": "connecting to Ray",
+    "workers": "starting the workers",
+    "build": "building the model",
+    "compile": "compiling the first step",
+    "train": "training",
+}
+"""The phases of an attempt in order, in words. A call of `fit` begins with the first one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseStarted(Event):
+    """A phase of a run begins; "train" after the first step, which includes compiling it.
+
+    Attributes:
+        phase: A key of `PHASES`.
+    """
+
+    phase: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """Training is about to begin.
 
     Attributes:
-        params: The parameters that Keras passes to callbacks, and more: epochs, steps, batch_size, num_rows.
+        params: The parameters that Keras passes to callbacks, and more: epochs, steps, batch_size, num_rows, and
+            validation (whether there is any).
         workers: Number of workers.
         replicas: Number of replicas over all workers.
         initial_epoch: First epoch to train.
         path: The run's folder.
         initial_step: Number of steps of the first epoch that were trained before.
+        model: The model's class, summary and number of parameters, and its optimizer's configuration.
     """
 
     params: dict[str, Any]
@@ -66,6 +92,7 @@ class RunStarted(Event):
     initial_epoch: int
     path: str
     initial_step: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +109,14 @@ class BatchEnded(Event):
         num_steps: Number of steps that the event stands for.
         rows_per_s: Rows of the global batches per second, since the epoch began.
         data_wait: Fraction of the epoch so far, 0 to 1, in which steps waited for data.
+        wait_s: Seconds that these steps waited for data.
     """
 
     logs: Logs
     num_steps: int = 1
     rows_per_s: float = 0.0
     data_wait: float = 0.0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +128,15 @@ class EpochEnded(Event):
         seconds: Wall-clock time of the epoch.
         rows_per_s: Training rows per second, excluding validation.
         data_wait: Fraction of the training time, 0 to 1, in which steps waited for data.
+        learning_rate: The learning rate in the logs, as callbacks that change it report it, or else the optimizer's at
+            the end of the epoch; None if there is none.
     """
 
     logs: Logs
     seconds: float = 0.0
     rows_per_s: float = 0.0
     data_wait: float = 0.0
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +145,11 @@ class ValidationEnded(Event):
 
     Attributes:
         logs: Metrics by name, without `val_`.
+        seconds: Wall-clock time of the pass.
     """
 
     logs: Logs
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +160,14 @@ class CheckpointSaved(Event):
         path: The checkpoint's folder.
         unserializable: Why Keras could not serialise the model, so that the checkpoint holds the weights only; empty
             otherwise.
+        seconds: Wall-clock time for which training stopped, to copy the variables.
+        resumed: When training went on, in seconds since the Unix epoch; 0 if unknown.
     """
 
     path: str
     unserializable: str = ""
+    seconds: float = 0.0
+    resumed: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +264,56 @@ class RunEnded(Event):
 
 
 def merge(earlier: BatchEnded, later: BatchEnded) -> BatchEnded:
-    """Return the later of two events, counting the steps of both."""
-    return dataclasses.replace(later, num_steps=earlier.num_steps + later.num_steps)
+    """Return the later of two events, counting the steps and waits of both."""
+    num_steps, wait_s = earlier.num_steps + later.num_steps, earlier.wait_s + later.wait_s
+    return dataclasses.replace(later, num_steps=num_steps, wait_s=wait_s)
+
+
+def from_dict(values: Any) -> Event | None:
+    """Return the event that `Event.as_dict` described; None for anything else, such as an event of a later version.
+
+    Args:
+        values: A value from a JSON file. It may come from anyone: every field is checked.
+    """
+    kind = _KINDS.get(str(values.get("event"))) if isinstance(values, Mapping) else None
+    if kind is None:
+        return None
+    known: dict[str, Any] = {}
+    for field_ in dataclasses.fields(kind):
+        if field_.name in values:
+            known[field_.name] = value = values[field_.name]
+            if not _IS_VALID[field_.type](value):
+                return None
+        elif field_.default is field_.default_factory is dataclasses.MISSING:
+            return None
+    return kind(**{**known, **({"logs": plain_logs(known["logs"])} if "logs" in known else {})})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 1 << 63  # before the first epoch is saved, the epoch is -1
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e12
+
+
+def _is_params(value: Any) -> bool:
+    names = ("epochs", "steps", "num_rows", "batch_size")
+    return type(value) is dict and all(value.get(name) is None or _is_count(value[name]) for name in names)
+
+
+_IS_VALID: dict[Any, Callable[[Any], bool]] = {
+    "str": lambda value: type(value) is str,
+    "int": _is_count,
+    "int | None": lambda value: value is None or _is_count(value),
+    "float": _is_number,
+    "float | None": lambda value: value is None or _is_number(value),
+    "Logs": lambda value: type(value) is dict,
+    "dict[str, Any]": _is_params,
+}
+"""Whether a value is valid, by the annotation of its field."""
+
+_KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 
 
 class EventSender:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import itertools
 import json
 import os
@@ -20,15 +21,25 @@ from raykeras.core import events
 from raykeras.core.errors import redacted
 from raykeras.core.events import Event
 from raykeras.core.logs import as_json, plain_number
+from raykeras.core.plain_values import plain_value
 from raykeras.core.storage_errors import is_temporary, retry
 from raykeras.core.temporary import TemporaryFolder
+from raykeras.driver.record import RECORD_FILE
+from raykeras.driver.stored_events import EVENTS_FILE
 from raykeras.worker.coordinator import RunCoordinator
 
 LAST_WAIT_S = 60.0
 """How long the last upload of the log may delay the end of a run."""
 
 
-_EVENTS, _HISTORY = "events.jsonl", "history.csv"
+HISTORY_FILE = "history.csv"
+
+
+_PARTIAL = ".partial"
+
+
+_BATCHES_S = 1.0
+"""Batches within this time share a line, so that the log of a long run stays small."""
 
 
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -40,80 +51,116 @@ _TAIL_NBYTES = 1 << 20
 class RunLog:
     """An event handler that writes `events.jsonl` and `history.csv` of a run, and continues existing ones.
 
-    On remote storage, which cannot append, the files are written to a temporary folder and uploaded by a thread after
-    each epoch and at the end. A failure to write the log never fails the run.
+    On remote storage, which cannot append, the files are written to a temporary folder and uploaded by a thread at the
+    start, after each epoch and at the end. A failure to write the log never fails the run.
 
     Args:
         folder: Folder of the run.
+
+    Attributes:
+        local: The local folder of the files.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._temporary = None if folder.is_local else TemporaryFolder("log")
-        self._local = self._temporary.name if self._temporary else folder.path
+        self.local = self._temporary.name if self._temporary else folder.path
         self._failure: Exception | None = None
+        self._writers: list[Callable[[Event], None]] = []
+        self._batches: events.BatchEnded | None = None  # not written yet
+        self._batches_at = 0.0  # when batches were written last
         if self._temporary:
             retry(self._download)
-        path = os.path.join(self._local, _EVENTS)
+        path = os.path.join(self.local, EVENTS_FILE)
         _drop_partial_line(path)
-        self._history = _read_history(os.path.join(self._local, _HISTORY))
+        self._history = _read_history(os.path.join(self.local, HISTORY_FILE))
         self._events = open(path, "a")  # noqa: SIM115
-        self._uploader = _Uploader(folder, self._local) if self._temporary else None
+        self._uploader = _Uploader(folder, self.local) if self._temporary else None
+
+    def add(self, writer: Callable[[Event], None]) -> None:
+        """Call a function with each event, which writes other files to `local`. They are uploaded as well."""
+        self._writers.append(writer)
 
     def __call__(self, event: Event) -> None:
         try:
             self._write(event)
         except OSError as error:  # for example, the disk is full
             self._failure = self._failure or error
+        for writer in list(self._writers):
+            try:
+                writer(event)
+            except Exception as error:
+                self._writers.remove(writer)
+                self._failure = self._failure or error
+        if self._uploader is not None and isinstance(event, _UPLOADED):
+            self._uploader.request()
 
     def close(self) -> None:
         """Upload the rest. If the log is incomplete, warn once and name the local copy. Never raises."""
         try:
+            self._write_batches()
             self._events.close()
         except OSError as error:
             self._failure = self._failure or error
-        local_copy = self._local
+        local_copy = self.local
         if self._uploader is not None and self._temporary is not None:
             failure = self._uploader.close()
             if failure is not None:
                 self._failure = self._failure or failure
                 local_copy = tempfile.mkdtemp(prefix="raykeras-kept-log-")
-                os.rename(self._local, local_copy)
+                os.rename(self.local, local_copy)
             self._temporary.cleanup()
         if self._failure is not None:
             message = (
-                f"Some events of the run could not be written to {self._folder.path!r}: "
+                f"Some files of the run's log could not be written to {self._folder.path!r}: "
                 f"{type(self._failure).__name__}: {self._failure} Those that were written are in {local_copy!r}. The "
                 "run itself is not affected."
             )
             warnings.warn(redacted(message), stacklevel=3)
 
     def _write(self, event: Event) -> None:
-        self._events.write(redacted(json.dumps(event.as_dict(), default=str)) + "\n")
-        if not isinstance(event, events.BatchEnded):
-            self._events.flush()
+        if isinstance(event, events.BatchEnded):
+            self._batches = event if self._batches is None else events.merge(self._batches, event)
+            if event.time - self._batches_at >= _BATCHES_S:
+                self._write_batches()
+            return
+        self._write_batches()
+        self._write_line(event)
         if isinstance(event, events.RunStarted | events.RunRestarted):  # later epochs are trained again
             first = event.initial_epoch if isinstance(event, events.RunStarted) else event.epoch or 0
             self._history = [row for row in self._history if int(row["epoch"]) < first]
         if isinstance(event, events.EpochEnded):
             self._history.append({"epoch": event.epoch, **as_json(event.logs)})
             self._write_history()
-            if self._uploader is not None:
-                self._uploader.request()
+
+    def _write_batches(self) -> None:
+        """Write the batches since the last line of batches."""
+        if self._batches is not None:
+            self._write_line(self._batches)
+            self._batches_at = self._batches.time
+            self._batches = None
+
+    def _write_line(self, event: Event) -> None:
+        self._events.write(json.dumps(plain_value(event.as_dict())) + "\n")
+        self._events.flush()
 
     def _write_history(self) -> None:
         names = list(dict.fromkeys(name for row in self._history for name in row))
-        path = os.path.join(self._local, _HISTORY)
-        with open(f"{path}.partial", "w", newline="") as file:
+        path = os.path.join(self.local, HISTORY_FILE)
+        with open(path + _PARTIAL, "w", newline="") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self._history)
-        os.replace(f"{path}.partial", path)  # atomic, since the file may be uploading
+        os.replace(path + _PARTIAL, path)  # atomic, since the file may be uploading
 
     def _download(self) -> None:
-        for name in (_EVENTS, _HISTORY):
+        for name in (EVENTS_FILE, HISTORY_FILE, RECORD_FILE):
             if self._folder.fs.exists(self._folder / name):
-                self._folder.fs.get_file(self._folder / name, os.path.join(self._local, name))
+                self._folder.fs.get_file(self._folder / name, os.path.join(self.local, name))
+
+
+_UPLOADED = (events.RunStarted, events.RunRestarted, events.WorkerFailed, events.EpochEnded)
+"""Events after which the log is uploaded."""
 
 
 class _Uploader:
@@ -130,6 +177,7 @@ class _Uploader:
         self._is_requested = False
         self._deadline: float | None = None  # of the last upload, once `close` has requested it
         self._failure: Exception | None = None
+        self._uploaded: dict[str, tuple[int, int]] = {}  # size and modification time by name
         self._thread = threading.Thread(target=self._work, name="raykeras-upload", daemon=True)
         self._thread.start()
 
@@ -162,8 +210,7 @@ class _Uploader:
         """Upload the files. Retry temporary failures; at the end of a run, until the deadline."""
         for pause_s in itertools.chain(_PAUSES_S, itertools.repeat(_PAUSES_S[-1])):
             try:
-                for name in filter(os.path.exists, (os.path.join(self._local, name) for name in (_EVENTS, _HISTORY))):
-                    self._folder.fs.put_file(name, self._folder / os.path.basename(name))
+                self._upload_changed()
             except Exception as error:
                 self._failure = error
             else:
@@ -178,6 +225,20 @@ class _Uploader:
                     self._changed.wait(_PAUSES_S[0])
                 else:
                     return
+
+    def _upload_changed(self) -> None:
+        """Upload the files that changed since they were uploaded last."""
+        for name in sorted(glob.glob("**", root_dir=self._local, recursive=True)):
+            path = os.path.join(self._local, name)
+            if not os.path.isfile(path) or name.endswith(_PARTIAL):
+                continue
+            status = os.stat(path)
+            version = (status.st_size, status.st_mtime_ns)
+            if self._uploaded.get(name) != version:
+                if "/" in name:
+                    self._folder.fs.makedirs(self._folder / os.path.dirname(name), exist_ok=True)
+                self._folder.fs.put_file(path, self._folder / name)
+                self._uploaded[name] = version
 
 
 def _read_history(path: str) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import itertools
 import time
 import traceback
 import uuid
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -35,22 +34,32 @@ from raykeras.data.inputs import (
     train_spec,
     validation_spec,
 )
-from raykeras.data.sources.base import did_you_mean, join_names
 from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.callback import split_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.event_log import EventDispatcher, RunLog
 from raykeras.driver.interrupt import Interrupt
 from raykeras.driver.launch import fit_here, fit_on_workers, pack_for_workers
-from raykeras.driver.progress import make_display
+from raykeras.driver.progress import EarlyEvents, make_display
+from raykeras.driver.record import RunRecord, call_record
 from raykeras.driver.restarts import resumed
 from raykeras.driver.restarts import train as train_run
 from raykeras.driver.result import Result
+from raykeras.driver.run_warnings import missing_monitor_warner, unserializable_warner
+from raykeras.driver.tensorboard import TensorBoardLog
 from raykeras.driver.worker_group import check_strategy_scope, runs_here
+from raykeras.worker.callback_placement import unwrapped
 from raykeras.worker.entry import Packed
 from raykeras.worker.job import Outcome, TrainJob
 
 TRACEBACK_FILE = "traceback.txt"
+
+
+_RECORDED_OTHERWISE = (
+    *("model", "x", "y", "sample_weight", "validation_data", "callbacks", "on_event"),  # `call_record` describes them
+    *("scale", "run"),  # recorded with their defaults
+)
+"""Arguments of `fit` whose values are not copied to `run.json`."""
 
 
 @without_frames
@@ -104,7 +113,7 @@ def fit(
         epochs: Integer. Epoch at which to stop, counted from 0. With `initial_epoch`, or when a run is resumed, this is
             the final epoch and not the number of epochs to train, as in Keras.
         verbose: `"auto"`, 0, 1, or 2. Verbosity mode. 0 = silent, 1 = progress bar, 2 = one line per epoch. `"auto"`
-            becomes 1 on a terminal and 2 elsewhere.
+            becomes 1 on a terminal and in a notebook, and 2 elsewhere.
         callbacks: List of `keras.callbacks.Callback` and `raykeras.DriverCallback` instances, or one of them. Keras
             callbacks run on the workers, with metrics reduced over all replicas; when training ends, your objects
             have the attributes of the chief's (rank 0). Wrap a callback in `raykeras.on_chief` to run it on the chief
@@ -154,6 +163,7 @@ def fit(
         KeyboardInterrupt: On Ctrl-C, after the run is saved.
         SystemExit: On SIGTERM or SIGHUP, after the run is saved; the code is 128 plus the signal's number.
     """
+    arguments = {name: value for name, value in locals().items() if name not in _RECORDED_OTHERWISE}
     check_installed()
     check_scale_and_run(scale, run)
     scale, run = scale or Scale(), run or Run()
@@ -162,111 +172,90 @@ def fit(
             check_positive(name, size)
     check_counts(epochs=epochs, initial_epoch=initial_epoch, steps=steps_per_epoch, val_steps=validation_steps)
     model = as_model(model, safe_mode=safe_mode)
-    display = make_display(verbose)
     driver_callbacks, worker_callbacks = split_callbacks(callbacks)
+    display = make_display(verbose, monitor=run.monitor)
+    with contextlib.closing(display):
+        early = EarlyEvents(display)
+        early.begin("metadata")
+        quiet()
+        floatx = current_floatx()
+        data = open_data(x, y, sample_weight, floatx)
+        train_data, val_data = _open_both(data, validation_data, validation_split, floatx)
+        steps_per_epoch = steps_within(train_data, steps_per_epoch, batch_size)
+        common: dict[str, Any] = {"scale": scale, "seed": run.seed, "floatx": floatx}
+        train = train_spec(
+            train_data,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            steps_per_epoch=steps_per_epoch,
+            **common,
+        )
+        validation = None
+        if val_data is not None:
+            size = validation_batch_size or batch_size or 32
+            validation = validation_spec(val_data, batch_size=size, steps=validation_steps, **common)
 
-    quiet()
-    floatx = current_floatx()
-    train_data, val_data = _open_both(open_data(x, y, sample_weight, floatx), validation_data, validation_split, floatx)
-    steps_per_epoch = steps_within(train_data, steps_per_epoch, batch_size)
-    common: dict[str, Any] = {"scale": scale, "seed": run.seed, "floatx": floatx}
-    train = train_spec(
-        train_data,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        class_weight=class_weight,
-        steps_per_epoch=steps_per_epoch,
-        **common,
-    )
-    validation = None
-    if val_data is not None:
-        size = validation_batch_size or batch_size or 32
-        validation = validation_spec(val_data, batch_size=size, steps=validation_steps, **common)
-
-    in_process = runs_here(scale)
-    if in_process:
-        check_strategy_scope("fit")
-    specs = [train] if validation is None else [train, validation]
-    for spec in specs:
-        spec.read_ahead()
-    budget = CpuBudget()
-    if not in_process or any(spec.uses_ray_data for spec in specs):
-        budget = connect(scale, in_process=in_process)
-    packed = None if in_process else pack_for_workers(model, worker_callbacks)
-    folder = _run_folder(run)
-    job = TrainJob(
-        train,
-        validation,
-        epochs,
-        initial_epoch,
-        steps_per_epoch,
-        validation_freq,
-        scale,
-        run,
-        folder,
-        budget,
-        token=uuid.uuid4().hex,
-        requested_scale=scale,
-    )
-    resume_events: list[Event] = []
-    job = resumed(job, resume_events.append)
-    remove_abandoned()
-    folder.make()
-    folder.claim(job.token)
-    log, interrupt = RunLog(folder), Interrupt()
-    handlers: list[Callable[[Event], None]] = [
-        log,
-        display,
-        _unserializable_warner(),
-        _missing_monitor_warner(run.monitor),
-    ]
-    handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
-    try:
-        outcome, live_model = _train(job, model, worker_callbacks, packed, handlers, resume_events, interrupt)
-    finally:
-        display.close()
-        log.close()
-        remove_abandoned()  # temporary folders of killed workers
+        in_process = runs_here(scale)
+        if in_process:
+            check_strategy_scope("fit")
+        specs = [train] if validation is None else [train, validation]
+        for spec in specs:
+            spec.read_ahead()
+        budget = CpuBudget()
+        if not in_process or any(spec.uses_ray_data for spec in specs):
+            early.begin("cluster")
+            budget = connect(scale, in_process=in_process)
+        packed = None if in_process else pack_for_workers(model, worker_callbacks)
+        folder = _run_folder(run)
+        job = TrainJob(
+            train,
+            validation,
+            epochs,
+            initial_epoch,
+            steps_per_epoch,
+            validation_freq,
+            scale,
+            run,
+            folder,
+            budget,
+            token=uuid.uuid4().hex,
+            requested_scale=scale,
+        )
+        resume_events: list[Event] = []
+        job = resumed(job, resume_events.append)
+        remove_abandoned()
+        folder.make()
+        folder.claim(job.token)
+        call = call_record(
+            {**arguments, "scale": scale, "run": run},
+            model=model,
+            data=train_data,
+            validation=val_data,
+            callbacks=[*driver_callbacks, *unwrapped(worker_callbacks)],
+        )
+        log, interrupt = RunLog(folder), Interrupt()
+        log.add(RunRecord(log.local, call))
+        log.add(TensorBoardLog(log.local))
+        handlers: list[Callable[[Event], None]] = [
+            log,
+            early.show,
+            unserializable_warner(),
+            missing_monitor_warner(run.monitor),
+        ]
+        handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
+        first_events = [*early.sent, *resume_events]
+        try:
+            outcome, live_model = _train(job, model, worker_callbacks, packed, handlers, first_events, interrupt)
+        finally:
+            display.close()
+            log.close()
+            remove_abandoned()  # temporary folders of killed workers
     if outcome.preempted:
         raise interrupt.exception(f"The run was interrupted; it can be resumed from {redacted(folder.path)}.")
     build = None if is_model(model) or isinstance(model, ModelFile) else model
     params = {**outcome.params, "verbose": verbose}
     return Result(outcome.history, outcome.epoch, params, folder.path, live_model, build)
-
-
-def _unserializable_warner() -> Callable[[Event], None]:
-    """Return an event handler that warns at the first checkpoint that lacks the model's architecture."""
-    is_warned = False
-
-    def handle(event: Event) -> None:
-        nonlocal is_warned
-        if isinstance(event, events.CheckpointSaved) and event.unserializable and not is_warned:
-            is_warned = True
-            warnings.warn(
-                f"Keras cannot serialise the model ({event.unserializable}). Its checkpoints hold the weights and the "
-                "optimizer, but no architecture. Load them into a model that your code builds.",
-                stacklevel=1,
-            )
-
-    return handle
-
-
-def _missing_monitor_warner(monitor: str) -> Callable[[Event], None]:
-    """Return an event handler that warns after the first epoch if its logs lack `monitor`, unless it is the default."""
-    is_checked = monitor == Run.monitor
-
-    def handle(event: Event) -> None:
-        nonlocal is_checked
-        if not is_checked and isinstance(event, events.EpochEnded):
-            is_checked = True
-            if monitor not in event.logs:
-                warnings.warn(
-                    f"`Run.monitor` must be a metric of the run; got {monitor!r}.{did_you_mean(monitor, event.logs)} "
-                    f"Metrics: {join_names(event.logs)}. No checkpoint is kept as the best one.",
-                    stacklevel=1,
-                )
-
-    return handle
 
 
 def _open_both(
@@ -291,7 +280,7 @@ def _train(
     callbacks: list[Any],
     packed: Packed | None,
     handlers: Sequence[Callable[[Event], None]],
-    resume_events: Sequence[Event],
+    first_events: Sequence[Event],
     interrupt: Interrupt,
 ) -> tuple[Outcome, Any]:
     """Train a job to its end, and dispatch its events.
@@ -302,14 +291,14 @@ def _train(
         callbacks: Keras callbacks, which run on the workers.
         packed: Pickled model and callbacks for worker processes; None if this process is the worker.
         handlers: Functions to call with each event.
-        resume_events: Events from before training, to dispatch first.
+        first_events: Events from before training, to dispatch first.
         interrupt: Handles signals during training.
 
     Returns:
         The chief's outcome, and the trained model if it is in this process.
     """
     dispatcher = EventDispatcher([interrupt.watch, *handlers])
-    for event in resume_events:
+    for event in first_events:
         dispatcher.send(event)
 
     def attempt(job: TrainJob) -> tuple[Outcome, Any]:

@@ -50,6 +50,7 @@ def train(job: TrainJob, attempt: Attempt, send: Callable[[Event], None], interr
     """
     failures = 0
     while True:
+        send(events.PhaseStarted(phase="workers"))
         if job.attempt or job.requested_scale.is_elastic:
             job = _rescaled(job, send, was_preempted=failures == 0)
         try:

@@ -9,7 +9,11 @@ from typing import Any
 from raykeras.checkpoint.model_io import load_weights_into
 from raykeras.checkpoint.store import Checkpoint, RunFolder, is_better
 from raykeras.core.errors import CheckpointError
+from raykeras.core.html import line
 from raykeras.data.sources.base import join_names
+from raykeras.driver.goodput import Timeline, summary
+from raykeras.driver.notebook import epochs_table
+from raykeras.driver.stored_events import StoredEvents
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,18 @@ class Result:
         return newest.load_model(**options)
 
     @property
+    def goodput(self) -> dict[str, float]:
+        """Where the time of the run went, in seconds, over all calls of `fit`.
+
+        The keys are "start", "build", "steps", "data_wait", "validation", "checkpoints", "lost", "restart" and "other".
+        The values add up to the time from the start to the end of these calls.
+        """
+        timeline = Timeline()
+        for event in StoredEvents(RunFolder(self.path)).read_new():
+            timeline(event)
+        return timeline.seconds()
+
+    @property
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints of the run, oldest first."""
         return RunFolder(self.path).checkpoints()
@@ -83,3 +99,11 @@ class Result:
                 f"`monitor` must be a metric of the checkpoints; got {monitor!r}. Metrics: {join_names(sorted(names))}."
             )
         return best[1]
+
+    def _repr_html_(self) -> str:
+        complete = {name: values for name, values in self.history.items() if len(values) == len(self.epoch)}
+        logs = [{name: values[i] for name, values in complete.items()} for i in range(len(self.epoch))]
+        shown = [line(self.path)]
+        if self.epoch:
+            shown.append(epochs_table(self.epoch, logs, None))
+        return "".join([*shown, line(summary(self.goodput))])

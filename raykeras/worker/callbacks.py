@@ -43,11 +43,14 @@ class EventCallback(_Callback):
         rank: Rank of this worker.
         batch_rows: Maps a step, counted over all passes, to the number of rows of its global batch.
         waited_s: Maps a step and the time at which the previous one ended to the seconds it waited for data.
+        learning_rate: Returns the learning rate of the next step, or None.
         position: Epoch, and step in it, at which training begins.
         first_step: The same, as a step counted over all passes.
     """
 
     _end: float  # of the last step
+    _has_stepped = False
+    _test_begin = 0.0
 
     def __init__(
         self,
@@ -56,12 +59,13 @@ class EventCallback(_Callback):
         rank: int,
         batch_rows: Callable[[int], int],
         waited_s: Callable[[int, float], float],
+        learning_rate: Callable[[], float | None],
         position: tuple[int, int] = (0, 0),
         first_step: int = 0,
     ) -> None:
         super().__init__()
         self._send, self._rank, self._batch_rows, self._waited_s = send, rank, batch_rows, waited_s
-        self._position = position
+        self._learning_rate, self._position = learning_rate, position
         self._step = first_step  # counted over all passes
         self._begin_epoch(*position)
 
@@ -79,35 +83,47 @@ class EventCallback(_Callback):
             self._step += 1
             self._in_epoch += 1
         self._end, self._logs = time.perf_counter(), logs
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._send(events.PhaseStarted(rank=self._rank, epoch=self._epoch, step=self._in_epoch, phase="train"))
         if self._end - self._sent_at >= BATCH_INTERVAL_S:
             self._send_batches()
 
     def on_test_begin(self, logs: Any = None) -> None:
         self._send_batches()
+        self._test_begin = time.perf_counter()
 
     def on_test_end(self, logs: Any = None) -> None:
         self._send(
-            events.ValidationEnded(rank=self._rank, epoch=self._epoch, step=self._in_epoch, logs=plain_logs(logs))
+            events.ValidationEnded(
+                rank=self._rank,
+                epoch=self._epoch,
+                step=self._in_epoch,
+                logs=plain_logs(logs),
+                seconds=time.perf_counter() - self._test_begin,
+            )
         )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._send_batches()
         rate, wait = self._rates()
+        plain = plain_logs(logs)
         self._send(
             events.EpochEnded(
                 rank=self._rank,
                 epoch=epoch,
                 step=self._in_epoch,
-                logs=plain_logs(logs),
+                logs=plain,
                 seconds=time.perf_counter() - self._begin,
                 rows_per_s=rate,
                 data_wait=wait,
+                learning_rate=plain.get("learning_rate", plain.get("lr")) or self._learning_rate(),
             )
         )
 
     def _begin_epoch(self, epoch: int, step: int) -> None:
         self._epoch, self._in_epoch, self._num_sent = epoch, step, step
-        self._rows, self._waited = 0, 0.0
+        self._rows, self._waited, self._waited_sent = 0, 0.0, 0.0
         self._begin = self._end = self._sent_at = time.perf_counter()
 
     def _rates(self) -> tuple[float, float]:
@@ -130,9 +146,10 @@ class EventCallback(_Callback):
                 num_steps=self._in_epoch - self._num_sent,
                 rows_per_s=rate,
                 data_wait=wait,
+                wait_s=self._waited - self._waited_sent,
             )
         )
-        self._num_sent = self._in_epoch
+        self._num_sent, self._waited_sent = self._in_epoch, self._waited
 
 
 class StepControlCallback(_Callback):

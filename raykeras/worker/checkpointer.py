@@ -103,7 +103,7 @@ class CheckpointManager:
             self._save(epoch + 1, 0, {}, suffix=RESTORED, stopped=True)
 
     def _save(self, epoch: int, step: int, logs: Mapping[str, Any], *, suffix: str = "", **fields: Any) -> None:
-        job = self._job
+        job, begun = self._job, time.time()
         state = {
             "epoch": epoch,
             "step": step,
@@ -133,7 +133,7 @@ class CheckpointManager:
             path=path,
             unserializable=snapshot.unserializable,
         )
-        self._writer.put(name, snapshot, saved)
+        self._writer.put(name, snapshot, saved, begun)
 
     def _weights_digest(self) -> int:
         """Return a checksum of the trainable variables, the same on all workers."""

@@ -176,18 +176,20 @@ class TrainingSession:
         if job.attempt:
             workers = job.scale.workers
             self._send(events.RunRestarted(rank=rank, epoch=epoch, step=step, workers=workers, attempt=job.attempt))
-            return
-        self._send(
-            events.RunStarted(
-                rank=rank,
-                params={**self.params, **job.train.params},
-                workers=job.scale.workers,
-                replicas=job.scale.total_replicas,
-                initial_epoch=epoch,
-                initial_step=step,
-                path=job.folder.path,
+        else:
+            self._send(
+                events.RunStarted(
+                    rank=rank,
+                    params={**self.params, **job.train.params, "validation": job.validation is not None},
+                    workers=job.scale.workers,
+                    replicas=job.scale.total_replicas,
+                    initial_epoch=epoch,
+                    initial_step=step,
+                    path=job.folder.path,
+                    model=self._api.describe(self._model) if rank == 0 else {},
+                )
             )
-        )
+        self._send(events.PhaseStarted(rank=rank, phase="compile"))
 
     def _added_callbacks(self) -> list[Any]:
         context, job, train = self._context, self._job, self._train
@@ -201,6 +203,7 @@ class TrainingSession:
                 rank=context.rank,
                 batch_rows=job.train.batch_num_rows,
                 waited_s=train.waited_s,
+                learning_rate=functools.partial(self._api.learning_rate, self._model),
                 position=job.start,
                 first_step=job.first_step,
             )

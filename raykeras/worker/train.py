@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from raykeras.compat.keras_api import KerasAPI, api_of
+from raykeras.core import events
 from raykeras.core.error_context import root_cause, user_code_error
 from raykeras.core.errors import ModelError, RaykerasError
 from raykeras.core.logs import Logs, plain_logs
@@ -118,6 +119,8 @@ def _run(
     inputs: list[TrainInput],
     stack: contextlib.ExitStack,
 ) -> Outcome:
+    if context.send is not None:
+        context.send(events.PhaseStarted(rank=context.rank, phase="build"))
     strategy = make_strategy(job.scale)
     api.seed(job.run.seed)
     model, api = _build_model(build, api, strategy, stack)

@@ -64,7 +64,7 @@ def keep(run: RunFolder, num_epochs: int) -> list[Event]:
     checkpoint_writer = AsyncCheckpointWriter(run, "token", rk.Run(keep=2), seen.append)
     for epoch in range(1, num_epochs + 1):
         saved = events.CheckpointSaved(rank=0, epoch=epoch - 1, step=0, path="")
-        checkpoint_writer.put(store.checkpoint_name(epoch), Snapshot(epoch), saved)  # type: ignore[arg-type]
+        checkpoint_writer.put(store.checkpoint_name(epoch), Snapshot(epoch), saved, time.time())  # type: ignore[arg-type]
         wait_for(lambda epoch=epoch: len(kinds(seen, events.CheckpointSaved)) == epoch or checkpoint_writer._failure)
     checkpoint_writer.close()
     return seen

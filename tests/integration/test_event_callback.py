@@ -17,7 +17,11 @@ def test_logs_are_fetched_only_for_callbacks_that_read_them() -> None:
 
     api, hook = KerasAPI("keras"), "on_train_batch_end"
     events = as_callback_class(api, EventCallback)(
-        lambda event: None, rank=0, batch_rows=lambda step: 0, waited_s=lambda step, since: 0.0
+        lambda event: None,
+        rank=0,
+        batch_rows=lambda step: 0,
+        waited_s=lambda step, since: 0.0,
+        learning_rate=lambda: None,
     )
     assert api.direct_hooks([keras.callbacks.History(), events], hook) == [events.on_train_batch_end]
     assert api.direct_hooks([keras.callbacks.History(), events], "on_train_batch_begin") == []

@@ -118,11 +118,11 @@ def test_failed_log_upload_hides_neither_result_nor_error(bucket: str, s3_server
 
     options: dict[str, Any] = {"batch_size": BATCH, "epochs": 1, "verbose": 0}
     with s3_server.failing("denied", method="PUT", path="events.jsonl"):
-        with pytest.warns(UserWarning, match="Some events of the run could not be written"):
+        with pytest.warns(UserWarning, match="Some files of the run.s log could not be written"):
             result = rk.fit(build, X, Y, run=rk.Run(storage=bucket, name="done"), **options)
         assert len(result.history["loss"]) == 1 and result.checkpoints[-1].epoch == 1
         with (
-            pytest.warns(UserWarning, match="Some events of the run could not be written"),
+            pytest.warns(UserWarning, match="Some files of the run.s log could not be written"),
             pytest.raises(rk.UserCodeError, match="in the callback"),
         ):
             rk.fit(build, X, Y, callbacks=[Fails()], run=rk.Run(storage=bucket, name="fails"), **options)

@@ -56,7 +56,8 @@ class Kernel:
             if message["parent_header"].get("msg_id") != message_id:
                 continue
             content = message["content"]
-            self.output += content.get("text", "") + "\n".join(content.get("traceback", ()))
+            self.output += content.get("text", "") + content.get("data", {}).get("text/html", "")
+            self.output += "\n".join(content.get("traceback", ()))
             is_idle = content.get("execution_state") == "idle"
             if interrupt_after and interrupt_after in self.output:
                 interrupt_after = ""
@@ -82,6 +83,7 @@ def test_interrupted_cell_saves_run_and_resumes(kernel: Kernel) -> None:
         assert reply.get("ename") == "KeyboardInterrupt", kernel.output
         assert "can be resumed from" in reply["evalue"]
         assert len("\n".join(reply["traceback"]).splitlines()) <= 15, reply["traceback"]
+        assert "reading metadata …" in kernel.output
         assert "Error" not in kernel.output
         assert "ignored" not in kernel.output
     compared = f"""

@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from raykeras.core import html
 from raykeras.core.errors import ColumnError, OptionError, SourceError, ValidationError
+from raykeras.core.plain_values import plain_value
 
 _MAX_LISTED = 10
 
@@ -253,6 +255,11 @@ class Source(ABC):
             SourceError: If files are missing, unreadable or without rows.
             ColumnError: If a column that x, y, sample_weight or `columns` name cannot be used.
         """
+
+    def _repr_html_(self) -> str:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.repr}
+        rows = [[name, f"{plain_value(value)}"] for name, value in values.items() if value]
+        return html.line(type(self).__name__) + html.table(["option", "value"], rows)
 
     def needed_columns(self) -> list[str] | None:
         """Return the stored columns to read; None for all usable ones, if a transform takes them."""

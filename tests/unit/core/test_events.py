@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import pickle
 import threading
 import time
@@ -66,6 +67,7 @@ def test_close_raises_send_failure() -> None:
 def test_events_pickle_and_convert_to_json() -> None:
     values = {"params": {}, "workers": 1, "replicas": 1, "initial_epoch": 0, "path": "p", "logs": {"loss": 1.0}}
     values |= {"cause": "c", "node": "n", "status": "completed", "attempt": 1, "retry_s": 1.0, "before": 2}
+    values |= {"phase": "build"}
     for _, cls in inspect.getmembers(events, inspect.isclass):
         if not issubclass(cls, Event) or cls is Event:
             continue
@@ -73,3 +75,43 @@ def test_events_pickle_and_convert_to_json() -> None:
         event = cls(**{name: value for name, value in values.items() if name in names})
         assert pickle.loads(pickle.dumps(event)) == event
         assert event.as_dict()["event"] == cls.__name__
+        assert events.from_dict(json.loads(json.dumps(event.as_dict()))) == event
+
+
+def test_merged_batches_add_up() -> None:
+    first, second = BatchEnded(step=3, logs={}, num_steps=3, wait_s=1.0), BatchEnded(step=4, logs={}, wait_s=0.5)
+    merged = events.merge(first, second)
+    assert (merged.step, merged.num_steps, merged.wait_s) == (4, 4, 1.5)
+
+
+EPOCH = EpochEnded(epoch=3, step=4, logs={"loss": 0.5}, time=1.0).as_dict()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        [],
+        {},
+        {"event": "Event"},
+        {"event": "__import__"},
+        {"event": ["EpochEnded"]},
+        {"event": "EpochEnded"},
+        {**EPOCH, "logs": [1]},
+        {**EPOCH, "epoch": "3"},
+        {**EPOCH, "epoch": True},
+        {**EPOCH, "epoch": 1 << 80},
+        {**EPOCH, "epoch": -5},
+        {**EPOCH, "time": float("nan")},
+        {**EPOCH, "seconds": 10**400},
+        {**EPOCH, "learning_rate": {}},
+    ],
+    ids=str,
+)
+def test_values_of_other_types_are_no_events(values: object) -> None:
+    assert events.from_dict(values) is None
+
+
+def test_unknown_fields_of_later_versions_are_ignored() -> None:
+    event = events.from_dict({**EPOCH, "later": [1, 2], "logs": {"loss": 0.5, "note": "text", "f1": [0.1, 0.2]}})
+    assert event is not None and event.epoch == 3 and sorted(event.logs) == ["f1", "loss"]  # type: ignore[attr-defined]

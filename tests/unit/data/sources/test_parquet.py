@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -333,3 +334,10 @@ def test_unsupported_type_is_refused_if_used(tmp_path: Path) -> None:
         resolve(source, source.open())
     source = rk.parquet(path, x="x")
     resolve(source, source.open())
+
+
+def test_notebook_shows_options_without_credentials() -> None:
+    options = {"key": "abc", "secret": "def", "anon": False}
+    shown = rk.parquet("s3://me:pw@bucket/<x>", x=["a", "b"], y="c", storage_options=options)._repr_html_()
+    assert "ParquetSource" in shown and "s3://***@bucket/&lt;x&gt;" in shown and "a" in shown
+    assert not {"pw", "abc", "def"} & set(re.findall(r"\w+", shown))
