@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         StorageFailed,
         ValidationEnded,
         WorkerFailed,
+        WorkerStepsEnded,
         WorldResized,
     )
     from raykeras.data.sources.arrays import npy
@@ -88,6 +89,7 @@ __all__ = [
     "ValidationError",
     "WorkerFailed",
     "WorkerLostError",
+    "WorkerStepsEnded",
     "WorldResized",
     "dataset",
     "evaluate",
@@ -131,6 +133,7 @@ _MODULES = {
         "StorageFailed",
         "ValidationEnded",
         "WorkerFailed",
+        "WorkerStepsEnded",
         "WorldResized",
     ),
     "data.sources.arrays": ("npy",),

@@ -140,6 +140,21 @@ class EpochEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkerStepsEnded(Event):
+    """The steps of an epoch ended on one worker; every worker sends this event, in no order between workers.
+
+    Attributes:
+        num_steps: Number of steps that are measured; the first one of a worker, which compiles, is not.
+        seconds: Wall-clock time of these steps.
+        wait_s: Seconds for which these steps waited for data.
+    """
+
+    num_steps: int
+    seconds: float
+    wait_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ValidationEnded(Event):
     """A validation pass inside `fit` ended.
 

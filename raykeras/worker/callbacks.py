@@ -40,6 +40,7 @@ class EventCallback(_Callback):
 
     Args:
         send: Takes each event; must return at once.
+        send_times: The same for `WorkerStepsEnded`, which every worker sends.
         rank: Rank of this worker.
         batch_rows: Maps a step, counted over all passes, to the number of rows of its global batch.
         waited_s: Maps a step and the time at which the previous one ended to the seconds it waited for data.
@@ -56,6 +57,7 @@ class EventCallback(_Callback):
         self,
         send: Callable[[Event], None],
         *,
+        send_times: Callable[[Event], None],
         rank: int,
         batch_rows: Callable[[int], int],
         waited_s: Callable[[int, float], float],
@@ -64,7 +66,8 @@ class EventCallback(_Callback):
         first_step: int = 0,
     ) -> None:
         super().__init__()
-        self._send, self._rank, self._batch_rows, self._waited_s = send, rank, batch_rows, waited_s
+        self._send, self._send_times = send, send_times
+        self._rank, self._batch_rows, self._waited_s = rank, batch_rows, waited_s
         self._learning_rate, self._position = learning_rate, position
         self._step = first_step  # counted over all passes
         self._begin_epoch(*position)
@@ -85,6 +88,7 @@ class EventCallback(_Callback):
         self._end, self._logs = time.perf_counter(), logs
         if not self._has_stepped:
             self._has_stepped = True
+            self._timed_from = self._end, self._in_epoch, self._waited  # without the first step, which compiles
             self._send(events.PhaseStarted(rank=self._rank, epoch=self._epoch, step=self._in_epoch, phase="train"))
         if self._end - self._sent_at >= BATCH_INTERVAL_S:
             self._send_batches()
@@ -106,6 +110,17 @@ class EventCallback(_Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._send_batches()
+        begin, first, waited = self._timed_from
+        self._send_times(
+            events.WorkerStepsEnded(
+                rank=self._rank,
+                epoch=epoch,
+                step=self._in_epoch,
+                num_steps=self._in_epoch - first,
+                seconds=self._end - begin,
+                wait_s=self._waited - waited,
+            )
+        )
         rate, wait = self._rates()
         plain = plain_logs(logs)
         self._send(
@@ -125,6 +140,7 @@ class EventCallback(_Callback):
         self._epoch, self._in_epoch, self._num_sent = epoch, step, step
         self._rows, self._waited, self._waited_sent = 0, 0.0, 0.0
         self._begin = self._end = self._sent_at = time.perf_counter()
+        self._timed_from = self._begin, step, 0.0
 
     def _rates(self) -> tuple[float, float]:
         """Return rows per second, and the share of the time in which steps waited for data."""

@@ -128,7 +128,7 @@ def train_on_worker(config: dict[str, Any]) -> Outcome | None:
     with contextlib.ExitStack() as stack:
         if artifacts is not None:
             stack.callback(artifacts.close)
-        send = stack.enter_context(event_sender(coordinator.put)) if rank == 0 else None
+        send = stack.enter_context(event_sender(coordinator.put))
         heartbeat = stack.enter_context(
             watched_steps(job, rank, lambda text: coordinator.note(rank, wrong=text), end_process)
         )
@@ -136,7 +136,7 @@ def train_on_worker(config: dict[str, Any]) -> Outcome | None:
             rank=rank,
             callbacks=placed(callbacks, artifacts.path if artifacts else None, broadcast_from_rank_zero),
             send=send,
-            writer=stack.enter_context(checkpoint_writer(job, send)) if send else None,
+            writer=stack.enter_context(checkpoint_writer(job, send)) if rank == 0 else None,
             step_control=StepBarrier(coordinator, rank),
             artifacts=artifacts,
             heartbeat=heartbeat,

@@ -42,7 +42,7 @@ class WorkerContext:
     Attributes:
         rank: Rank of this worker.
         callbacks: Context that yields the user's callbacks that run here, by name.
-        send: Sends events; None on all ranks but the chief.
+        send: Sends events of this worker.
         writer: Writes checkpoints; None on all ranks but the chief.
         step_control: Decides what to do at each step boundary.
         artifacts: Stores the files that callbacks write here; None if they stay where they are.
@@ -53,7 +53,7 @@ class WorkerContext:
 
     rank: int
     callbacks: contextlib.AbstractContextManager[Mapping[str, Any]]
-    send: Callable[[Event], None] | None
+    send: Callable[[Event], None]
     writer: AsyncCheckpointWriter | None
     step_control: StepControl
     artifacts: Artifacts | None = None
@@ -88,7 +88,7 @@ class TrainingSession:
     ) -> None:
         self._job, self._context, self._api, self._model = job, context, api, model
         self._callbacks, self._train, self._counts_steps = callbacks, train, counts_steps
-        self._send = context.send or _discard
+        self._send = context.send if context.rank == 0 else _discard
         history_type = api.module.callbacks.History
         histories = [callback for callback in callbacks.values() if isinstance(callback, history_type)]
         self._history = histories[0] if histories else history_type()
@@ -200,6 +200,7 @@ class TrainingSession:
         internal.append(
             make(callbacks_.EventCallback)(
                 self._send,
+                send_times=context.send,
                 rank=context.rank,
                 batch_rows=job.train.batch_num_rows,
                 waited_s=train.waited_s,
@@ -240,4 +241,4 @@ class TrainingSession:
 
 
 def _discard(event: Event) -> None:
-    """Send nothing, as on all ranks but the chief."""
+    """Send nothing: what happens on all ranks is announced by the chief."""

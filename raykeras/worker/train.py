@@ -119,7 +119,7 @@ def _run(
     inputs: list[TrainInput],
     stack: contextlib.ExitStack,
 ) -> Outcome:
-    if context.send is not None:
+    if context.rank == 0:
         context.send(events.PhaseStarted(rank=context.rank, phase="build"))
     strategy = make_strategy(job.scale)
     api.seed(job.run.seed)

@@ -67,7 +67,7 @@ def test_close_raises_send_failure() -> None:
 def test_events_pickle_and_convert_to_json() -> None:
     values = {"params": {}, "workers": 1, "replicas": 1, "initial_epoch": 0, "path": "p", "logs": {"loss": 1.0}}
     values |= {"cause": "c", "node": "n", "status": "completed", "attempt": 1, "retry_s": 1.0, "before": 2}
-    values |= {"phase": "build"}
+    values |= {"phase": "build", "num_steps": 3, "seconds": 1.0, "wait_s": 0.5}
     for _, cls in inspect.getmembers(events, inspect.isclass):
         if not issubclass(cls, Event) or cls is Event:
             continue
