@@ -300,5 +300,22 @@ def tensorboard(run: str, options: tuple[str, ...]) -> None:
     os.execv(sys.executable, command)  # signals reach TensorBoard
 
 
+@main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("-o", "--output", default="report.html", help="Path of the HTML file.")
+def report(runs: tuple[str, ...], output: str) -> None:
+    """Write a report of one or several runs: an HTML page that needs no network.
+
+    RUN is the folder or URL of a run. Several runs are laid over each other, and their configurations are compared.
+
+    \b
+        raykeras report runs/digits-20261130-081502 runs/digits-20261130-093011 -o compare.html
+    """
+    from raykeras.report.page import write_report
+
+    write_report(runs, output)
+    click.echo(output)
+
+
 if __name__ == "__main__":
     main()
