@@ -175,7 +175,7 @@ def _resume_options(path: str | None, weights_only: bool) -> dict[str, Any]:
 def evaluate(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
     """Evaluate a checkpoint of PIPELINE's model on its test data, and print the metrics as JSON."""
     loaded, arguments = _inference_arguments(pipeline, parameters, options)
-    logs = rk.evaluate(_load_model(loaded, checkpoint), loaded.test, **arguments)
+    logs = rk.evaluate(_load_model(loaded, checkpoint), loaded.test, verbose=0, **arguments)
     click.echo(json.dumps(logs))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.compat.versions import check_installed
 from raykeras.core.config import Scale
-from raykeras.core.errors import OptionError
+from raykeras.core.errors import OptionError, printable
 from raykeras.core.logs import Logs
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.inputs import (
@@ -25,6 +26,8 @@ from raykeras.data.inputs import (
 from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
+from raykeras.driver.progress import check_verbose
+from raykeras.driver.screen import metric_texts
 from raykeras.driver.worker_group import check_strategy_scope, run_here, run_on_workers, runs_here
 from raykeras.worker.callback_placement import pack, restore_callbacks, unwrapped
 from raykeras.worker.entry import evaluate_on_worker
@@ -39,6 +42,7 @@ def evaluate(
     *,
     batch_size: int | None = None,
     sample_weight: Any = None,
+    verbose: str | int = "auto",
     steps: int | None = None,
     callbacks: Sequence[Any] | Any | None = None,
     scale: Scale | None = None,
@@ -59,6 +63,7 @@ def evaluate(
         batch_size: Integer or `None`. Number of rows per batch, over all replicas of all workers. Defaults to 32.
             Ignored if `x` yields batches.
         sample_weight: Optional weights of the rows, as in `fit`.
+        verbose: `"auto"`, 0, 1 or 2. 0 is silent; otherwise one line with the metrics is printed at the end.
         steps: Integer or `None`. Number of batches to evaluate, from the first one. `None` evaluates all of them.
         callbacks: List of `keras.callbacks.Callback` instances, or a single one. With several workers they run on each
             worker, and your objects then have the attributes of the chief's (rank 0).
@@ -79,7 +84,9 @@ def evaluate(
         WorkerLostError: If a worker is lost.
         CheckpointError: If the checkpoint does not exist or cannot be read.
     """
+    started = time.perf_counter()
     check_installed()
+    check_verbose(verbose)
     check_scale_and_run(scale)
     scale = with_fixed_workers(scale or Scale())
     batch_size = check_batch_size("batch_size", 32 if batch_size is None else batch_size, scale)
@@ -111,6 +118,8 @@ def evaluate(
             config, cpus = {"task": task}, budget.cpus_per_worker
             logs, values, states = run_on_workers(evaluate_on_worker, config, scale=scale, cpus_per_worker=cpus)
         restore_callbacks(keras_callbacks, states, cloudpickle.loads)
+    if verbose != 0:
+        _print_line(logs, spec.num_steps, time.perf_counter() - started)
     if return_dict:
         return logs
     return values if len(values) > 1 else values[0]
@@ -133,6 +142,12 @@ def _evaluate_here(job: EvaluationJob, model: Any, callbacks: list[Any]) -> tupl
 
     logs, values = run_here(work)
     return logs, values
+
+
+def _print_line(logs: Logs, num_steps: int | None, seconds: float) -> None:
+    """Print, for example, `8/8 - 0.4s - loss: 0.4321 - accuracy: 0.8123`, as Keras does."""
+    steps = [] if num_steps is None else [f"{num_steps}/{num_steps}"]
+    print(printable(" - ".join([*steps, f"{seconds:.1f}s", *metric_texts(logs)])), flush=True)
 
 
 def with_fixed_workers(scale: Scale) -> Scale:

@@ -25,14 +25,19 @@ def make_display(verbose: str | int = "auto", file: IO[str] | None = None, monit
     Raises:
         OptionError: If `verbose` is none of these.
     """
-    if isinstance(verbose, bool) or verbose not in ("auto", 0, 1, 2):
-        raise OptionError(f'`verbose` must be "auto", 0, 1 or 2; got {verbose!r}.')
+    check_verbose(verbose)
     if verbose == 0:
         return Display()
     if verbose != 2 and file is None and _is_notebook():
         return NotebookDisplay(monitor)
     file = file or sys.stdout
     return BarDisplay(file, monitor) if verbose != 2 and file.isatty() else LineDisplay(file, monitor)
+
+
+def check_verbose(verbose: str | int) -> None:
+    """Raise OptionError unless `verbose` is one of the values that Keras takes."""
+    if isinstance(verbose, bool) or verbose not in ("auto", 0, 1, 2):
+        raise OptionError(f'`verbose` must be "auto", 0, 1 or 2; got {verbose!r}.')
 
 
 def _is_notebook() -> bool:

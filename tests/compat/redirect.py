@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 _CALLS = {"fit", "evaluate", "predict", "run_layer_test", "run_training_check"}
-_UNUSED = {"evaluate": ("verbose",), "predict": ("verbose",)}  # which raykeras does not have
+_UNUSED = {"predict": ("verbose",)}  # which raykeras does not have
 
 
 class Redirection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -66,12 +67,14 @@ def test_evaluate_counts_every_row_once(source: rk.Source, scale: rk.Scale) -> N
         np.testing.assert_allclose(logs[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_evaluate_with_steps_matches_keras() -> None:
+def test_evaluate_with_steps_matches_keras(capsys: pytest.CaptureFixture[str]) -> None:
     model = build()
     expected = model.evaluate(X[:32], Y[:32], batch_size=BATCH, verbose=0)
-    np.testing.assert_allclose(
-        rk.evaluate(build, X, Y, batch_size=BATCH, steps=2, return_dict=False), expected, rtol=1e-5
-    )
+    values = rk.evaluate(build, X, Y, batch_size=BATCH, steps=2, return_dict=False)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    assert re.fullmatch(rf"2/2 - \d+\.\ds - loss: {values[0]:.4f} - .*\n", capsys.readouterr().out)
+    rk.evaluate(build, X, Y, batch_size=BATCH, steps=2, verbose=0)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.usefixtures("two_workers")
