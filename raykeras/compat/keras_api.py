@@ -343,7 +343,9 @@ class KerasAPI:
             return
         if self.has_call(model):
             x, y = (*batch, None)[:2]
-            tf_keras.build_losses_and_metrics(model, y, model(x, training=False))
+            with tf_keras.losses_in_layers():
+                predicted = model(x, training=False)
+            tf_keras.build_losses_and_metrics(model, y, predicted)
         self.build_optimizer(model)
 
     def build_optimizer(self, model: Any) -> None:

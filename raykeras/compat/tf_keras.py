@@ -134,6 +134,8 @@ def build_losses_and_metrics(model: Any, y: Any, predicted: Any) -> None:
     """Create the variables of a model's losses and metrics from a batch of targets and predictions."""
     import tensorflow as tf
 
+    if isinstance(y, dict) and not isinstance(predicted, dict):  # by output name
+        y = tf.nest.pack_sequence_as(predicted, [y.get(name) for name in model.output_names])
     with contextlib.suppress(AttributeError):  # A model with a custom `train_step` may lack these containers.
         if not model.compiled_loss.built:
             model.compiled_loss.build(predicted)

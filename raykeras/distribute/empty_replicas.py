@@ -33,14 +33,20 @@ def filled(dataset: tf.data.Dataset, batch_spec: BatchSpec, sample: Sequence[Any
     first, _ = packed(batch_spec.element([tensor[:1] for tensor in sample]), tf.zeros((), tf.int64))
 
     @no_autograph
-    def fill(row: Any, element: Any) -> Any:
+    def fill(components: Any, element: Any) -> Any:
+        row = tf.nest.pack_sequence_as(first, components, expand_composites=True)
         batch, global_rows = element
         is_empty = num_rows(batch) == 0
         output = _selected(is_empty, row, batch)
-        next_row = tf.nest.map_structure(lambda t: t[:1], output)
-        return next_row, (output, tf.where(is_empty, tf.zeros_like(global_rows), global_rows))
+        next_row = tf.nest.map_structure(lambda tensor: tensor[:1], output)
+        return _components(next_row), (output, tf.where(is_empty, tf.zeros_like(global_rows), global_rows))
 
-    return dataset.scan(first, fill)
+    return dataset.scan(_components(first), fill)
+
+
+def _components(row: Any) -> tuple[tf.Tensor, ...]:
+    """Return the tensors of a row, as `scan` has no ragged state."""
+    return tuple(tf.nest.flatten(row, expand_composites=True))
 
 
 def _selected(is_empty: tf.Tensor, row: Any, batch: Any) -> Any:

@@ -149,7 +149,10 @@ def test_console_shows_one_line_per_epoch(script: Script) -> None:
     _, lines, stderr, _ = script
     assert lines[0].startswith("2 workers × 1 replica  ")
     assert lines[1].startswith("Epoch 1/1: ")
-    assert len(lines) == 3
+    assert lines[2].startswith("completed; ")
+    assert " in training steps" in lines[3]
+    assert lines[4].startswith("2/2 - ")  # of `evaluate`
+    assert len(lines) == 5
     assert stderr.startswith("importing keras\n")
 
 
