@@ -354,7 +354,8 @@ class KerasAPI:
         if optimizer is None or not (model.built or not self.has_call(model)):
             return
         if self.is_legacy and hasattr(optimizer, tf_keras.CREATE_ALL_WEIGHTS.attribute):
-            tf_keras.CREATE_ALL_WEIGHTS.of(optimizer)(model.trainable_variables)
+            with contextlib.suppress(NotImplementedError):  # TensorFlow's own optimizers
+                tf_keras.CREATE_ALL_WEIGHTS.of(optimizer)(model.trainable_variables)
         elif not getattr(optimizer, "built", getattr(optimizer, "_built", False)):
             optimizer.build(model.trainable_variables)
 

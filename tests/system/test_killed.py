@@ -64,7 +64,11 @@ def uninterrupted(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFa
 def test_killed_workers_are_restarted(uninterrupted: rk.Result, tmp_path: Path) -> None:
     seen: list[rk.Event] = []
     killers = [killer(points, str(tmp_path), rank) for rank, points in KILLED_BY_RANK.items()]
+    started = time.time()
     result = fit(str(tmp_path), "run", [*steering(), *killers], scale=TWO, on_event=seen.append)
+    goodput, wall_s = result.goodput, time.time() - started
+    assert sum(goodput.values()) == pytest.approx(wall_s, rel=0.02)
+    assert goodput["restart"] > 0 and goodput["steps"] > 0
     assert_same(result, uninterrupted)
     failed = assert_restarted(seen, len(KILLED_BY_RANK))
     assert {event.rank for event in failed} <= {0, 1} and all(event.node for event in failed)

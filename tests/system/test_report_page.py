@@ -141,6 +141,7 @@ def test_recorded_runs_are_drawn(folder: Path, browser: Browser) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.exhaustive  # the other tests read the record of such a run
 def test_report_of_killed_run_shows_it_and_adds_up_to_the_wall_time(tmp_path: Path) -> None:
     import ray
 
