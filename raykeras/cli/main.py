@@ -14,13 +14,13 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import click
 
 import raykeras as rk
-from raykeras.core.errors import redacted
+from raykeras.core.errors import printable, redacted
 from raykeras.core.tracebacks import without_package_frames
 
 
@@ -40,7 +40,7 @@ class CommandGroup(click.Group):
 
 
 def _fail(error: object, status: int) -> NoReturn:
-    click.echo(f"raykeras: error: {error}", err=True)
+    click.echo(f"raykeras: error: {printable(str(error).expandtabs())}", err=True)
     sys.exit(status)
 
 
@@ -219,6 +219,18 @@ def _as_source(data: str) -> Any:
     return rk.npy(data, x=()) if data.endswith(".npz") else rk.parquet(data)
 
 
+@contextlib.contextmanager
+def _reading(data: str) -> Iterator[None]:
+    """Turn the exceptions of filesystems, which may have any type, into a `SourceError`."""
+    try:
+        yield
+    except rk.RaykerasError:
+        raise
+    except Exception as error:
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise rk.SourceError(f"The data must be readable; {data!r} is not: {type(error).__name__}: {reason}") from None
+
+
 def _override(options: Any, overrides: dict[str, Any]) -> Any:
     """Return a `Scale` or `Run` with the overrides of its fields, which are removed from `overrides`."""
     if "workers" in overrides and isinstance(options, rk.Scale):
@@ -229,30 +241,29 @@ def _override(options: Any, overrides: dict[str, Any]) -> Any:
 
 @main.command()
 @click.argument("data")
-def inspect(data: str) -> None:
-    """Show the columns, files and rows of DATA as raykeras reads them."""
-    from rich.console import Console
-    from rich.table import Table
+@click.option("--balance", metavar="COLUMN", help="Count the values of a column, such as the classes to predict.")
+@click.option("--all", "all_columns", is_flag=True, help="List more than 40 columns.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(data: str, balance: str | None, all_columns: bool, as_json: bool) -> None:
+    """Show the columns and rows of DATA, what to note before training on it, and a source to paste.
 
-    start = time.perf_counter()
-    opened = _as_source(data).open()
-    seconds = time.perf_counter() - start
-    table = Table("column", "kind", "dtype", "shape", "bytes per row", box=None)
-    for field in opened.fields.values():
-        dtype = field.dtype.removeprefix("arrow:")
-        is_usable = not field.dtype.startswith("arrow:") and field.name not in opened.unusable
-        kind = field.kind if is_usable else "unusable"
-        nbytes = "" if kind == "unusable" or field.kind != "dense" else f"{field.row_nbytes:,}"
-        table.add_row(field.name, kind, dtype, "×".join(map(str, field.shape)) or "1", nbytes)
-    console = Console()
-    console.print(table)
-    units = opened.unit_rows
-    sizes = " to ".join(f"{size:,}" for size in sorted({int(units.min()), int(units.max())}))
-    console.print(
-        f"\n{opened.num_rows:,} rows in {len(opened.files):,} files, {len(units):,} units of {sizes} rows each"
-    )
-    cached = f", {opened.num_cached_footers:,} footers from the cache" if opened.num_cached_footers else ""
-    console.print(f"metadata read in {seconds:.1f} s{cached}")
+    DATA is a Parquet file, folder, glob or URL, or a .npy or .npz file.
+
+    \b
+        raykeras inspect pipelines/digits/train --balance label
+    """
+    from raykeras.cli.inspect_output import dumped, inspection_json, show_inspection
+    from raykeras.data.inspection import inspect_source
+    from raykeras.data.suggestion import suggest
+
+    with _reading(data):
+        inspection = inspect_source(_as_source(data))
+        counts = None if balance is None else inspection.balance(balance)
+    suggestion = suggest(inspection)
+    if as_json:
+        click.echo(dumped(inspection_json(inspection, suggestion, counts, data)))
+    else:
+        show_inspection(inspection, suggestion, counts, data, all_columns=all_columns)
 
 
 @main.command()

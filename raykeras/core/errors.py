@@ -38,6 +38,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\n" else "\ufffd" for char in redacted(text))
 
 
+def printable_line(text: str) -> str:
+    """Return `printable` text of one line."""
+    return printable(text).replace("\n", "\ufffd")
+
+
 class RaykerasError(Exception):
     """Base class of all exceptions of raykeras."""
 

@@ -120,7 +120,7 @@ def test_inspect_shows_columns_and_rows(tmp_path: Path) -> None:
     assert "8×8" in shown
     assert "1,500 rows in 4 files" in shown
     np.savez(tmp_path / "a.npz", x=np.ones((3, 2)))
-    assert "3 rows in 1 files" in run("inspect", tmp_path / "a.npz").output
+    assert "3 rows in 1 file" in run("inspect", tmp_path / "a.npz").output
     assert run("inspect", tmp_path / "none").exit_code == 2
 
 

@@ -77,7 +77,7 @@ class NpyReader:
         return {name: np.array(open_npy(self._paths[name])[rows]) for name in columns}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ArraySource(Source):
     """Arrays in memory, by column name."""
 
@@ -87,7 +87,7 @@ class ArraySource(Source):
         return _open(ArrayReader(self.arrays), self.arrays, {name: "" for name in self.arrays})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class NpySource(Source):
     """`.npy` files, by column name, or one `.npz` archive, whose keys are the columns."""
 

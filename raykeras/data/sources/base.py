@@ -15,13 +15,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from raykeras.core import html
 from raykeras.core.errors import ColumnError, OptionError, SourceError, ValidationError
 from raykeras.core.plain_values import plain_value
+
+if TYPE_CHECKING:
+    import pandas
 
 _MAX_LISTED = 10
 
@@ -196,6 +198,10 @@ class OpenSource:
 Transform = Callable[..., Mapping[str, Any]]
 
 
+def _unchanged(columns: Columns) -> Columns:
+    return columns
+
+
 Cache = Literal["auto", "memory"] | None
 
 
@@ -256,10 +262,81 @@ class Source(ABC):
             ColumnError: If a column that x, y, sample_weight or `columns` name cannot be used.
         """
 
+    @property
+    def schema(self) -> dict[str, Field]:
+        """The stored columns, by name, read from the metadata.
+
+        Raises:
+            SourceError: If files are missing, unreadable or without rows.
+        """
+        return self.with_all_columns().open().fields
+
+    def head(self, num_rows: int = 5) -> pandas.DataFrame:
+        """Return the first rows as they are stored, without the transform.
+
+        Args:
+            num_rows: Maximum number of rows, at least 1.
+
+        Returns:
+            A DataFrame of all columns that can be read; a cell of a tensor or a list is a NumPy array.
+
+        Raises:
+            OptionError: If `num_rows` is not an integer of at least 1.
+            SourceError: If files are missing, unreadable or without rows.
+        """
+        from raykeras.data.preview import head
+
+        return head(self, num_rows)
+
+    def batch(self, batch_size: int = 32, *, shuffle: bool | int = True, seed: int = 0) -> tuple[Any, ...]:
+        """Return the first batch that `raykeras.fit` would train on, without Ray and TensorFlow.
+
+        Columns are selected, transformed, padded, filled and shuffled as `fit` does. Pass it on as in
+        `model.train_on_batch(*source.batch())`.
+
+        Args:
+            batch_size: Rows of the batch, at least 1.
+            shuffle: The `shuffle` of `fit`.
+            seed: The seed of `raykeras.Run`.
+
+        Returns:
+            `(x,)`, `(x, y)` or `(x, y, sample_weight)`. Each is a NumPy array (batch_size, *shape) or a dict of them;
+            text and ragged lists are object arrays (batch_size,) of bytes and of arrays.
+
+        Raises:
+            OptionError: If the options do not fit together.
+            SourceError: If files are missing, unreadable or without rows.
+            ColumnError: If a column cannot be used.
+            UserCodeError: If the transform raises.
+        """
+        from raykeras.data.preview import first_batch
+
+        return first_batch(self, batch_size, shuffle, seed)
+
+    def with_all_columns(self) -> Source:
+        """Return a source of the same rows whose metadata is read, and checked, for all columns."""
+        return dataclasses.replace(self, x=None, y=None, sample_weight=None, columns=None, transform=_unchanged)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options().items())
+        return f"{type(self).__name__}({options})"
+
+    def __str__(self) -> str:
+        from raykeras.data.preview import as_text
+
+        return as_text(self)
+
     def _repr_html_(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.repr}
-        rows = [[name, f"{plain_value(value)}"] for name, value in values.items() if value]
-        return html.line(type(self).__name__) + html.table(["option", "value"], rows)
+        from raykeras.data.preview import as_html
+
+        return as_html(self)
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that are set, as JSON values without credentials."""
+        shown = {field.name: field for field in dataclasses.fields(self) if field.repr}
+        values = {name: getattr(self, name) for name, field in shown.items() if getattr(self, name) != field.default}
+        names = {name: getattr(value, "__qualname__", value) for name, value in values.items() if value not in ({}, ())}
+        return {name: plain_value(value) for name, value in names.items()}
 
     def needed_columns(self) -> list[str] | None:
         """Return the stored columns to read; None for all usable ones, if a transform takes them."""

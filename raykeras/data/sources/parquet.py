@@ -45,7 +45,10 @@ _MAX_FILE_DIGESTS = 1000  # they are stored in each checkpoint
 _BATCH_VALUES = 1 << 17
 
 
-@dataclass(frozen=True, kw_only=True)
+_MIN_PART = 8  # of a row group, less than an eighth is read without decoding the rest
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ParquetSource(Source):
     """Parquet files; made by `raykeras.parquet`.
 
@@ -166,14 +169,19 @@ class ParquetReader:
             missing = [name for name in stored if schema.get_field_index(name) < 0]
             if missing or unit.group >= file.num_row_groups:
                 raise _changed(unit, f"has {f'no column {missing[0]!r}' if missing else 'no such row group'} now")
-            table = _read(file, schema, unit.group, stored)
+            num_rows = file.metadata.row_group(unit.group).num_rows
+            if num_rows != unit.group_rows:
+                raise _changed(unit, f"had {unit.group_rows:,} rows and has {num_rows:,} now")
+            last = unit.start + stop
+            if not stored or not last or last * _MIN_PART > num_rows:
+                table = _read(file, schema, unit.group, stored)
+            else:
+                table = _read_first(file, schema, unit.group, stored, last)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(
                 f"All row groups must be readable; {unit} is not: {first_line(error)} "
                 "The file may be truncated or corrupt: write it again or leave it out."
             ) from None
-        if table.num_rows != unit.group_rows:
-            raise _changed(unit, f"had {unit.group_rows:,} rows and has {table.num_rows:,} now")
         table = table.slice(unit.start + start, stop - start)
         result: Columns = {name: table.column(name) for name in stored}
         for name in columns:
@@ -222,6 +230,16 @@ def _read(file: pq.ParquetFile, schema: pa.Schema, group: int, columns: Sequence
     return pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in columns]))
 
 
+def _read_first(file: pq.ParquetFile, schema: pa.Schema, group: int, columns: Sequence[str], num_rows: int) -> pa.Table:
+    """Read the first rows of a row group, at least `num_rows` of them, without decoding the others."""
+    read: list[pa.RecordBatch] = []
+    for batch in file.iter_batches(num_rows, row_groups=[group], columns=columns, use_threads=False):
+        read.append(batch)
+        if sum(len(batch) for batch in read) >= num_rows:
+            break
+    return pa.Table.from_batches(read, pa.schema([schema.field(name) for name in columns]))
+
+
 def _opened(fs: fsspec.AbstractFileSystem, path: str) -> pq.ParquetFile:
     """Open a remote file; its footer is cached for the process while the file does not change."""
     file = fs.open(path, "rb")
@@ -237,7 +255,10 @@ def _footer(fs: fsspec.AbstractFileSystem, path: str, _: str) -> pq.FileMetaData
 
 
 def _require_one_filesystem(paths: Sequence[str], options: dict[str, Any]) -> None:
-    first, *others = ((path, fsspec.core.url_to_fs(path, **options)[0]) for path in paths)
+    try:
+        first, *others = ((path, fsspec.core.url_to_fs(path, **options)[0]) for path in paths)
+    except (ValueError, ImportError) as error:
+        raise SourceError(f"fsspec must be able to open the paths of a source; got {paths[0]!r}: {error}") from None
     for path, fs in others:
         if fs != first[1]:
             raise SourceError(

@@ -13,6 +13,11 @@ from raykeras.core.errors import ColumnError, SourceError, ValidationError
 from raykeras.data.sources.base import Field, Source
 from raykeras.data.sources.parquet_footers import Footer
 
+
+class UnreadableColumn(ColumnError):
+    """A column that differs between files, or that shares its name with another."""
+
+
 Files = Sequence[tuple[str, Footer]]
 """Pairs of path and footer."""
 
@@ -41,6 +46,7 @@ def check_columns(
         list_files = files if is_list and name not in (*source.pad, *source.ragged) else ()
         checks: tuple[Iterator[ValidationError], ...] = (
             _encryption(name, files if name in encrypted else ()),
+            _duplicates(name, [files[0], *others]),
             _types(name, files[0], others),
             _lengths(name, list_files),
             _nulls(name, files if not is_list and name not in source.fill else ()),
@@ -64,11 +70,20 @@ def _encryption(name: str, files: Files) -> Iterator[SourceError]:
             )
 
 
-def _types(name: str, first: tuple[str, Footer], others: Files) -> Iterator[ColumnError]:
+def _duplicates(name: str, files: Files) -> Iterator[UnreadableColumn]:
+    for path, footer in files:
+        if (number := footer.schema.names.count(name)) > 1:
+            yield UnreadableColumn(
+                f"Columns must have different names; {number} are named {name!r} in file {path}. Rename them when you "
+                "write the data."
+            )
+
+
+def _types(name: str, first: tuple[str, Footer], others: Files) -> Iterator[UnreadableColumn]:
     for path, footer in others:
         a, b = (s.field(name).type if name in s.names else None for s in (first[1].schema, footer.schema))
         if a != b:
-            yield ColumnError(
+            yield UnreadableColumn(
                 f"A column must have the same type in all files; {name!r} is {a or 'missing'} in {first[0]} and "
                 f"{b or 'missing'} in {path}. Write the files with one schema, or read them as two sources."
             )

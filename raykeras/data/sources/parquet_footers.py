@@ -193,9 +193,14 @@ class _SchemaInfo:
     @classmethod
     def of(cls, schema: pa.Schema, columns: frozenset[str] | None) -> _SchemaInfo:
         checked = frozenset(schema.names) if columns is None else columns.intersection(schema.names)
-        leaves = tuple(field.name for field in schema for _ in range(_num_leaves(field.type)))
+        leaves = leaf_columns(schema)
         lists = frozenset(f.name for f in schema if pa.types.is_list(f.type) or pa.types.is_large_list(f.type))
         return cls(schema, checked, leaves, lists)
+
+
+def leaf_columns(schema: pa.Schema) -> tuple[str, ...]:
+    """Return the column of each Parquet leaf column."""
+    return tuple(field.name for field in schema for _ in range(_num_leaves(field.type)))
 
 
 def _num_leaves(kind: pa.DataType) -> int:

@@ -89,6 +89,11 @@ class Rows:
         self._worker_id: str | None = None  # identifies the connection to Ray
         self._units: tuple[DatasetReader, list[Unit], np.ndarray] | None = None
 
+    @property
+    def are_ready(self) -> bool:
+        """Whether the rows are in the object store of the Ray that this process is connected to."""
+        return self._units is not None and self._worker_id == _worker_id()
+
     def units(self) -> tuple[DatasetReader, list[Unit], np.ndarray]:
         """Return a reader, the summary of each unit, and the rows of each unit, int64 (units,).
 
@@ -96,16 +101,19 @@ class Rows:
             SourceError: If the dataset cannot be executed or has no rows.
             UserCodeError: If a function of the dataset raises.
         """
-        import ray
-
-        worker_id = ray.get_runtime_context().get_worker_id() if ray.is_initialized() else None
-        if self._units is None or worker_id != self._worker_id:
+        if self._units is None or not self.are_ready:
             self._units = _cut(_blocks(self.dataset))
-            self._worker_id = ray.get_runtime_context().get_worker_id()
+            self._worker_id = _worker_id()
         return self._units
 
 
-@dataclass(frozen=True, kw_only=True)
+def _worker_id() -> str | None:
+    import ray
+
+    return ray.get_runtime_context().get_worker_id() if ray.is_initialized() else None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DatasetSource(Source):
     """A Ray dataset; made by `raykeras.dataset`."""
 

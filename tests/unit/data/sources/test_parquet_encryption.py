@@ -113,5 +113,5 @@ def test_inspect_shows_encrypted_columns(path: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(path)])
     assert result.exit_code == 0
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
-    assert "unusable" in lines["secret"]
-    assert "unusable" not in lines["x"]
+    assert "cannot be read" in lines["secret"]
+    assert "cannot be read" not in lines["x"]
