@@ -267,6 +267,30 @@ def inspect(data: str, balance: str | None, all_columns: bool, as_json: bool) ->
 
 
 @main.command()
+@click.argument("name")
+@click.option("--data", required=True, help="Parquet file, folder, glob or URL; or a folder with train/ and test/.")
+@click.option("--y", metavar="COLUMN", help="Column to predict.  [default: one named label, target, ..., or the last]")
+@click.option("--x", metavar="COLUMN", multiple=True, help="Input column; may be repeated.  [default: all suitable]")
+@click.option(
+    "--category", "categories", metavar="COLUMN", multiple=True, help="Integers that are categories; may be repeated."
+)
+def new(name: str, data: str, y: str | None, x: tuple[str, ...], categories: tuple[str, ...]) -> None:
+    """Write NAME, a pipeline file that trains a small model on DATA; change the model as you like.
+
+    \b
+        raykeras new pipeline.py --data houses.parquet --y price
+    """
+    from raykeras.cli.new_pipeline import plan_pipeline, write_new
+    from raykeras.cli.pipeline_code import pipeline_code
+
+    with _reading(data):
+        planned = plan_pipeline(name, data, x=x, y=y, categories=categories)
+    write_new(planned.path, pipeline_code(planned))
+    for line in planned.summary():
+        click.echo(line)
+
+
+@main.command()
 @click.argument("storage", default="runs")
 def runs(storage: str) -> None:
     """List the runs in STORAGE, a folder or an fsspec URL: their states, metrics and times."""
