@@ -291,8 +291,8 @@ class Source(ABC):
     def batch(self, batch_size: int = 32, *, shuffle: bool | int = True, seed: int = 0) -> tuple[Any, ...]:
         """Return the first batch that `raykeras.fit` would train on, without Ray and TensorFlow.
 
-        Columns are selected, transformed, padded, filled and shuffled as `fit` does. Pass it on as in
-        `model.train_on_batch(*source.batch())`.
+        Columns are selected, transformed, padded, filled and shuffled as `fit` does on up to 8 workers, without
+        `validation_split`. Pass it on as in `model.train_on_batch(*source.batch())`.
 
         Args:
             batch_size: Rows of the batch, at least 1.

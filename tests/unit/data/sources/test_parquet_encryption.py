@@ -115,3 +115,9 @@ def test_inspect_shows_encrypted_columns(path: Path) -> None:
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
     assert "cannot be read" in lines["secret"]
     assert "cannot be read" not in lines["x"]
+
+
+def test_new_pipeline_leaves_encrypted_columns_out(path: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["new", str(tmp_path / "p.py"), "--data", str(path), "--y", "x"])
+    assert result.exit_code == 0, result.output
+    assert "left out: secret, hidden, pair" in result.output
