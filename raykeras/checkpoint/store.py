@@ -214,7 +214,7 @@ class Checkpoint:
         """The contents of `train_state.json`: position, logs and versions.
 
         Raises:
-            CheckpointError: The file is damaged or cannot be read.
+            CheckpointError: If the file is damaged or cannot be read.
         """
         path = f"{self.path}/{STATE_FILE}"
         fs, inside = filesystem(path)
@@ -225,7 +225,7 @@ class Checkpoint:
         """The path of the model's `.keras` file.
 
         Raises:
-            CheckpointError: Keras could not serialise the model.
+            CheckpointError: If Keras could not serialise the model.
         """
         if self.weights_file == WEIGHTS_FILE:
             raise CheckpointError(
@@ -249,7 +249,7 @@ class Checkpoint:
         """Check that the checkpoint's files have the recorded sizes and digests.
 
         Raises:
-            CheckpointError: A file is missing or was changed. If storage failed instead, the error has a cause.
+            CheckpointError: If a file is missing or was changed. If storage failed instead, the error has a cause.
         """
         files = self.state["files"]
         fs, root = filesystem(self.path)
@@ -288,7 +288,7 @@ class Checkpoint:
             A Keras 3 or tf_keras model, as it was saved.
 
         Raises:
-            CheckpointError: The checkpoint holds the weights only.
+            CheckpointError: If the checkpoint holds the weights only.
         """
         name = os.path.basename(self.model_file)
         api = KerasAPI(str(self.state["keras"]["package"]))
@@ -297,7 +297,14 @@ class Checkpoint:
 
     @contextmanager
     def local_file(self, name: str) -> Iterator[str]:
-        """Yield a local path of one of the checkpoint's files, which is valid while the block runs."""
+        """Yield a local path of one of the checkpoint's files, which is valid while the block runs.
+
+        Args:
+            name: Name of the file.
+
+        Raises:
+            CheckpointError: If the file cannot be read.
+        """
         if "://" not in self.path:
             yield f"{self.path}/{name}"
             return

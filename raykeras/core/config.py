@@ -29,6 +29,9 @@ class Scale:
         cpus_per_worker: Logical CPUs that each worker process reserves in Ray, above 0. Defaults to 1, or to less
             if the data tasks would otherwise get none.
         min_workers: The minimum of a `(min, max)` pair; `workers` is then the maximum.
+
+    Raises:
+        OptionError: If a value is out of its range, or values contradict each other.
     """
 
     workers: Any = 1
@@ -61,7 +64,11 @@ class Scale:
             )
 
     def with_workers(self, workers: int) -> Scale:
-        """Return a copy with exactly `workers` workers."""
+        """Return a copy with a fixed number of workers.
+
+        Args:
+            workers: The number of workers.
+        """
         return replace(self, workers=workers, min_workers=None)
 
     @property
@@ -104,6 +111,9 @@ class Run:
         max_failures: Number of worker failures to tolerate without a new checkpoint in between, at least 0.
         hang_timeout_s: Seconds without a step after which a worker counts as hung. The first step gets at least half
             an hour, since it includes building and tracing the model. None disables the check.
+
+    Raises:
+        OptionError: If a value is out of its range.
     """
 
     storage: str = "runs"

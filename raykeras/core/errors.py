@@ -118,7 +118,11 @@ class UserCodeError(RaykerasError):
         return f"{self.summary}\n(on {where}, node {self.node}{all_frames})\n{self.user_traceback}".rstrip()
 
     def as_instance_of(self, original: BaseException) -> UserCodeError:
-        """Return this error as an instance of the original's class as well; `self` if that is not possible."""
+        """Return this error as an instance of the original's class as well; `self` if that is not possible.
+
+        Args:
+            original: The exception of the user's code.
+        """
         state = {**_picklable_attributes(original), **vars(self)}
         return _dual_error(type(original), _arguments(original), original.args, state) or self
 

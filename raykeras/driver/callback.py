@@ -19,13 +19,35 @@ class DriverCallback:
     logs are floats, or arrays for metrics that have several values.
     """
 
-    def on_train_begin(self, logs: Logs) -> None: ...
+    def on_train_begin(self, logs: Logs) -> None:
+        """Called once when training begins; not again when workers are restarted.
 
-    def on_train_end(self, logs: Logs) -> None: ...
+        Args:
+            logs: Empty.
+        """
 
-    def on_epoch_begin(self, epoch: int, logs: Logs) -> None: ...
+    def on_train_end(self, logs: Logs) -> None:
+        """Called when training ended, in whatever way.
 
-    def on_epoch_end(self, epoch: int, logs: Logs) -> None: ...
+        Args:
+            logs: Metrics of the last epoch.
+        """
+
+    def on_epoch_begin(self, epoch: int, logs: Logs) -> None:
+        """Called at the start of an epoch.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+            logs: Empty.
+        """
+
+    def on_epoch_end(self, epoch: int, logs: Logs) -> None:
+        """Called at the end of an epoch, after its validation.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+            logs: Metrics of the epoch; those of the validation begin with `val_`.
+        """
 
     def on_train_batch_end(self, batch: int, logs: Logs) -> None:
         """Called at the end of a training batch; one call may stand for several batches.
@@ -35,13 +57,26 @@ class DriverCallback:
             logs: Metrics of the epoch so far.
         """
 
-    def on_test_end(self, logs: Logs) -> None: ...
+    def on_test_end(self, logs: Logs) -> None:
+        """Called at the end of a validation pass.
+
+        Args:
+            logs: Metrics of the validation, without `val_`.
+        """
 
     def on_event(self, event: Event) -> None:
-        """Called with every event, before the hook for that event."""
+        """Called with every event, before the hook for that event.
+
+        Args:
+            event: The event.
+        """
 
     def dispatch(self, event: Event) -> None:
-        """Call the hooks for an event."""
+        """Call the hooks for an event.
+
+        Args:
+            event: The event.
+        """
         self.on_event(event)
         epoch = event.epoch or 0
         if isinstance(event, events.RunStarted):

@@ -56,6 +56,7 @@ def evaluate(
 
     Args:
         model: Model to evaluate. It can be:
+
             - A compiled model, or a function without arguments that builds and compiles one.
             - A `raykeras.Checkpoint`, or the path of a checkpoint or of a `.keras` file.
         x: Input data, in any form that `fit` accepts.

@@ -96,11 +96,13 @@ def fit(
 
     Args:
         model: Model to train. It can be:
+
             - A function without arguments that builds and compiles a model. It is called once on each worker, inside
               the scope of the distribution strategy.
             - A compiled model. It is trained in place.
             - A `raykeras.Checkpoint`, or the path of a checkpoint or of a `.keras` file, to continue training from.
         x: Input data. It can be:
+
             - A source, made by `raykeras.parquet`, `raykeras.npy` or `raykeras.dataset`.
             - An array, tensor or DataFrame with rows first; or a list or dict of these, for a model with several
               inputs.
@@ -122,6 +124,7 @@ def fit(
             last rows of `x` and `y`, before shuffling. Not supported if `x` yields batches.
         validation_data: Data on which to evaluate the loss and the metrics at the end of each epoch. Overrides
             `validation_split`. It can be:
+
             - A tuple `(x_val, y_val)` or `(x_val, y_val, val_sample_weights)` of arrays, or `x_val` alone.
             - A source, or an object that yields batches, as for `x`.
         shuffle: Boolean or integer. `True` uses the rows in a new order in each epoch. The order depends on the seed

@@ -49,6 +49,9 @@ class Result:
             **options: Arguments for `keras.models.load_model`, such as `custom_objects`. Ignored if the model is in
                 this process.
 
+        Returns:
+            A Keras 3 or tf_keras model.
+
         Raises:
             CheckpointError: If the model must be loaded and the checkpoint holds only its weights.
         """
@@ -82,6 +85,9 @@ class Result:
         Args:
             monitor: Name of the metric. Higher is better for accuracy, AUC, precision, recall and F1; lower is better
                 for others.
+
+        Returns:
+            The best one of the checkpoints that were kept.
 
         Raises:
             CheckpointError: If no checkpoint has this metric.

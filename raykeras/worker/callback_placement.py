@@ -139,6 +139,9 @@ def on_chief(callback: Any) -> OnChief:
 
     Args:
         callback: A Keras callback.
+
+    Returns:
+        The callback, wrapped, to pass in the `callbacks` of `fit`.
     """
     return OnChief(callback)
 

@@ -120,8 +120,9 @@ def npy(
         y: The `.npy` file of y, or of each output by name; with an archive, its key.
         x: With an archive, the key of x, or of each input by name.
         sample_weight: Like `y`.
-        transform, cache: See `Source`.
+        transform: `f(columns)` or `f(columns, rng)`, called on windows of rows inside the read tasks; see `Source`.
         columns: With an archive and a transform, the keys of the arrays passed to the transform.
+        cache: "memory", None or "auto"; see `Source`.
 
     Returns:
         A source. `.npy` files are memory-mapped, an archive is loaded into memory.

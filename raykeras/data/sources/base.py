@@ -210,7 +210,9 @@ class Source(ABC):
     """Where rows are stored, and which columns are x, y and sample_weight.
 
     Attributes:
-        x, y, sample_weight: Column specs.
+        x: Column spec of the inputs.
+        y: Column spec of the targets.
+        sample_weight: Column spec of the weights of the rows.
         transform: `f(columns)` or `f(columns, rng)`, called on windows of rows inside the read tasks. It takes and
             returns a dict of NumPy arrays, rows first, with the same number of rows.
         columns: The columns passed to `transform`; None for all usable ones.
@@ -256,6 +258,9 @@ class Source(ABC):
     @abstractmethod
     def open(self) -> OpenSource:
         """Read the metadata.
+
+        Returns:
+            The opened source: its schema, its units of rows and its fingerprint.
 
         Raises:
             SourceError: If files are missing, unreadable or without rows.

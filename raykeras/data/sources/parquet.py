@@ -121,8 +121,13 @@ def parquet(
             input names.
         y: Likewise, by output names.
         sample_weight: Likewise, by output names.
-        transform, columns, pad, ragged, fill, cache: See `Source`.
-        storage_options: Passed to fsspec.
+        transform: `f(columns)` or `f(columns, rng)`, called on windows of rows inside the read tasks; see `Source`.
+        columns: The columns passed to `transform`; None for all usable ones.
+        pad: For columns of lists of different lengths: the length, or `(length, value)`.
+        ragged: List columns that become a `tf.RaggedTensor`.
+        fill: For columns with nulls: the value that replaces them.
+        cache: "memory", None or "auto"; see `Source`.
+        storage_options: Options of the fsspec filesystem, such as credentials.
 
     Returns:
         A source; nothing is read until it is used.

@@ -178,7 +178,11 @@ def dataset(
             input names.
         y: Likewise, by output names.
         sample_weight: Likewise, by output names.
-        transform, columns, pad, ragged, fill: See `Source`.
+        transform: `f(columns)` or `f(columns, rng)`, called on windows of rows inside the read tasks; see `Source`.
+        columns: The columns passed to `transform`; None for all usable ones.
+        pad: For columns of lists of different lengths: the length, or `(length, value)`.
+        ragged: List columns that become a `tf.RaggedTensor`.
+        fill: For columns with nulls: the value that replaces them.
 
     Returns:
         A source; nothing is executed until it is used.
