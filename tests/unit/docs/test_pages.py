@@ -1,0 +1,51 @@
+"""Links of the documentation resolve, its code compiles, and what it calls exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+import raykeras as rk
+from tests.support.markdown import PAGES, ROOT, anchors, links, name_of, python_blocks
+
+with_code = pytest.mark.parametrize("page", [page for page in PAGES if [*python_blocks(page)]], ids=name_of)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_resolve(page: Path) -> None:
+    for file, anchor in links(page):
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists() and target.is_relative_to(ROOT), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+def test_site_has_every_page() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation
+
+
+@with_code
+def test_code_calls_what_exists(page: Path) -> None:
+    for block in python_blocks(page):
+        tree = ast.parse(block.setup + block.code, name_of(page))
+        for node in ast.walk(tree):
+            if is_public_name(node):
+                assert node.attr in rk.__all__
+            if isinstance(node, ast.Call) and is_public_name(node.func):
+                keywords = {keyword.arg: None for keyword in node.keywords if keyword.arg}
+                inspect.signature(getattr(rk, node.func.attr)).bind(*node.args, **keywords)
+
+
+def is_public_name(node: ast.AST) -> bool:
+    """Return whether an expression is a name of raykeras, such as `rk.fit`."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rk"
+
+
+def test_readme_is_short_and_leads_to_the_documentation() -> None:
+    readme = ROOT / "README.md"
+    assert readme.stat().st_size < 8192
+    assert {"docs/README.md", "docs/tutorial.md"} <= {file for file, _ in links(readme)}
