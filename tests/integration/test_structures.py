@@ -16,7 +16,7 @@ import tf_keras
 import raykeras as rk
 from tests.support.compare import assert_same_training
 from tests.support.kept_workers import TWO
-from tests.support.models import BATCH, CLASS, ROWS, SCALES, SCORE, X
+from tests.support.models import BATCH, CLASS, IN_PROCESS, ROWS, SCALES, SCORE, X
 
 ONE = SCALES["1x1"]
 ALL = pytest.mark.parametrize("scale", [*SCALES.values(), TWO], ids=[*SCALES, "2x1"])
@@ -194,7 +194,8 @@ def test_class_weight_per_pixel_matches_keras(form: str, is_weighted: bool, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:Keras cannot serialise:UserWarning")
-def test_optimizer_without_config_matches_keras(tmp_path: Path) -> None:
+@IN_PROCESS
+def test_optimizer_without_config_matches_keras(scale: rk.Scale, tmp_path: Path) -> None:
     def build() -> Any:
         tf_keras.utils.set_random_seed(0)
         model = tf_keras.Sequential([tf_keras.Input((8,)), tf_keras.layers.Dense(1)])
@@ -203,7 +204,7 @@ def test_optimizer_without_config_matches_keras(tmp_path: Path) -> None:
 
     plain, run = build(), rk.Run(storage=str(tmp_path))
     expected = plain.fit(X, SCORE, batch_size=BATCH, shuffle=False, verbose=0).history
-    result = rk.fit(build(), X, SCORE, batch_size=BATCH, shuffle=False, verbose=0, run=run)
+    result = rk.fit(build(), X, SCORE, batch_size=BATCH, shuffle=False, verbose=0, scale=scale, run=run)
     assert_same_training(result, expected, plain)
 
 
