@@ -73,37 +73,14 @@ def over_time(runs: Sequence[RunTime]) -> Figure:
     rate = "rows/s" if all(run.progress.counts_rows for run in runs) else "steps/s"
     data: list[dict[str, Any]] = []
     for index, run in enumerate(runs):
-        color, label = series_color(index), plotly_text(run.label)
-        loss, val_loss = run.progress.loss, run.progress.val_loss
-        for row, (curve, name, text) in enumerate(
-            [(loss, "training loss", "%{y:.5g}"), (run.progress.rows_per_s, rate, f"%{{y:,.4s}} {rate}"),
-             (run.progress.data_wait, "data wait", "%{y:.1%} waiting for data")]
-        ):  # fmt: skip
-            title = name if is_alone else label
-            data.append(_over_time(line(curve, title, color), row, seconds_per_unit, text, unit))
-        if val_loss.x:
-            title, val_color = ("validation loss", series_color(1)) if is_alone else (f"{label}, validation", color)
-            points = line(val_loss, title, val_color, "dot")
-            points |= {"mode": "markers+lines", "marker": {"size": 6, "color": val_color}}
-            data.append(_over_time(points, 0, seconds_per_unit, "%{y:.5g}", unit))
+        for row, curve, text in _curves(run, series_color(index), rate, is_alone):
+            data.append(_over_time(curve, row, seconds_per_unit, text, unit))
         row = len(_ROWS) + index
         data += _strip(run, row, seconds_per_unit)
         data += _mark_points(run, row, seconds_per_unit, unit)
     for trace in data:
         trace["showlegend"] = is_alone and trace["yaxis"] == "y"
-    losses = [y for run in runs for curve in (run.progress.loss, run.progress.val_loss) for y in curve.values]
-    axes: dict[str, Any] = {
-        "yaxis": {**value_axis(losses), "title": {"text": "loss"}},
-        "yaxis2": {"rangemode": "tozero", "title": {"text": rate}},
-        "yaxis3": {"range": [0, 1], "tickformat": ".0%", "title": {"text": "data wait"}, "nticks": 3},
-    }
-    for index in range(len(runs)):
-        axes[f"yaxis{len(_ROWS) + 1 + index}"] = {
-            "range": [0, 1.5], "fixedrange": True, "showticklabels": False, "showgrid": False,
-            "title": {"text": "time" if is_alone else ""},
-        }  # fmt: skip
-    for (name, axis), domain in zip(axes.items(), domains, strict=True):
-        axes[name] = {"domain": domain, "zeroline": False, **axis}
+    axes = _value_axes(runs, rate, domains)
     total = max(run.clock.total for run in runs) / seconds_per_unit
     layout = {
         **axes,
@@ -128,6 +105,43 @@ def over_time(runs: Sequence[RunTime]) -> Figure:
         "Colours of the bottom strip are those of the table “Where the time went”."
     )
     return Figure("Course of the run" if is_alone else "Course of the runs", description, note, data, layout)
+
+
+def _curves(run: RunTime, color: str, rate: str, is_alone: bool) -> list[tuple[int, dict[str, Any], str]]:
+    """Return the curves of a run: the row, the trace, and the format of its values."""
+    label, val_loss = plotly_text(run.label), run.progress.val_loss
+    rows = [
+        (run.progress.loss, "training loss", "%{y:.5g}"),
+        (run.progress.rows_per_s, rate, f"%{{y:,.4s}} {rate}"),
+        (run.progress.data_wait, "data wait", "%{y:.1%} waiting for data"),
+    ]
+    curves = [
+        (row, line(curve, name if is_alone else label, color), text) for row, (curve, name, text) in enumerate(rows)
+    ]
+    if val_loss.x:
+        title, val_color = ("validation loss", series_color(1)) if is_alone else (f"{label}, validation", color)
+        points = line(val_loss, title, val_color, "dot")
+        points |= {"mode": "markers+lines", "marker": {"size": 6, "color": val_color}}
+        curves.append((0, points, "%{y:.5g}"))
+    return curves
+
+
+def _value_axes(runs: Sequence[RunTime], rate: str, domains: Sequence[list[float]]) -> dict[str, Any]:
+    """Return the vertical axes by name: of each row, and of each run's strip."""
+    losses = [y for run in runs for curve in (run.progress.loss, run.progress.val_loss) for y in curve.values]
+    axes: dict[str, Any] = {
+        "yaxis": {**value_axis(losses), "title": {"text": "loss"}},
+        "yaxis2": {"rangemode": "tozero", "title": {"text": rate}},
+        "yaxis3": {"range": [0, 1], "tickformat": ".0%", "title": {"text": "data wait"}, "nticks": 3},
+    }
+    for index in range(len(runs)):
+        axes[f"yaxis{len(_ROWS) + 1 + index}"] = {
+            "range": [0, 1.5], "fixedrange": True, "showticklabels": False, "showgrid": False,
+            "title": {"text": "time" if len(runs) == 1 else ""},
+        }  # fmt: skip
+    for (name, axis), domain in zip(axes.items(), domains, strict=True):
+        axes[name] = {"domain": domain, "zeroline": False, **axis}
+    return axes
 
 
 def _time_unit(total: float) -> tuple[str, float]:

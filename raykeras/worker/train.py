@@ -141,15 +141,13 @@ def _run(
     test_steps = None
     if job.validation is not None:
         test_steps = job.validation.num_steps
-        inputs.append(job.validation.open(context.rank, job.scale, job.budget, num_steps=None, num_inputs=2))
-        test_data = inputs[-1].pass_dataset(test_steps)
+        test = job.validation.open(context.rank, job.scale, job.budget, num_steps=None, num_inputs=2)
+        inputs.append(test)
+        test_data = test.pass_dataset(test_steps)
         if fills:
-            test_data = filled(test_data, job.validation.batch_spec, inputs[-1].sample())
-        validation = {
-            "validation_data": distribute(strategy, test_data, test_steps),
-            "validation_steps": test_steps,
-            "validation_freq": job.validation_freq,
-        }
+            test_data = filled(test_data, job.validation.batch_spec, test.sample())
+        validation = {"validation_steps": test_steps, "validation_freq": job.validation_freq}
+        validation["validation_data"] = distribute(strategy, test_data, test_steps)
     if job.resumption is not None or job.is_finished:
         make_variables(model, api, job.train.batch_spec, strategy)  # a checkpoint needs all variables
     known_steps = _known_steps(job, model, api)
