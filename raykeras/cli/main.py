@@ -118,7 +118,11 @@ _CHECKPOINT = click.option(
 )
 @click.option("--hang-timeout-s", type=float, help="Seconds without a step after which a worker is considered hung.")
 def fit(pipeline: str, parameters: dict[str, str], **options: Any) -> None:
-    """Train the model of PIPELINE, a Python file that defines a function `pipeline`."""
+    """Train the model of PIPELINE, a Python file that defines a function `pipeline`.
+
+    \b
+        raykeras fit pipelines/digits.py --workers 2 --epochs 5 -s batch_size=64
+    """
     loaded = _load(pipeline, parameters)
     overrides = {name: value for name, value in options.items() if value is not None}
     arguments: dict[str, Any] = {"validation_data": loaded.validation, **loaded.fit}
@@ -173,7 +177,11 @@ def _resume_options(path: str | None, weights_only: bool) -> dict[str, Any]:
 @_CHECKPOINT
 @click.option("--steps", type=int, help="Number of batches to evaluate, from the first.  [default: all]")
 def evaluate(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
-    """Evaluate a checkpoint of PIPELINE's model on its test data, and print the metrics as JSON."""
+    """Evaluate a checkpoint of PIPELINE's model on its test data, and print the metrics as JSON.
+
+    \b
+        raykeras evaluate pipelines/digits.py --checkpoint runs/digits/checkpoints/epoch-000005
+    """
     loaded, arguments = _inference_arguments(pipeline, parameters, options)
     logs = rk.evaluate(_load_model(loaded, checkpoint), loaded.test, verbose=0, **arguments)
     click.echo(json.dumps(logs))
@@ -187,7 +195,11 @@ def evaluate(pipeline: str, parameters: dict[str, str], checkpoint: str, **optio
     "--column", "columns", multiple=True, help="Column of the data to write with the predictions; may be repeated."
 )
 def predict(pipeline: str, parameters: dict[str, str], checkpoint: str, **options: Any) -> None:
-    """Predict PIPELINE's test data with a checkpoint of its model, and write the predictions as Parquet."""
+    """Predict PIPELINE's test data with a checkpoint of its model, and write the predictions as Parquet.
+
+    \b
+        raykeras predict pipelines/digits.py --checkpoint PATH --output predictions --column label
+    """
     loaded, arguments = _inference_arguments(pipeline, parameters, options)
     click.echo(rk.predict(_load_model(loaded, checkpoint), loaded.test, **arguments))
 
@@ -293,7 +305,11 @@ def new(name: str, data: str, y: str | None, x: tuple[str, ...], categories: tup
 @main.command()
 @click.argument("storage", default="runs")
 def runs(storage: str) -> None:
-    """List the runs in STORAGE, a folder or an fsspec URL: their states, metrics and times."""
+    """List the runs in STORAGE, a folder or an fsspec URL: their states, metrics and times.
+
+    \b
+        raykeras runs s3://bucket/runs
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -312,7 +328,11 @@ def runs(storage: str) -> None:
 @click.argument("run")
 @click.option("--interval-s", type=click.FloatRange(min=0.1), default=1.0, help="Seconds between reads of the log.")
 def watch(run: str, interval_s: float) -> None:
-    """Show the progress of RUN, a run's folder or fsspec URL, until it ends."""
+    """Show the progress of RUN, a run's folder or fsspec URL, until it ends.
+
+    \b
+        raykeras watch s3://bucket/runs/digits-20261130-081502
+    """
     from raykeras.driver.progress import make_display
     from raykeras.driver.runs import StoredRun
 
@@ -326,7 +346,11 @@ def watch(run: str, interval_s: float) -> None:
 @click.argument("run")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def tensorboard(run: str, options: tuple[str, ...]) -> None:
-    """Start TensorBoard on the scalars of RUN. OPTIONS, such as --port 6007, are those of `tensorboard`."""
+    """Start TensorBoard on the scalars of RUN. OPTIONS, such as --port 6007, are those of `tensorboard`.
+
+    \b
+        raykeras tensorboard runs/digits-20261130-081502 --port 6007
+    """
     from raykeras.driver.runs import StoredRun
     from raykeras.driver.tensorboard import FOLDER
 
