@@ -14,6 +14,7 @@ from raykeras.core.tracebacks import PACKAGE_FOLDER
 
 _MAX_FRAMES = 3  # of a user's traceback
 _MAX_LINES, _MAX_LINE = 4, 500  # of a message; characters of a line
+_ARGUMENTS = ("Call arguments received by ", "Arguments received by ")
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -72,10 +73,14 @@ def message_lines(error: BaseException) -> list[str]:
     TensorFlow surrounds them with the stack of the graph or the frames of a traced function.
     """
     lines = [line.rstrip()[:_MAX_LINE] for line in str(error).strip().splitlines() if line.strip()] or [""]
-    if lines[0] == "in user code:":  # AutoGraph: frames, then the message, which is indented less
-        start = max((i for i, line in enumerate(lines) if line.startswith(("    File ", "      "))), default=0) + 1
-        lines = [line[4:] for line in lines[start:]] or lines
-    if type(error).__module__.startswith("tensorflow."):
+    is_traced, is_raised_by_tensorflow = lines[0] == "in user code:", type(error).__module__.startswith("tensorflow.")
+    if is_traced or is_raised_by_tensorflow:  # Keras adds the arguments of a layer
+        end = next((i for i, line in enumerate(lines) if line.strip().startswith(_ARGUMENTS)), 0)
+        lines = lines[:end] or lines
+    if is_traced:  # AutoGraph: frames, each with a line of code, then the message
+        start = max((i for i, line in enumerate(lines) if line.strip().startswith("File ")), default=-1) + 2
+        lines = [line.strip() for line in lines[start:]] or lines
+    if is_raised_by_tensorflow:
         stack = ("File ", "Graph execution error", "Detected at", "Node:", "Stack trace for op", "[[", "Original stack")
         message = [line for line in lines if not line.strip().startswith(stack) and not line.startswith("  ")]
         lines = message[-1:] or lines

@@ -133,3 +133,29 @@ def test_message_of_traced_function_is_last_paragraph() -> None:
     assert str(error).splitlines()[0] == "ValueError: No such label."
     assert "Give another one." in str(error)
     assert "in user code" not in str(error) and "tf_keras" not in str(error)
+
+
+IN_LAYER = """in user code:
+
+    File "/lib/tf_keras/training.py", line 1398, in train_function  *
+        return step_function(self, iterator)
+
+    ValueError: Exception encountered when calling layer 'measure' (type Measure).
+
+    in user code:
+
+        File "/home/me/model.py", line 3, in call  *
+            self.add_metric(tf.reduce_sum(inputs))
+
+        ValueError: Please provide a name for your metric.
+
+
+    Call arguments received by layer 'measure' (type Measure):
+      • inputs=tf.Tensor(shape=(None, 1), dtype=float32)
+"""
+
+
+def test_error_in_layer_names_its_cause() -> None:
+    assert str(user_code_error(ValueError(IN_LAYER), None)).splitlines()[0] == (
+        "ValueError: Please provide a name for your metric."
+    )
