@@ -22,28 +22,17 @@ def write_report(paths: Sequence[str], output: str) -> None:
         output: Path of the HTML file.
 
     Raises:
-        OptionError: If a folder holds no run, Plotly is not installed, or the file cannot be written.
+        OptionError: If a folder holds no run, or the file cannot be written.
         CheckpointError: If the storage cannot be read.
     """
-    page = report_page(paths, plotly_script())
+    from plotly.offline import get_plotlyjs
+
+    page = report_page(paths, get_plotlyjs())
     try:
         with open(output, "w", encoding="utf-8", newline="\n") as file:
             file.write(page)
     except OSError as error:
         raise OptionError(f"`-o` takes the path of a file that can be written; got {output!r}: {error}") from None
-
-
-def plotly_script() -> str:
-    """Return Plotly's JavaScript.
-
-    Raises:
-        OptionError: If Plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ModuleNotFoundError:
-        raise OptionError("Reports are drawn by Plotly, which is not installed. Run `pip install plotly`.") from None
-    return str(get_plotlyjs())
 
 
 def report_page(paths: Sequence[str], plotly: str) -> str:

@@ -49,7 +49,6 @@ def write(path: Path) -> None:
 
 
 def test_five_commands_from_a_file_to_predictions(folder: Path) -> None:
-    pytest.importorskip("plotly")
     write(folder / "birds.parquet")
     assert "300 rows in 1 file" in run("inspect", "birds.parquet", "--balance", "species").output
     written = run("new", "birds.py", "--data", "birds.parquet", "--y", "species", "--category", "island")

@@ -6,7 +6,6 @@ import copy
 import itertools
 import json
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 import raykeras as rk
 from raykeras.core import events
 from raykeras.driver.goodput import BUCKETS
-from raykeras.report.page import plotly_script, report_page, unique_labels, write_report
+from raykeras.report.page import report_page, unique_labels, write_report
 from tests.support.stored_runs import HOSTILE, store_run
 
 
@@ -165,25 +164,16 @@ def test_names_that_occur_twice_are_numbered() -> None:
 
 
 def test_report_is_written_with_any_characters(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     write_report([str(store_run(tmp_path / "digits", text="\ud800\x00 ünï"))], str(tmp_path / "out.html"))
     assert "ünï" in (tmp_path / "out.html").read_text(encoding="utf-8")
 
 
 def test_output_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     with pytest.raises(rk.OptionError, match="path of a file that can be written"):
         write_report([str(store_run(tmp_path / "digits"))], str(tmp_path / "missing" / "out.html"))
 
 
-def test_missing_plotly_is_one_error_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(rk.OptionError, match="pip install plotly"):
-        plotly_script()
-
-
 def test_folder_without_a_run_is_one_error(tmp_path: Path) -> None:
-    pytest.importorskip("plotly")
     with pytest.raises(rk.OptionError, match="holds no run"):
         write_report([str(tmp_path)], str(tmp_path / "out.html"))
 
