@@ -235,6 +235,10 @@ class KerasAPI:
         optimizer_variables = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
         return [*model.variables, *optimizer_variables]
 
+    def path_of(self, variable: Any) -> str:
+        """Return the path of a variable; in tf_keras, its name."""
+        return variable.name if self.is_legacy else variable.path
+
     def metric_variables(self, model: Any) -> list[Any]:
         """Return the variables of all metrics, in a fixed order and without duplicates."""
         variables = [variable for metric in model.metrics for variable in metric.variables]

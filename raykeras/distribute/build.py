@@ -47,17 +47,28 @@ def zeros(batch_spec: BatchSpec) -> tuple[Any, ...]:
     return batch_spec.structure(flat)
 
 
-def load_variables(model: Any, api: KerasAPI, values: Sequence[np.ndarray] | None, batch_spec: BatchSpec) -> None:
+def load_variables(
+    model: Any, api: KerasAPI, named_values: Sequence[tuple[str, np.ndarray]], batch_spec: BatchSpec
+) -> None:
     """Assign trained values to the variables of the user's model.
 
     Args:
         model: The model; its variables are created first if it is not built.
         api: The model's Keras package.
-        values: Values of the model's and its optimizer's variables, in the order of `KerasAPI.variables`.
+        named_values: Path and value of each variable of a copy of the model and its optimizer, in the order of
+            `KerasAPI.variables`. That order can differ in the model, for example if its layers were quantized after
+            they were built. The paths can differ too, if Keras numbers layers of a subclass. So values are assigned
+            by path if all paths are equal, and by order otherwise.
         batch_spec: Spec of the batches that the values were trained on.
     """
     if not model.built:
         make_variables(model, api, check_model(model, api, batch_spec), None)
     api.build_optimizer(model)
-    for variable, value in zip(api.variables(model), values or (), strict=True):
+    variables, by_path = api.variables(model), dict(named_values)
+    paths = [api.path_of(variable) for variable in variables]
+    if len(by_path) == len(named_values) and sorted(paths) == sorted(by_path):
+        values = [by_path[path] for path in paths]
+    else:
+        values = [value for _, value in named_values]
+    for variable, value in zip(variables, values, strict=True):
         variable.assign(value)

@@ -130,7 +130,7 @@ def fit_on_workers(
     if packed.in_place:
         from raykeras.distribute.build import load_variables  # imports TensorFlow
 
-        load_variables(model, packed.api, outcome.variables, job.train.batch_spec)
+        load_variables(model, packed.api, outcome.named_values, job.train.batch_spec)
     return outcome, model if packed.in_place else None
 
 

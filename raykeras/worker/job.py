@@ -148,7 +148,8 @@ class Outcome:
         epoch: The epochs that were trained.
         params: As Keras' `History.params`.
         callback_states: Attributes of the user's callbacks; see `raykeras.worker.callback_placement.states_of`.
-        variables: Values of the model's and its optimizer's variables if the driver's model is trained in place.
+        named_values: Paths and values of the variables of the model and its optimizer, if the driver's model is trained
+            in place.
         preempted: Whether the workers left before the end on request, to continue later.
     """
 
@@ -156,5 +157,5 @@ class Outcome:
     epoch: list[int]
     params: Mapping[str, Any]
     callback_states: list[dict[str, bytes]] = field(default_factory=list)
-    variables: list[np.ndarray] | None = None
+    named_values: list[tuple[str, np.ndarray]] = field(default_factory=list)
     preempted: bool = False

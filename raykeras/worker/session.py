@@ -224,14 +224,15 @@ class TrainingSession:
     def _outcome(self, preempted: bool) -> Outcome:
         context = self._context
         # on all ranks, because reading some variables merges them from all
-        variables = [np.asarray(v) for v in self._api.variables(self._model)] if context.return_variables else None
+        variables = self._api.variables(self._model) if context.return_variables else []
+        named_values = [(self._api.path_of(variable), np.asarray(variable)) for variable in variables]
         callbacks = list(self._callbacks.values())
         return Outcome(
             history={name: [plain_number(v) for v in values] for name, values in self._history.history.items()},
             epoch=list(self._history.epoch),
             params=self.params,
             callback_states=context.states(callbacks) if context.states is not None and context.rank == 0 else [],
-            variables=variables if context.rank == 0 else None,
+            named_values=named_values if context.rank == 0 else [],
             preempted=preempted,
         )
 

@@ -166,6 +166,27 @@ def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: KeptWo
         assert int(mine.optimizer.iterations) == int(model.optimizer.iterations)
 
 
+def test_layer_quantized_after_it_was_built_gets_its_own_values(kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    import keras
+
+    def build() -> Any:
+        layer = keras.layers.Dense(3)
+        layer.build((None, 8))
+        layer.quantize("float8")  # a loaded layer creates the variables of its quantization before kernel and bias
+        model = keras.Sequential([keras.Input((8,)), layer])
+        model.compile("sgd", "mse")
+        return model
+
+    history, model = plain_fit("keras", build, X, ONE_HOT)
+    keras.utils.set_random_seed(0)
+    mine = build()
+    with kept_workers.used():
+        result = rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-2)  # each replica scales its own rows
+    np.testing.assert_allclose(mine.layers[0].kernel, model.layers[0].kernel, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(mine.predict(X, verbose=0), result.model().predict(X, verbose=0), rtol=1e-6)
+
+
 @PACKAGES
 @pytest.mark.tf_keras_on_replicas
 @pytest.mark.usefixtures("two_workers")
