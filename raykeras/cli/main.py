@@ -376,5 +376,33 @@ def report(runs: tuple[str, ...], output: str) -> None:
     click.echo(output)
 
 
+@main.command()
+@click.option("--cluster", metavar="ADDRESS", help='Also check every node of a Ray cluster: "auto", or host:port.')
+@click.option("--storage", metavar="URL", help="Write, read and remove a file in this folder or fsspec URL.")
+@click.option("--timeout-s", type=click.FloatRange(min=1), default=60.0, help="Seconds for each node to answer.")
+@click.option("--quick", is_flag=True, help="Do not import TensorFlow, which takes seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(cluster: str | None, storage: str | None, timeout_s: float, quick: bool, as_json: bool) -> None:
+    """Check this machine, the storage of runs and a cluster, and say what to do about what is wrong.
+
+    Each line passes, warns or fails. The exit status is 1 if a check fails.
+
+    \b
+        raykeras doctor --cluster auto --storage s3://bucket/runs
+    """
+    from rich.console import Console
+
+    from raykeras.cli.doctor_output import checks_json, show_checks, status_of
+    from raykeras.doctor.examination import examine
+
+    with Console(stderr=True).status("checking"):
+        found = examine(cluster, storage, timeout_s, imports_tensorflow=not quick)
+    if as_json:
+        click.echo(json.dumps(checks_json(found), indent=1))
+    else:
+        show_checks(found)
+    sys.exit(1 if status_of(found) == "fail" else 0)
+
+
 if __name__ == "__main__":
     main()

@@ -34,6 +34,11 @@ def is_tested(package: str, version: str) -> bool:
     return oldest <= _release(version) < end
 
 
+def is_older(package: str, version: str) -> bool:
+    """Return whether a version of a package is older than the range of `TESTED`."""
+    return _release(version) < _bounds(package)[0]
+
+
 def check_installed() -> None:
     """Check the installed packages that every call uses, without importing them.
 
@@ -61,7 +66,7 @@ def refuse_older(package: str) -> None:
         RaykerasError: It is older.
     """
     version = installed_version(package)
-    if version is not None and _release(version) < _bounds(package)[0]:
+    if version is not None and is_older(package, version):
         raise RaykerasError(
             f"raykeras needs {package}{TESTED[package]}; got {package} {version}, which is older. Install "
             f"`{package}{TESTED[package]}`."

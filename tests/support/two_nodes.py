@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import raykeras as rk
@@ -23,7 +23,14 @@ _DRAIN_S = 30
 
 
 class Nodes:
-    """A cluster whose second node can be removed and added again, while the `with` block runs."""
+    """A cluster whose second node can be removed and added again, while the `with` block runs.
+
+    Args:
+        environment: Environment variables of the second node's processes.
+    """
+
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = dict(environment or {})
 
     def __enter__(self) -> Nodes:
         from ray.cluster_utils import Cluster
@@ -68,7 +75,7 @@ class Nodes:
         self._closed.wait()
 
     def _add(self) -> None:
-        self._second = self._cluster.add_node(num_cpus=_NODE_CPUS)
+        self._second = self._cluster.add_node(num_cpus=_NODE_CPUS, env_vars=self._environment)
 
 
 class NodeLeaves(rk.DriverCallback):

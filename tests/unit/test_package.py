@@ -19,7 +19,7 @@ PACKAGE = Path(raykeras.__file__).parent
 README = PACKAGE.parent / "README.md"
 
 
-PACKAGES = ["core", "compat", "data", "checkpoint", "distribute", "worker", "driver", "report", "cli"]
+PACKAGES = ["core", "compat", "data", "checkpoint", "distribute", "worker", "driver", "report", "doctor", "cli"]
 """In dependency order; `data` and `checkpoint` do not import each other."""
 
 DATA = ["data.sources", "data", "data.streaming", "data.adapters", "data.train_input", "data.inputs", "data.preview"]

@@ -1,0 +1,1 @@
+"""What `raykeras doctor` finds out about machines and clusters, and its judgement."""
