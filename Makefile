@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-unit test-versions keras-suite test-exhaustive lint docs bench clean
+.PHONY: demo test test-unit test-versions keras-suite test-exhaustive lint docs release-check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
@@ -35,6 +35,9 @@ lint: $(VENV)/installed-test
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+release-check: $(VENV)/installed-release
+	$(BIN)/python -m tests.support.release
+
 bench: $(VENV)/installed-test
 	set -e; for name in ingest fit start callbacks feed latency planning memory; do \
 		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json; \
@@ -56,6 +59,10 @@ $(VENV)/installed-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 $(VENV)/installed-docs: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP_INSTALL) --editable ".[docs]"
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-release: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) --editable ".[test,release]"
+	@touch $@ $(VENV)/installed $(VENV)/installed-test
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

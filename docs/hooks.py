@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = {
     "benchmarks/README.md": "benchmarks.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security-policy.md",
     "CHANGELOG.md": "changelog.md",
 }
 """Pages outside `docs/`, by their path in the repository, and where the site has them."""

@@ -26,17 +26,20 @@ def main() -> None:
         PAGE.write_text(transcript(PAGE.read_text(), Path(folder)))
 
 
-def transcript(page: str, folder: Path) -> str:
+def transcript(page: str, folder: Path, *, scripts: Path | None = None) -> str:
     """Return the page with the output of its commands.
 
     Args:
         page: The text of the page.
         folder: An empty folder in which to run the commands.
+        scripts: The folder of the `raykeras` command; by default, that of this environment, with this repository.
 
     Raises:
         CalledProcessError: If a command fails.
     """
-    place = {"cwd": folder, "env": {**os.environ, "PATH": _path(), "PYTHONPATH": str(ROOT), "COLUMNS": "100"}}
+    path = f"{scripts or os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    packages = "" if scripts else str(ROOT)
+    place = {"cwd": folder, "env": {**os.environ, "PATH": path, "PYTHONPATH": packages, "COLUMNS": "100"}}
 
     def run(block: re.Match[str]) -> str:
         kind, title, text = block.groups()
@@ -54,10 +57,6 @@ def transcript(page: str, folder: Path) -> str:
         return "\n".join(["```console", *shown, "```"])
 
     return re.sub(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', run, page, flags=re.MULTILINE | re.DOTALL)
-
-
-def _path() -> str:
-    return f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from raykeras.compat.versions import TESTED
 from tests.compat.versions import CHECKS, SETS
 
-EXTRAS = ("s3", "gcs", "legacy", "report", "test", "docs", "keras-suite")
+EXTRAS = ("s3", "gcs", "legacy", "report", "test", "docs", "release", "keras-suite")
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 
