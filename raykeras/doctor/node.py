@@ -54,6 +54,7 @@ class NodeProbe:
         Returns:
             The attributes of `raykeras.doctor.checks.Machine`.
         """
+        temporary = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
         return {
             "hostname": socket.gethostname(),
             "python": platform.python_version(),
@@ -62,8 +63,8 @@ class NodeProbe:
             "num_gpus": len(glob.glob("/dev/nvidia[0-9]*")),
             "memory_nbytes": memory(),
             "shm_nbytes": disk("/dev/shm"),
-            "temporary_folder": tempfile.gettempdir(),
-            "temporary_nbytes": disk(tempfile.gettempdir()),
+            "temporary_folder": temporary,
+            "temporary_nbytes": disk(temporary),
         }
 
     def visit(self, folder: str, name: str) -> str | None:
