@@ -6,6 +6,7 @@ lists stay Arrow arrays.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +97,16 @@ def _without_nulls(array: pa.Array, field: Field, where: str, fill: Mapping[str,
         return array
     if field.name not in fill:
         raise null_error(field.name, array.null_count, where)
-    return pc.fill_null(array, pa.scalar(fill[field.name], array.type))
+    return pc.fill_null(array, _fill_value(field.name, array.type, fill))
+
+
+def _fill_value(name: str, kind: pa.DataType, fill: Mapping[str, Any]) -> pa.Scalar:
+    value = fill[name]
+    with contextlib.suppress(pa.ArrowException, OverflowError):
+        scalar = pa.scalar(value, kind)
+        if not pa.types.is_integer(kind) or scalar.as_py() == value:  # Arrow truncates 0.5
+            return scalar
+    raise ColumnError(f"`fill` must have a value of the column's type; column {name!r} contains {kind}; got {value!r}.")
 
 
 def null_error(name: str, count: int, where: str) -> ColumnError:
@@ -112,7 +122,10 @@ def _filled_rows(array: pa.Array, field: Field, where: str, fill: Mapping[str, A
     if field.name not in fill:
         raise null_error(field.name, array.null_count, where)
     valid = array.is_valid().to_numpy(zero_copy_only=False)
-    result = np.full((len(array), *field.shape), fill[field.name], field.dtype)
+    kind = array.type
+    while pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    result = np.full((len(array), *field.shape), _fill_value(field.name, kind, fill).as_py(), field.dtype)
     inner = array.filter(pa.array(valid))
     rows = len(inner)
     while pa.types.is_fixed_size_list(inner.type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,22 @@ def test_fill_replaces_nulls(tmp_path: Path) -> None:
     (x,) = tensors(tmp_path, columns, x={"a": "a", "l": "l"}, fill={"a": -1, "l": 9.0})
     np.testing.assert_array_equal(x["a"], [1, -1, 3])
     np.testing.assert_array_equal(x["l"], [[1, 2], [9, 9], [9, 4]])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (pa.array([1, None], pa.uint8()), -1, "column 'a' contains uint8; got -1."),
+        (pa.array([1, None]), 0.5, "column 'a' contains int64; got 0.5."),
+        (pa.array([1.0, None]), "?", "column 'a' contains double; got '?'."),
+        (pa.array(["b", None]), 0, "column 'a' contains string; got 0."),
+        (pa.array([[1, 2], None], pa.list_(pa.int8(), 2)), 300, "column 'a' contains int8; got 300."),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_fill_of_another_type_is_refused(tmp_path: Path, column: pa.Array, value: Any, message: str) -> None:
+    with pytest.raises(rk.ColumnError, match=re.escape(message)):
+        tensors(tmp_path, {"a": column}, x="a", fill={"a": value})
 
 
 def test_null_without_statistics_is_found_on_read(tmp_path: Path) -> None:
