@@ -53,7 +53,7 @@ def show_inspection(
     if 0 < num_inputs <= _MAX_SUGGESTED:
         console.print("\nsuggested source:")
         console.print(Text(f"  {suggested_call(suggestion, data)}"), soft_wrap=True)
-    if suggestion.y is not None and isinstance(inspection.source, ParquetSource):
+    if num_inputs and suggestion.y is not None and isinstance(inspection.source, ParquetSource):
         console.print("\nnext, to write a pipeline that trains on it:")
         command = f"  raykeras new pipeline.py --data {shlex.quote(redacted(data))} --y {shlex.quote(suggestion.y)}"
         console.print(Text(printable_line(command)), soft_wrap=True)

@@ -198,12 +198,14 @@ def _column_warnings(columns: Sequence[Column]) -> list[str]:
     ragged = [c for c in columns if c.is_usable and c.lengths and c.lengths[0] != c.lengths[1]]
     nulls = [c for c in columns if c.is_usable and c.num_nulls and c.field.kind != "list"]
     null_lists = [c for c in columns if c.is_usable and c.num_nulls and c.field.kind == "list"]
+    encoded = [c for c in columns if c.is_usable and c.kind == "bytes"]
     not_finite = [c for c in columns if c.num_not_finite]
     unusable = [c for c in columns if not c.is_usable]
     more = [f"{len(unusable) - _MAX_NAMED:,} more columns cannot be used."] if len(unusable) > _MAX_NAMED else []
     return [
         *_about("Lists of different lengths need `pad={column: length}` or `ragged=[column]`", ragged),
         *_about("Nulls need `fill={column: value}`, if these columns are used", nulls),
+        *_about("Bytes, such as encoded images, need a `transform` that decodes them", encoded),
         *_about("Null lists cannot be used; write empty lists instead", null_lists),
         *_about(
             "NaN and infinite numbers make the loss NaN; replace them in a transform",

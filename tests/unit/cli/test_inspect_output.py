@@ -35,6 +35,13 @@ def test_columns_balance_and_suggestion() -> None:
     assert "raykeras new pipeline.py --data" in shown
 
 
+def test_bytes_need_a_transform(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"photo": [b"\x89PNG", b"\xff\xd8"], "label": [0, 1]}), tmp_path / "a.parquet")
+    shown = run(tmp_path / "a.parquet").output
+    assert "Bytes, such as encoded images, need a `transform` that decodes them: 'photo'." in shown
+    assert "suggested source" not in shown and "raykeras new" not in shown  # there is nothing to train on
+
+
 def test_json_has_everything(tmp_path: Path) -> None:
     table = {"x": [0.5, float("inf"), None], "tokens": [[1], [], [1, 2]], "label": ["a", "b", "a"]}
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
