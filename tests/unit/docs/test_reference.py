@@ -73,6 +73,18 @@ def test_public_name_is_documented(name: str) -> None:
             assert missing_sections(member) == [], f"{name}.{method}"
 
 
+def test_reference_lists_every_event_with_its_fields() -> None:
+    listed = dict(re.findall(r"^\| (?:every )?`(\w+)` \| (.*) \|$", (REFERENCE / "events.md").read_text(), re.M))
+    events = [rk.Event, *rk.Event.__subclasses__()]
+    assert {name: re.findall(r"`(\w+)`", fields) for name, fields in listed.items()} == {
+        event.__name__: own_fields(event) for event in events
+    }
+    assert {event.__name__ for event in events} <= set(rk.__all__)
+    guide = (REFERENCE.parent / "guides" / "callbacks.md").read_text()
+    table = guide[guide.index("| event | meaning |") :]
+    assert all(f"`{event.__name__}`" in table for event in events[1:])
+
+
 def test_every_public_name_has_one_place_in_the_reference() -> None:
     pages = [page.read_text() for page in REFERENCE.glob("*.md")]
     places = collections.Counter(name for page in pages for name in re.findall(r"^::: raykeras\.(\w+)$", page, re.M))
