@@ -15,7 +15,8 @@ PAGES = sorted(
 )
 
 _BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>setup|not run)(?P<note>.*?)-->\n\n)?^```python(?P<title> title=.*)?\n(?P<code>.*?)^```$",
+    r"(?:<!-- (?P<mark>setup|not run)(?P<note>.*?)-->\n\n)?"
+    r'^```python(?: title="(?P<title>[^"]*)")?\n(?P<code>.*?)^```$',
     re.MULTILINE | re.DOTALL,
 )
 
@@ -28,7 +29,7 @@ class Block:
         code: The code, on the lines that it has in the page.
         setup: Code that must run before it, which readers of the page do not see.
         runs: Whether it runs by itself, on one machine without network. A block after `<!-- not run: reason -->` does
-            not, and one with a title is a file that the commands of the tutorial run.
+            not, and one whose title is the name of a file is run by the commands of the tutorial.
     """
 
     code: str
@@ -49,7 +50,7 @@ def python_blocks(page: Path) -> Iterator[Block]:
         yield Block(
             code="\n" * lines_before + found["code"],
             setup=found["note"] if found["mark"] == "setup" else "",
-            runs=found["mark"] != "not run" and not found["title"],
+            runs=found["mark"] != "not run" and not (found["title"] or "").endswith(".py"),
         )
 
 
