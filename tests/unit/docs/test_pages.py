@@ -45,6 +45,15 @@ def is_public_name(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "rk"
 
 
+def test_llms_txt_lists_every_page() -> None:
+    index = ROOT / "docs" / "llms.txt"
+    lines = index.read_text().splitlines()
+    assert lines[0] == "# raykeras" and lines[2].startswith("> ")
+    listed = [(index.parent / file).resolve() for file, _ in links(index)]
+    assert all(page.is_file() for page in listed)
+    assert {page for page in PAGES if page.parent != ROOT} <= set(listed)
+
+
 def test_readme_is_short_and_leads_to_the_documentation() -> None:
     readme = ROOT / "README.md"
     assert readme.stat().st_size < 8192
