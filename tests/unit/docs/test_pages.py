@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import raykeras as rk
+from tests.support.external_links import external_links, problem
 from tests.support.markdown import PAGES, ROOT, anchors, links, name_of, python_blocks
 
 with_code = pytest.mark.parametrize("page", [page for page in PAGES if [*python_blocks(page)]], ids=name_of)
@@ -52,6 +56,19 @@ def test_llms_txt_lists_every_page() -> None:
     listed = [(index.parent / file).resolve() for file, _ in links(index)]
     assert all(page.is_file() for page in listed)
     assert {page for page in PAGES if page.parent != ROOT} <= set(listed)
+
+
+def test_external_links_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("[a](http://x/page.md#top) [b](c.md)\n```\n[d](http://y)\n```\n")
+    assert external_links(tmp_path / "page.md") == {"http://x/page.md"}
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        site = f"http://127.0.0.1:{server.server_port}"
+        assert problem(f"{site}/page.md") == ""
+        assert problem(f"{site}/none.md") == "404 File not found"
+        server.shutdown()
+    assert "refused" in problem(f"{site}/page.md")
 
 
 def test_readme_is_short_and_leads_to_the_documentation() -> None:
