@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raykeras.compat.keras_api import KerasAPI, loss_arguments
@@ -93,10 +93,9 @@ def _check_inputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
         )
     text = [tensor for tensor in tensors if tensor.kind == "string"]
     if text and not any(tensor.dtype in ("string", "object") for tensor in model.inputs):
-        columns = ", ".join(repr(name) for tensor in text for name in tensor.columns or (tensor.label,))
         raise ModelError(
-            f"A numeric input needs numeric data; {columns} holds text. Leave it out, convert it to numbers in "
-            '`transform`, or start the model with an input of dtype "string" and a preprocessing layer.'
+            f"A numeric input needs numeric data; {_columns(text)} holds text or bytes. Leave it out, convert it to "
+            'numbers in `transform`, or start the model with an input of dtype "string" and a preprocessing layer.'
         )
     if tensors[0].name is None:
         if len(names) > 1:
@@ -146,6 +145,12 @@ def _check_outputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
                 'y. Pass `y="column"`, or compile without a loss and use `add_loss`.'
             )
         return
+    text = [t for t in tensors if t.kind == "string" and _is_loss_of_keras(getattr(model, "loss", None), t.name)]
+    if text:
+        raise ModelError(
+            f"Keras' losses need numeric labels; {_columns(text)} holds text. Convert it in `transform`, for example "
+            f"by `np.searchsorted([b'cat', b'dog'], columns[{(text[0].columns or ('label',))[0]!r}])`."
+        )
     names = api.output_names(model)
     structure = batch_spec.structures.get("y")
     if names is None or tensors[0].name is None or isinstance(structure, tuple) or is_deep(structure):
@@ -156,6 +161,21 @@ def _check_outputs(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> None:
                 f"y must name the model's outputs; got {tensor.name!r}.{did_you_mean(str(tensor.name), names)} "
                 f"Outputs: {join_names(names)}."
             )
+
+
+def _columns(tensors: Sequence[ElementSpec]) -> str:
+    """Return the columns of tensors, or where they are in the user's batches, for messages."""
+    return ", ".join(repr(name) for tensor in tensors for name in tensor.columns or (tensor.label,))
+
+
+def _is_loss_of_keras(loss: Any, output: str | None) -> bool:
+    """Return whether an output is trained with a loss that Keras defines."""
+    if isinstance(loss, Mapping):
+        loss = next(iter(loss.values()), None) if output is None else loss.get(output)
+    if isinstance(loss, str):
+        return True
+    kind = loss if isinstance(loss, types.FunctionType) else type(loss)
+    return kind.__module__.split(".")[0] in ("keras", "tf_keras")
 
 
 def _with_num_classes(model: Any, api: KerasAPI, batch_spec: BatchSpec) -> BatchSpec:

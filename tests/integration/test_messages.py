@@ -72,6 +72,7 @@ CALLS: dict[str, Call] = {
     "text among numeric columns": lambda path, run: rk.fit(
         build(), rk.parquet(path, x=["f0", "city"], y="label"), **run
     ),
+    "text as labels": lambda path, run: rk.fit(build(), rk.parquet(path, x=NAMES, y="city"), **run),
     "wrong shape": lambda path, run: rk.fit(build(), X[:, :5], Y, **run),
     "wrong shape of the validation data": lambda path, run: rk.fit(build(), X, Y, validation_data=(X[:, :5], Y), **run),
     "no such column": lambda path, run: rk.fit(build(), rk.parquet(path, x=[*NAMES[:7], "f8"], y="label"), **run),
@@ -139,6 +140,14 @@ def test_wrong_call_in_one_process_has_short_message(
     print(*lines, sep="\n")
     assert 1 < len(lines) <= MAX_LINES
     assert not [line for line in lines if line.lstrip().startswith(f'File "{PACKAGE_FOLDER}')]
+
+
+def test_text_labels_are_refused(table: str, tmp_path: Path) -> None:
+    run: dict[str, Any] = {"run": rk.Run(storage=str(tmp_path)), "verbose": 0}
+    with pytest.raises(rk.ModelError, match=r"labels; 'city' holds text\. .* columns\['city'\]"):
+        rk.fit(build(), rk.parquet(table, x=NAMES, y="city"), **run)
+    with pytest.raises(rk.ModelError, match="labels; 'y' holds text"):
+        rk.fit(build(loss={"label": keras.losses.SparseCategoricalCrossentropy()}), X, Y.astype(str), **run)
 
 
 @pytest.mark.parametrize("name", ON_TWO_WORKERS)
