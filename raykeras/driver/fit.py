@@ -91,8 +91,8 @@ def fit(
 
     The arguments are those of `keras.Model.fit`, plus `scale`, `run` and `on_event`. The history and the weights are
     those of `Model.fit` over the same batches, on any number of workers and after any number of restarts. Layers that
-    draw or measure per replica (Dropout, and BatchNormalization unless `synchronized=True`) may differ between numbers
-    of workers.
+    draw random numbers or compute statistics on each replica (Dropout, and BatchNormalization unless
+    `synchronized=True`) may differ between numbers of workers.
 
     Args:
         model: Model to train. It can be:
