@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-unit test-versions keras-suite test-exhaustive lint docs release-check bench clean
+.PHONY: demo test test-unit test-versions keras-suite test-exhaustive lint docs screenshots release-check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
@@ -37,6 +37,9 @@ docs: $(VENV)/installed-docs
 
 release-check: $(VENV)/installed-release
 	$(BIN)/python -m tests.support.release
+
+screenshots: $(VENV)/installed-test $(VENV)/installed-docs
+	$(BIN)/python -m tests.support.screenshots $(NAMES)
 
 bench: $(VENV)/installed-test
 	set -e; for name in ingest fit start callbacks feed latency planning memory; do \

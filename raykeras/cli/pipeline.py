@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
-from raykeras.compat.quiet import quiet
+from raykeras.compat.quiet import quiet, quiet_user_import
 from raykeras.core.errors import OptionError
 from raykeras.data.sources.base import did_you_mean
 
@@ -52,7 +52,8 @@ def load_pipeline(path: str | os.PathLike[str], parameters: Mapping[str, str] | 
         OptionError: If the file, the function or a parameter does not exist, a required parameter is missing, or a
             text cannot be converted.
     """
-    quiet()  # a pipeline may import Keras
+    quiet()
+    quiet_user_import()
     module = _load(Path(path))
     function = getattr(module, "pipeline", None)
     if not callable(function):

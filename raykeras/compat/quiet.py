@@ -8,12 +8,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.util
 import logging
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import RaykerasError
@@ -59,6 +64,31 @@ def import_tensorflow() -> None:
         return
     with _stderr_captured(), _gc_paused():
         importlib.import_module("tensorflow")
+
+
+def quiet_user_import() -> None:
+    """Let code of the user that imports TensorFlow, as Keras does, import it like `import_tensorflow`."""
+    if "tensorflow" not in sys.modules and not any(isinstance(finder, _TensorFlowFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TensorFlowFinder())
+
+
+class _TensorFlowFinder(MetaPathFinder):
+    """Finds TensorFlow once, as the other finders do."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "tensorflow":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_quietly(module: ModuleType) -> None:
+                with _stderr_captured(), _gc_paused():
+                    execute(module)
+
+            spec.loader.exec_module = execute_quietly  # type: ignore[method-assign]
+        return spec
 
 
 @contextlib.contextmanager

@@ -13,21 +13,26 @@ def line(text: str) -> str:
     return f'<div style="font-family: monospace; white-space: pre-wrap">{_escaped(text)}</div>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> str:
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, bold: int | None = None, is_text: bool = False
+) -> str:
     """Return a table.
 
     Args:
         header: Names of the columns.
         rows: The cells of each row.
         bold: Index of a row to set in bold.
+        is_text: Whether the cells are texts, which begin at the left; Jupyter aligns cells at the right.
     """
-    lines = [_row(header, "th")]
-    lines += [_row(row, "td", ' style="font-weight: bold"' if index == bold else "") for index, row in enumerate(rows)]
+    style = ' style="text-align: left"' if is_text else ""
+    lines = [_row("", "th", header, style)]
+    for index, row in enumerate(rows):
+        lines.append(_row(' style="font-weight: bold"' if index == bold else "", "td", row, style))
     return f"<table>{''.join(lines)}</table>"
 
 
-def _row(cells: Sequence[str], tag: str, style: str = "") -> str:
-    return f"<tr{style}>{''.join(f'<{tag}>{_escaped(cell)}</{tag}>' for cell in cells)}</tr>"
+def _row(row_style: str, tag: str, cells: Sequence[str], style: str) -> str:
+    return f"<tr{row_style}>{''.join(f'<{tag}{style}>{_escaped(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def _escaped(text: str) -> str:

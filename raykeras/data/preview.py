@@ -105,9 +105,9 @@ def as_text(source: Source) -> str:
 def as_html(source: Source) -> str:
     """Return what a notebook shows for a source."""
     title, options, columns = _description(source)
-    tables = html.table(["option", "value"], list(options.items()))
+    tables = html.table(["option", "value"], list(options.items()), is_text=True)
     if columns:
-        tables += html.table(columns[0], columns[1:])
+        tables += html.table(columns[0], columns[1:], is_text=True)
     return html.line(title) + tables
 
 

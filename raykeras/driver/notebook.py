@@ -17,7 +17,9 @@ from raykeras.driver.terminal import Display
 
 _INTERVAL_S = 0.25  # between updates while batches end
 
-_MAX_EPOCHS = 20  # shown; the first ones make room
+_MAX_ROWS = 20  # shown; those of the first epochs make room
+
+_MAX_METRICS = 10  # in a table; those of the validation get their own if there are more
 
 _WIDTH = 100  # of the live lines, in characters
 
@@ -64,18 +66,19 @@ class NotebookDisplay(Display):
 def run_html(state: RunState, notes: Sequence[str], is_live: bool = True) -> str:
     """Return the state of a run as HTML: notes, the newest epochs, and what it does now."""
     parts = [line(text) for text in notes]
-    epochs = sorted(state.finished)[-_MAX_EPOCHS:]
-    if epochs:
+    if state.finished:
+        num_tables = len(_columns([event.logs for event in state.finished.values()]))
+        epochs = sorted(state.finished)[-(_MAX_ROWS // num_tables) :]
         logs = [state.finished[epoch].logs for epoch in epochs]
         seconds = [state.finished[epoch].seconds for epoch in epochs]
-        parts.append(epochs_table(epochs, logs, state.best, seconds))
+        parts.append(epochs_tables(epochs, logs, state.best, seconds))
     if is_live:
         parts += [line(text) for text in live_lines(state, _WIDTH)]
     return "".join(parts)
 
 
-def epochs_table(epochs: Sequence[int], logs: Sequence[Logs], best: int | None, seconds: Sequence[float] = ()) -> str:
-    """Return a table of finished epochs as HTML, with the best one in bold.
+def epochs_tables(epochs: Sequence[int], logs: Sequence[Logs], best: int | None, seconds: Sequence[float] = ()) -> str:
+    """Return tables of finished epochs as HTML, with the best one in bold: one, or several if there are many metrics.
 
     Args:
         epochs: The epochs, from 0.
@@ -83,15 +86,27 @@ def epochs_table(epochs: Sequence[int], logs: Sequence[Logs], best: int | None, 
         best: The best one; None if unknown.
         seconds: Duration of each; empty if unknown.
     """
-    names = ordered({name: None for values in logs for name in values})
-    rows = [
-        [str(epoch + 1), *(number_text(values[name]) if name in values else "" for name in names)]
-        for epoch, values in zip(epochs, logs, strict=True)
-    ]
-    for row, value in zip(rows, seconds, strict=False):
-        row.append(duration(value))
     bold = epochs.index(best) if best in epochs else None
-    return table(["epoch", *names, *(["time"] if seconds else [])], rows, bold)
+    tables: list[str] = []
+    for names in _columns(logs):
+        rows = [
+            [str(epoch + 1), *(number_text(values[name]) if name in values else "" for name in names)]
+            for epoch, values in zip(epochs, logs, strict=True)
+        ]
+        if seconds and not tables:
+            names = [*names, "time"]
+            rows = [[*row, duration(value)] for row, value in zip(rows, seconds, strict=True)]
+        tables.append(table(["epoch", *names], rows, bold=bold))
+    return "".join(tables)
+
+
+def _columns(logs: Sequence[Logs]) -> list[list[str]]:
+    """Return the metrics of each table."""
+    names = ordered({name: None for values in logs for name in values})
+    if len(names) <= _MAX_METRICS:
+        return [names]
+    parts = [[name for name in names if name.startswith("val_") == is_validation] for is_validation in (False, True)]
+    return [part[i : i + _MAX_METRICS] for part in parts for i in range(0, len(part), _MAX_METRICS)]
 
 
 def _show_in_cell(text: str) -> Callable[[str], None]:

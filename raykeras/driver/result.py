@@ -12,7 +12,7 @@ from raykeras.core.errors import CheckpointError
 from raykeras.core.html import line
 from raykeras.data.sources.base import join_names
 from raykeras.driver.goodput import Timeline, summary
-from raykeras.driver.notebook import epochs_table
+from raykeras.driver.notebook import epochs_tables
 from raykeras.driver.stored_events import StoredEvents
 
 
@@ -111,5 +111,5 @@ class Result:
         logs = [{name: values[i] for name, values in complete.items()} for i in range(len(self.epoch))]
         shown = [line(self.path)]
         if self.epoch:
-            shown.append(epochs_table(self.epoch, logs, None))
+            shown.append(epochs_tables(self.epoch, logs, None))
         return "".join([*shown, line(summary(self.goodput))])

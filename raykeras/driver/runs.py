@@ -73,7 +73,7 @@ class RunList(list[RunInfo]):
     HEADER = ("run", "status", "epochs", "last", "best (epoch)", "time")
 
     def _repr_html_(self) -> str:
-        return table(self.HEADER, [info.cells() for info in self])
+        return table(self.HEADER, [info.cells() for info in self], is_text=True)
 
 
 class StoredRun:

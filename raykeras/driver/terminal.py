@@ -99,4 +99,7 @@ class BarDisplay(LineDisplay):
 
         with self._lock:
             lines = live_lines(self._state, self._console.width)
-        return Text("\n".join(map(printable, lines)), no_wrap=True, overflow="ellipsis")
+        text = Text("\n".join(map(printable, lines)), no_wrap=True, overflow="ellipsis")
+        text.highlight_regex("━+", "green")
+        text.highlight_regex("─+", "bright_black")
+        return text

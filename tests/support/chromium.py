@@ -36,11 +36,11 @@ class Browser:
     def __init__(self, driver: Any) -> None:
         self._driver = driver
 
-    def open(self, page: Path, *, width: int, dark: bool = False) -> None:
-        """Open a file, and wait until its figures are drawn.
+    def open(self, page: Path | str, *, width: int, dark: bool = False) -> None:
+        """Open a page, and wait until its figures are drawn.
 
         Args:
-            page: The file.
+            page: A file, or a URL.
             width: Width of the window, in CSS pixels; a phone below 600.
             dark: Whether the user prefers dark colours.
         """
@@ -49,7 +49,7 @@ class Browser:
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.prefer(dark)
-        self._driver.get(page.as_uri())
+        self._driver.get(page.as_uri() if isinstance(page, Path) else page)
         self.run("return document.fonts.ready.then(() => null)")
 
     def prefer(self, dark: bool) -> None:

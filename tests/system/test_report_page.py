@@ -13,7 +13,7 @@ from raykeras.driver.runs import StoredRun
 from raykeras.report.page import report_page, write_report
 from tests.support import interrupted_run
 from tests.support.chromium import BINARIES, Browser, chromium
-from tests.support.report_screenshots import RUNS
+from tests.support.record_runs import RUNS
 from tests.support.stored_runs import HOSTILE, store_run
 
 DESKTOP, PHONE = 1280, 390

@@ -1,10 +1,12 @@
-"""Garbage collection while a large package is imported."""
+"""Garbage collection and output while a large package is imported."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,26 @@ def test_garbage_collector_is_restored(before: str) -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_output_of_import_by_user_is_shown_only_if_it_fails(raises: bool, tmp_path: Path) -> None:
+    (tmp_path / "tensorflow.py").write_text(f"import os\nos.write(2, b'of the import')\n{'1 / 0' * raises}\nname = 1")
+    script = """
+    import os
+    from raykeras.compat.quiet import quiet_user_import
+    quiet_user_import()
+    quiet_user_import()
+    import json
+    import tensorflow
+    assert tensorflow.name == 1
+    os.write(2, b"later")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if raises:
+        assert "of the import" in done.stderr and "ZeroDivisionError" in done.stderr
+    else:
+        assert done.stderr == "later"

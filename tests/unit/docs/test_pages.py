@@ -15,6 +15,8 @@ import raykeras as rk
 from tests.support.external_links import external_links, problem
 from tests.support.markdown import PAGES, ROOT, anchors, links, name_of, python_blocks
 
+MAX_IMAGE_NBYTES = 150_000
+
 with_code = pytest.mark.parametrize("page", [page for page in PAGES if [*python_blocks(page)]], ids=name_of)
 
 
@@ -24,6 +26,13 @@ def test_links_resolve(page: Path) -> None:
         target = (page.parent / file).resolve() if file else page
         assert target.exists() and target.is_relative_to(ROOT), file
         assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
+
+
+def test_images_are_used_and_small() -> None:
+    used = {(page.parent / file).resolve() for page in PAGES for file, _ in links(page)}
+    images = {path for path in (ROOT / "docs" / "images").iterdir() if path.suffix != ".mmd"}
+    assert images <= used
+    assert {path.name for path in images if path.stat().st_size > MAX_IMAGE_NBYTES} == set()
 
 
 def test_site_has_every_page() -> None:

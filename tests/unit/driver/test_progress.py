@@ -12,7 +12,7 @@ import pytest
 from raykeras import OptionError
 from raykeras.core import events
 from raykeras.core.events import Event
-from raykeras.driver.notebook import NotebookDisplay
+from raykeras.driver.notebook import NotebookDisplay, epochs_tables
 from raykeras.driver.progress import EarlyEvents, make_display
 from raykeras.driver.run_state import RunState
 from raykeras.driver.screen import live_lines, metric_texts, wrapped
@@ -194,6 +194,14 @@ def test_notebook_shows_table_of_epochs_and_escapes_names() -> None:
     assert "<th>&lt;b&gt;</th><th>val_loss</th><th>time</th>" in pages[-1]
     assert '<tr style="font-weight: bold"><td>1</td><td>0.5000</td><td>0.2500</td><td>2.0 s</td></tr>' in pages[-1]
     assert "completed; checkpoints in runs/a/checkpoints" in pages[-1]
+
+
+def test_notebook_shows_many_metrics_in_two_tables() -> None:
+    values = dict.fromkeys([*METRICS, *(f"val_{name}" for name in METRICS)], 0.5)
+    training, validation = epochs_tables([0, 1], [values, values], best=1, seconds=[1.0, 2.0]).split("</table>")[:2]
+    assert training.startswith("<table><tr><th>epoch</th><th>loss</th>") and "<th>top_5</th><th>time</th>" in training
+    assert validation.startswith("<table><tr><th>epoch</th><th>val_loss</th>")
+    assert validation.count("0.5000") == training.count("0.5000") == 2 * len(METRICS)
 
 
 def test_early_events_are_shown_once() -> None:

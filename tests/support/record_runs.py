@@ -1,7 +1,6 @@
-"""The pictures of `docs/guides/reports.md`: reports of recorded runs, in Chromium.
+"""The recorded runs that the pictures of reports show.
 
-    python -m tests.support.report_screenshots            # needs chromium and chromium-driver
-    python -m tests.support.report_screenshots --record   # trains the runs again first; some minutes
+    python -m tests.support.record_runs   # trains them again; some minutes
 
 `tests/support/reported_runs/` holds what the runs left: one on two workers that was killed twice and lost a worker, and
 one on one worker.
@@ -10,36 +9,16 @@ one on one worker.
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import raykeras as rk
 from raykeras.checkpoint.store import OWNER_FILE
-from raykeras.report.page import write_report
 from tests.support import interrupted_run
-from tests.support.chromium import chromium
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path(__file__).with_name("reported_runs")
-IMAGES = ROOT / "docs" / "images"
 EPOCHS = 14
-
-
-def main() -> None:
-    """Write the pictures."""
-    if "--record" in sys.argv:
-        record()
-    IMAGES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        runs = shutil.copytree(RUNS, Path(folder, "runs"))
-        one, two = Path(folder, "one.html"), Path(folder, "two.html")
-        write_report([str(runs / "two-workers")], str(one))
-        write_report([str(runs / "two-workers"), str(runs / "one-worker")], str(two))
-        browser.open(one, width=1280)
-        browser.screenshot(IMAGES / "report-wide-light.png", width=1280, height=1760)
-        browser.open(two, width=390, dark=True)
-        browser.screenshot(IMAGES / "report-narrow-dark.png", width=390, height=1800)
 
 
 def record() -> None:
@@ -74,4 +53,4 @@ def keep(path: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    record()
