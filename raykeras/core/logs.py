@@ -41,3 +41,14 @@ def plain_number(value: Any) -> Any:
 def as_json(logs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the logs of `plain_logs` with lists in place of arrays."""
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in logs.items()}
+
+
+def scalars(logs: Mapping[str, Any]) -> dict[str, float]:
+    """Return the values of `plain_logs` as numbers; those of an array with their index, such as `f1/0`."""
+    numbers: dict[str, float] = {}
+    for name, value in logs.items():
+        if isinstance(value, np.ndarray):
+            numbers |= {f"{name}/{index}": float(number) for index, number in enumerate(value.flat)}
+        else:
+            numbers[name] = float(value)
+    return numbers

@@ -41,6 +41,7 @@ from raykeras.driver.event_log import EventDispatcher, RunLog
 from raykeras.driver.interrupt import Interrupt
 from raykeras.driver.launch import fit_here, fit_on_workers, pack_for_workers
 from raykeras.driver.progress import EarlyEvents, make_display
+from raykeras.driver.prometheus import PrometheusGauges
 from raykeras.driver.record import RunRecord, call_record
 from raykeras.driver.restarts import resumed
 from raykeras.driver.restarts import train as train_run
@@ -245,6 +246,7 @@ def fit(
             early.show,
             unserializable_warner(),
             missing_monitor_warner(run.monitor),
+            PrometheusGauges(),
         ]
         handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
         first_events = [*early.sent, *resume_events]

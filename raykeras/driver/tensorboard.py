@@ -10,10 +10,9 @@ import time
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
 from raykeras.core import events
 from raykeras.core.events import Event
+from raykeras.core.logs import scalars
 
 if TYPE_CHECKING:
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -58,13 +57,13 @@ class TensorBoardLog:
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        scalars = _scalars(values)
-        if not scalars:
+        by_tag = scalars(values)
+        if not by_tag:
             return
         if name in self._starts:  # TensorBoard drops the values of later epochs, which are trained again
             epoch, time = self._starts.pop(name)
             self._write(name, session_log=SessionLog(status=SessionLog.START), step=epoch, wall_time=time)
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in by_tag.items()])
         self._write(name, summary=summary, step=event.epoch, wall_time=event.time)
 
     def _write(self, name: str, **fields: Any) -> None:
@@ -90,14 +89,3 @@ class TensorBoardLog:
         for file in self._files.values():
             file.close()
         self._files, self._writers = {}, {}
-
-
-def _scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the values by tag; those of an array with their indices."""
-    scalars: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, np.ndarray):
-            scalars |= {f"{name}/{index}": float(number) for index, number in enumerate(value.flat)}
-        else:
-            scalars[name] = float(value)
-    return scalars
