@@ -42,6 +42,11 @@ RUN = "crashes"
 RAYKERAS = [sys.executable, "-m", "raykeras.cli.main"]
 
 _TIMEOUT_S = 180
+_SHOW_ALL_VALUES = """
+const boxes = [...document.querySelectorAll("mat-checkbox")];
+boxes.find((box) => box.innerText.includes("Ignore outliers")).querySelector("input").click();
+document.querySelector("[aria-label='Close side pane']").click();
+"""
 _TAGS = ("epoch_loss", "epoch_auc", "epoch_learning_rate", "rows_per_second")
 _FIT = ["fit", f"{RUN}.py", "--name", RUN]
 
@@ -187,7 +192,7 @@ def tensorboard(browser: Browser, folder: Path) -> None:
         pinned = json.dumps([{"plugin": "scalars", "tag": tag} for tag in _TAGS])
         browser.open(f"{url}?smoothing=0&pinnedCards={urllib.parse.quote(pinned)}#timeseries", width=1280)
         wait_for(lambda: browser.run("return document.querySelectorAll('scalar-card line-chart').length") >= len(_TAGS))
-        browser.run("document.querySelector('[aria-label=\"Close side pane\"]').click()")
+        browser.run(_SHOW_ALL_VALUES)
         time.sleep(3)  # the charts are laid out and drawn again
         browser.screenshot(IMAGES / "tensorboard.png", width=1280, height=900)
         shrink(IMAGES / "tensorboard.png")
