@@ -149,8 +149,15 @@ class _ResumingList(_CallbackList):
         self._begins_epoch = start.step == 0
         self._model_function: Any = None  # the model's train function while another one replaces it
         self._stop_training: bool | None = None  # the callbacks' value while this class sets it to end an epoch
-        self._direct_hooks = {hook: api.direct_hooks(callbacks, hook) for hook in _BATCH_HOOKS}
+        self._find_direct_hooks()
         self._steps_per_execution = api.steps_per_execution(model)
+
+    def append(self, callback: Any) -> None:
+        """Add a callback, as code that patches `Model.fit` does."""
+        callback.set_params(self.params)
+        callback.set_model(self.model)
+        self.callbacks.append(callback)
+        self._find_direct_hooks()
 
     def __iter__(self) -> Iterator[Any]:
         return list.__iter__(self)  # tf_keras' class defines it too
@@ -207,6 +214,9 @@ class _ResumingList(_CallbackList):
     def _ends_epochs(self) -> bool:
         """Whether Keras, which counts the steps of a whole epoch, would go beyond this one."""
         return bool(self._num_before) or self._counts_steps
+
+    def _find_direct_hooks(self) -> None:
+        self._direct_hooks = {hook: self._api.direct_hooks(self.callbacks, hook) for hook in _BATCH_HOOKS}
 
     def _call(self, hook: str, batch: int, logs: Any) -> None:
         """Call a hook of all callbacks; wait for the step's logs only if a callback reads them."""

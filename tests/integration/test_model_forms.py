@@ -250,10 +250,18 @@ def test_overridden_fit_may_add_callbacks(package: str, tmp_path: Path) -> None:
     """Experiment trackers patch `Model.fit` like this; the run must still resume mid-epoch."""
     keras = importlib.import_module(package)
     batches: list[int] = []
+    losses: list[float] = []
 
     class Counts(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             batches.append(batch)
+
+    class Appended(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_begin(self, logs: Any = None) -> None:
+            assert self.model.optimizer is not None and self.params["epochs"] == OPTIONS["epochs"]
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            losses.append(logs["loss"])
 
     class Fails(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -263,6 +271,7 @@ def test_overridden_fit_may_add_callbacks(package: str, tmp_path: Path) -> None:
     class AddsCallbacks(keras.Model):  # type: ignore[misc]
         def fit(self, *args: Any, callbacks: Any = None, **options: Any) -> Any:
             assert isinstance(callbacks, list)
+            callbacks.append(Appended())
             return super().fit(*args, callbacks=[*callbacks, Counts()], **options)
 
     def build(kind: Any = AddsCallbacks) -> Any:
@@ -277,6 +286,7 @@ def test_overridden_fit_may_add_callbacks(package: str, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         rk.fit(build, X, Y, callbacks=[Fails()], **options)
     assert_same_training(rk.fit(build, X, Y, **options), history, model)
+    assert losses == pytest.approx(history["loss"], rel=1e-5)
 
 
 @PACKAGES
