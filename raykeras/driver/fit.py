@@ -48,6 +48,7 @@ from raykeras.driver.restarts import train as train_run
 from raykeras.driver.result import Result
 from raykeras.driver.run_warnings import missing_monitor_warner, unserializable_warner
 from raykeras.driver.tensorboard import TensorBoardLog
+from raykeras.driver.trackers import split_trackers, tracking
 from raykeras.driver.worker_group import check_strategy_scope, runs_here
 from raykeras.worker.callback_placement import unwrapped
 from raykeras.worker.entry import Packed
@@ -120,7 +121,7 @@ def fit(
         callbacks: List of `keras.callbacks.Callback` and `raykeras.DriverCallback` instances, or one of them. Keras
             callbacks run on the workers, with metrics reduced over all replicas; when training ends, your objects
             have the attributes of the chief's (rank 0). Wrap a callback in `raykeras.on_chief` to run it on the chief
-            only. Driver callbacks run in this process.
+            only. Driver callbacks and those of MLflow, Weights & Biases and Comet run in this process.
         validation_split: Float between 0 and 1. Fraction of the rows to validate on instead of training on them: the
             last rows of `x` and `y`, before shuffling. Not supported if `x` yields batches.
         validation_data: Data on which to evaluate the loss and the metrics at the end of each epoch. Overrides
@@ -201,8 +202,11 @@ def fit(
             validation = validation_spec(val_data, batch_size=size, steps=validation_steps, **common)
 
         in_process = runs_here(scale)
+        trackers: list[Any] = []
         if in_process:
             check_strategy_scope("fit")
+        else:
+            trackers, worker_callbacks = split_trackers(worker_callbacks)
         specs = [train] if validation is None else [train, validation]
         for spec in specs:
             spec.read_ahead()
@@ -236,7 +240,7 @@ def fit(
             model=model,
             data=train_data,
             validation=val_data,
-            callbacks=[*driver_callbacks, *unwrapped(worker_callbacks)],
+            callbacks=[*driver_callbacks, *trackers, *unwrapped(worker_callbacks)],
         )
         log, interrupt = RunLog(folder), Interrupt()
         log.add(RunRecord(log.local, call))
@@ -251,7 +255,9 @@ def fit(
         handlers += [callback.dispatch for callback in driver_callbacks] + ([on_event] if on_event else [])
         first_events = [*early.sent, *resume_events]
         try:
-            outcome, live_model = _train(job, model, worker_callbacks, packed, handlers, first_events, interrupt)
+            with tracking(trackers) as tracker_callbacks:
+                handlers += [callback.dispatch for callback in tracker_callbacks]
+                outcome, live_model = _train(job, model, worker_callbacks, packed, handlers, first_events, interrupt)
         finally:
             display.close()
             log.close()

@@ -6,6 +6,7 @@ On several workers, each callback has a placement:
              that all workers make the same decisions.
     chief    only writes or reports: runs on the chief, which is rank 0.
     saves    reads variables, in which all workers must take part: runs on every worker; the chief's files are kept.
+    driver   logs to the run of an experiment tracker, which belongs to the driver's process: runs there, on the events.
     refused  cannot run on several workers.
 """
 
@@ -33,7 +34,7 @@ from raykeras.core.temporary import TemporaryFolder
 FOLDER = "artifacts"
 """Folder of the artifacts in the run's folder."""
 
-Placement = Literal["every", "chief", "saves", "refused"]
+Placement = Literal["every", "chief", "saves", "driver", "refused"]
 
 PLACEMENTS: Mapping[str, Placement] = {
     "BackupAndRestore": "saves",
@@ -69,12 +70,19 @@ _REFUSALS: Mapping[str, str] = {
 }
 """Why a callback is refused, and what to do."""
 
-_TRACKERS: Mapping[str, str] = {
-    "mlflow": "mlflow.log_metrics(logs, step=epoch, run_id=...)",
-    "wandb": "wandb.log({**logs, 'epoch': epoch})",
-    "comet_ml": "experiment.log_metrics(logs, epoch=epoch)",
+_TRACKER_CALLBACKS: Mapping[str, tuple[str, ...]] = {
+    "mlflow": ("MlflowCallback",),
+    "wandb": ("WandbMetricsLogger",),
+    "comet_ml": ("CometKerasCallback", "CometEmptyKerasCallback"),
 }
-"""Packages whose callbacks log to a run of the process that created them, and how to log there."""
+"""Classes that need logs only, by the tracker's package; its other callbacks need the model."""
+
+_LOG_FILES: Mapping[str, str] = {
+    "mlflow": "mlflow.log_artifacts(checkpoint.path)",
+    "wandb": "wandb.log_artifact(checkpoint.path, name='model', type='model')",
+    "comet_ml": "experiment.log_model('model', checkpoint.path)",
+}
+"""How to log the files of a checkpoint, by the tracker's package."""
 
 _VARIABLE_HOLDERS = ("Layer", "Metric", "Optimizer", "OptimizerV2", "Variable", "DistributedVariable")
 
@@ -163,12 +171,20 @@ def named(callbacks: Sequence[Any]) -> dict[str, Any]:
 
 
 def placement_of(callback: Any) -> Placement:
-    """Return the placement of a callback, by the nearest of its base classes that Keras provides."""
+    """Return the placement of a callback, by the nearest of its base classes that Keras or a tracker provides."""
+    inner = unwrapped([callback])[0]
+    if (tracker := tracker_of(inner)) is not None:
+        names = {cls.__name__ for cls in type(inner).__mro__}
+        return "refused" if names.isdisjoint(_TRACKER_CALLBACKS[tracker]) else "driver"
     if isinstance(callback, OnChief):
         return "chief"
-    if _tracker_of(callback) is not None:
-        return "refused"
     return next((PLACEMENTS[name] for name in _keras_classes(callback) if name in PLACEMENTS), "every")
+
+
+def tracker_of(callback: Any) -> str | None:
+    """Return the package of the experiment tracker that a callback comes from; None if it is no tracker's."""
+    roots = (cls.__module__.split(".")[0] for cls in type(callback).__mro__)
+    return next((root for root in roots if root in _TRACKER_CALLBACKS), None)
 
 
 def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
@@ -184,8 +200,8 @@ def pack(callbacks: Sequence[Any], dumps: Callable[[Any], bytes]) -> bytes:
     copies = []
     for callback in callbacks:
         inner = unwrapped([callback])[0]
-        if placement_of(callback) == "refused":
-            reason = _why_refused(inner)
+        if (placement := placement_of(callback)) in ("driver", "refused"):
+            reason = _why_refused(inner, placement)
             raise OptionError(f"{type(inner).__name__} cannot run on several workers: it {reason}.")
         duplicate = copy.copy(inner)
         for name in FIT_ATTRIBUTES:
@@ -309,19 +325,16 @@ def _keras_classes(value: Any) -> Iterator[str]:
             yield cls.__name__
 
 
-def _tracker_of(callback: Any) -> str | None:
-    """Return the package in `_TRACKERS` that a callback comes from."""
-    roots = (cls.__module__.split(".")[0] for cls in type(callback).__mro__)
-    return next((root for root in roots if root in _TRACKERS), None)
-
-
-def _why_refused(callback: Any) -> str:
-    if (tracker := _tracker_of(callback)) is not None:
-        return (
-            f"logs to the {tracker} run of this process, which workers do not have. Log from this process, in the "
-            f"`on_epoch_end(self, epoch, logs)` of a `raykeras.DriverCallback`: `{_TRACKERS[tracker]}`"
-        )
-    return next(_REFUSALS[name] for name in _keras_classes(callback) if name in _REFUSALS)
+def _why_refused(callback: Any, placement: Placement) -> str:
+    tracker = tracker_of(callback)
+    if tracker is None:
+        return next(_REFUSALS[name] for name in _keras_classes(callback) if name in _REFUSALS)
+    if placement == "driver":
+        return f"logs to {tracker} from this process, to which only `fit` sends events. Log what `evaluate` returns"
+    return (
+        f"needs the model in the process of the {tracker} run, and the workers have the model. After `fit`, log a "
+        f"checkpoint from this process: `checkpoint = result.best_checkpoint()` and `{_LOG_FILES[tracker]}`"
+    )
 
 
 def _not_picklable(callback: Any, dumps: Callable[[Any], bytes], error: Exception) -> OptionError:

@@ -27,6 +27,7 @@ import raykeras as rk
 from raykeras.worker.callback_placement import PLACEMENTS, placement_of
 from tests.support.compare import assert_same_training, assert_same_weights
 from tests.support.kept_workers import TWO, KeptWorkers
+from tests.support.tracked import in_tensorboard
 
 ROWS, BATCH, EPOCHS = 70, 16, 4  # five steps, the last one short
 RNG = np.random.default_rng(0)
@@ -323,6 +324,12 @@ def test_tensorboard_histograms_match_keras(part: str, reported: Reported) -> No
     assert len(steps) == len(expected)  # histograms are named after layers, whose names contain counters
     assert sorted(steps.values()) == sorted(expected.values())
     assert any("kernel" in tag for tag in steps) == (part == "train")
+
+
+def test_tensorboard_scalars_are_history(reported: Reported) -> None:
+    stored = in_tensorboard(reported.artifacts / "logs")
+    for name, values in reported.result.history.items():
+        assert stored[name] == [(epoch, pytest.approx(value)) for epoch, value in enumerate(values)]
 
 
 def test_remote_monitor_sends_once(reported: Reported) -> None:

@@ -1,20 +1,33 @@
-"""MLflow and Weights & Biases, offline, with raykeras. They are imported where used, since importing takes 3 s."""
+"""The examples of docs/guides/trackers.md on one worker and on two: what a tracker stored equals `Result.history`.
+
+The trackers are imported where used, since importing them takes 5 s.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import pytest
 
 import raykeras as rk
 from tests.support.kept_workers import TWO
+from tests.support.markdown import ROOT, python_blocks
 from tests.support.models import SCORE, X
+from tests.support.resuming import loser
+from tests.support.tracked import Stored, in_comet, in_mlflow, in_tensorboard, in_wandb
 
+PAGE = ROOT / "docs" / "guides" / "trackers.md"
 EPOCHS = 3
+STEPS = 2  # 60 rows in batches of 32
+
+NumWorkers = pytest.mark.parametrize("workers", [1, 2])
+pytestmark = pytest.mark.usefixtures("two_workers")
 
 
 def build() -> Any:
@@ -23,93 +36,174 @@ def build() -> Any:
     return model
 
 
-def fit(folder: Path, *callbacks: Any, model: Any = build, **options: Any) -> list[float]:
-    run = rk.Run(storage=str(folder / "runs"))
-    result = rk.fit(model, X, SCORE, epochs=EPOCHS, callbacks=list(callbacks), verbose=0, run=run, **options)
-    return result.history["mae"]
+@pytest.fixture(scope="module", autouse=True)
+def quiet_trackers() -> Iterator[None]:
+    """Let trackers send nothing about themselves, and restore what W&B replaces in Python."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "WANDB_SILENT"):
+            patch.setenv(name, "true")
+        for name in ("COMET_ERROR_TRACKING_ENABLE", "WANDB_ERROR_REPORTING"):
+            patch.setenv(name, "false")
+        patch.setenv("COMET_LOGGING_CONSOLE", "ERROR")
+        for name in ("excepthook", "exit"):
+            patch.setattr(sys, name, getattr(sys, name))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let trackers write to the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the SQLite file of a store of MLflow without runs, which takes seconds to make."""
+    import mlflow
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # for the artifacts of the runs
+        mlflow.search_runs(output_format="list")
+    return folder / "mlflow.db"
 
 
 @pytest.fixture
-def mlflow_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def mlflow_store(empty_store: Path, folder: Path) -> Iterator[str]:
+    """Return the URI of an empty store in the test's folder; end MLflow's runs and autologging after the test."""
+    import mlflow.keras
     import mlflow.tensorflow
 
-    monkeypatch.chdir(tmp_path)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    with mlflow.start_run() as run:
-        yield run
-
-
-def logged(run: Any) -> list[float]:
-    import mlflow
-
-    mlflow.flush_async_logging()
-    assert len(mlflow.search_runs(output_format="list")) == 1  # no other run was started
-    client = mlflow.MlflowClient()
-    metrics = sorted(client.get_metric_history(run.info.run_id, "mae"), key=lambda metric: metric.step)
-    assert [metric.step for metric in metrics] == list(range(EPOCHS))
-    return [metric.value for metric in metrics]
+    shutil.copy(empty_store, folder / "mlflow.db")
+    yield f"sqlite:///{folder}/mlflow.db"
+    for flavor in (mlflow.tensorflow, mlflow.keras):
+        flavor.autolog(disable=True)
+    while mlflow.active_run():
+        mlflow.end_run()
 
 
 @pytest.fixture
-def wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def wandb_ends() -> Iterator[None]:
+    """End W&B's process, which keeps the folder of the first run, after the test."""
     import wandb
 
-    monkeypatch.chdir(tmp_path)
-    for name in ("excepthook", "exit"):  # wandb replaces them permanently
-        monkeypatch.setattr(sys, name, getattr(sys, name))
-    run = wandb.init(project="test", mode="offline", settings=wandb.Settings(silent=True))
-    yield run
-    run.finish()
+    yield
+    wandb.teardown()
 
 
-@pytest.mark.parametrize("is_instance", [False, True], ids=["function", "instance"])
-def test_mlflow_autolog_logs_metrics(is_instance: bool, mlflow_run: Any, tmp_path: Path) -> None:
+def run_example(section: str, workers: int = 2, flavor: str = "tensorflow", **names: Any) -> dict[str, Any]:
+    """Run the first block of a section of the page.
+
+    Args:
+        section: Heading of the section.
+        workers: Number of workers.
+        flavor: Module of MLflow.
+        names: Names that the block uses, in place of the usual ones.
+
+    Returns:
+        The names that it leaves.
+    """
+    heading = PAGE.read_text().splitlines().index(f"## {section}")
+    code = next(block.code for block in python_blocks(PAGE) if not block.code[:heading].strip())
+    code = code.replace("workers=2", f"workers={workers}")
+    code = code.replace("mlflow.tensorflow", f"mlflow.{flavor}")
+    code = code.replace("sqlite:///", f"sqlite:///{Path.cwd()}/")  # MLflow keeps the connection to a URI
+    names = {"rk": rk, "keras": keras, "build": build, "x": X, "y": SCORE, **names}
+    exec(compile(code, PAGE.name, "exec"), names)
+    return names
+
+
+def in_history(result: rk.Result) -> Stored:
+    assert all(len(values) == len(result.epoch) for values in result.history.values())
+    return {name: [*enumerate(values)] for name, values in result.history.items()}
+
+
+def assert_equal(stored: Stored, expected: Stored) -> None:
+    assert set(stored) == set(expected)
+    for name, points in expected.items():
+        assert [epoch for epoch, _ in stored[name]] == [epoch for epoch, _ in points], name
+        np.testing.assert_allclose(*([value for _, value in of] for of in (stored[name], points)), rtol=1e-6)
+
+
+@NumWorkers
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_callback_stores_history(workers: int) -> None:
+    result = run_example("MLflow", workers)["result"]
+    assert_equal(in_mlflow(), in_history(result))
+
+
+@pytest.mark.parametrize(
+    ("workers", "flavor"),
+    [(1, "tensorflow"), (1, "keras"), (2, "tensorflow"), pytest.param(2, "keras", marks=pytest.mark.exhaustive)],
+)
+@pytest.mark.usefixtures("mlflow_store")
+def test_mlflow_autolog_stores_history(workers: int, flavor: str) -> None:
     import mlflow
 
-    model = build() if is_instance else build
-    mlflow.tensorflow.autolog(log_models=False)
-    try:
-        expected = fit(tmp_path, model=model)
-    finally:
-        mlflow.tensorflow.autolog(disable=True)
-    assert logged(mlflow_run) == pytest.approx(expected)
+    model = build() if (workers, flavor) == (1, "tensorflow") else build
+    result = run_example("MLflow's autologging", workers, flavor=flavor, build=model)["result"]
+    assert mlflow.active_run() is None
+    assert_equal(in_mlflow(), in_history(result))
 
 
-def test_mlflow_callback_logs_metrics(mlflow_run: Any, tmp_path: Path) -> None:
-    import mlflow
-
-    expected = fit(tmp_path, mlflow.tensorflow.MlflowCallback())
-    assert logged(mlflow_run) == pytest.approx(expected)
-    assert "opt_learning_rate" in mlflow.get_run(mlflow_run.info.run_id).data.params
-
-
-def test_wandb_callback_logs_metrics(wandb_run: Any, tmp_path: Path) -> None:
-    from wandb.integration.keras import WandbMetricsLogger
-
-    expected = fit(tmp_path, WandbMetricsLogger())
-    assert wandb_run.summary["epoch/epoch"] == EPOCHS - 1
-    assert wandb_run.summary["epoch/mae"] == pytest.approx(expected[-1])
+@NumWorkers
+@pytest.mark.usefixtures("wandb_ends")
+def test_wandb_callback_stores_history(workers: int) -> None:
+    result = run_example("Weights & Biases", workers)["result"]
+    rate = [(epoch, 0.01) for epoch in range(EPOCHS)]
+    assert_equal(in_wandb(), {**in_history(result), "learning_rate": rate})
 
 
-def test_tracker_callbacks_are_refused_on_two_workers(wandb_run: Any, tmp_path: Path) -> None:
-    from mlflow.tensorflow import MlflowCallback
-    from wandb.integration.keras import WandbMetricsLogger
-
-    for callback, remedy in ((MlflowCallback(), r"mlflow\.log_metrics"), (WandbMetricsLogger(), r"wandb\.log")):
-        with pytest.raises(rk.OptionError, match=rf"DriverCallback`: `{remedy}"):
-            fit(tmp_path, callback, scale=TWO)
+@NumWorkers
+def test_comet_callback_stores_history(workers: int) -> None:
+    result = run_example("Comet", workers)["result"]
+    assert_equal(in_comet(result.history, STEPS), in_history(result))
 
 
-@pytest.mark.usefixtures("two_workers")
-def test_driver_callback_logs_to_trackers_on_two_workers(mlflow_run: Any, wandb_run: Any, tmp_path: Path) -> None:
-    import mlflow
+def test_tensorboard_callback_stores_history() -> None:
+    result = run_example("TensorBoard", workers=1)["result"]
+    stored = in_tensorboard(Path("logs"))
+    stored.pop("learning_rate", None)
+    assert_equal(stored, in_history(result))
+
+
+@pytest.mark.usefixtures("wandb_ends")
+def test_restarted_and_resumed_run_is_stored_once(mlflow_store: str, folder: Path) -> None:
+    import mlflow.tensorflow
     import wandb
+    from wandb.integration.keras import WandbMetricsLogger
 
-    class Log(rk.DriverCallback):
-        def on_epoch_end(self, epoch: int, logs: Any) -> None:
-            mlflow.log_metrics(logs, step=epoch, run_id=mlflow_run.info.run_id)
-            wandb.log({**logs, "epoch": epoch})
+    mlflow.set_tracking_uri(mlflow_store)
+    fit_and_log = run_example("Restarts and resuming", mlflow=mlflow)["fit_and_log"]
+    for epochs in (EPOCHS, EPOCHS + 1):
+        with wandb.init(project="digits", id="digits-1", resume="allow", mode="offline"):
+            schedule = keras.callbacks.LearningRateScheduler(lambda epoch: 0.01 / (epoch + 1))
+            callbacks = [WandbMetricsLogger(), schedule, loser(("begin 2",), str(folder))]
+            result = fit_and_log("digits", epochs, *callbacks)
+    assert Path(result.path, "events.jsonl").read_text().count('"RunRestarted"') == 1
+    history = in_history(result)
+    assert history["learning_rate"] == [(epoch, pytest.approx(0.01 / (epoch + 1))) for epoch in range(EPOCHS + 1)]
+    assert_equal(in_mlflow(), history)
+    assert_equal(in_wandb(), history)
 
-    expected = fit(tmp_path, Log(), scale=TWO)
-    assert logged(mlflow_run) == pytest.approx(expected)
-    assert wandb_run.summary["mae"] == pytest.approx(expected[-1])
+
+@pytest.mark.usefixtures("wandb_ends")
+def test_callbacks_that_need_the_model_or_steps_are_refused() -> None:
+    import wandb
+    from mlflow.tensorflow import MlflowCallback, MlflowModelCheckpointCallback
+    from wandb.integration.keras import WandbMetricsLogger, WandbModelCheckpoint
+
+    with wandb.init(project="digits", mode="offline"):
+        refused = {
+            r"`mlflow\.log_artifacts\(checkpoint\.path\)`": MlflowModelCheckpointCallback(),
+            r"`wandb\.log_artifact\(checkpoint\.path": WandbModelCheckpoint("model.keras"),
+            r"MlflowCallback with `log_every_n_steps=2`": MlflowCallback(False, 2),
+            r"WandbMetricsLogger with `log_freq=1`": WandbMetricsLogger("batch"),
+        }
+        for message, callback in refused.items():
+            with pytest.raises(rk.OptionError, match=message):
+                rk.fit(build, X, SCORE, callbacks=[callback], scale=TWO)
+        with pytest.raises(rk.OptionError, match="Log what `evaluate` returns"):
+            rk.evaluate(build, X, SCORE, callbacks=[WandbMetricsLogger()], scale=TWO)

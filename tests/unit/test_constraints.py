@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from raykeras.compat.versions import TESTED
 from tests.compat.versions import CHECKS, SETS
 
-EXTRAS = ("s3", "gcs", "legacy", "report", "test", "docs", "release", "keras-suite")
+EXTRAS = ("s3", "gcs", "legacy", "integrations", "test", "docs", "release", "keras-suite")
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 
@@ -46,7 +46,8 @@ def requirements() -> Iterator[tuple[str, Requirement]]:
         for required in found:
             marker = required.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, "")):
-                yield name, required
+                if canonicalize_name(required.name) != "raykeras":  # an extra that includes another
+                    yield name, required
                 waiting.append((canonicalize_name(required.name), frozenset(required.extras)))
 
 
@@ -82,6 +83,13 @@ def test_documented_ranges_are_the_requirements() -> None:
     required = dict(re.findall(r'"([\w-]+)(?:\[[\w,-]+\])?([<>=][^"]+)"', (ROOT / "pyproject.toml").read_text()))
     for package in (*TESTED, "numpy", "fsspec"):
         assert f"| {package} | `{required[package]}` |" in page
+
+
+def test_documented_versions_of_trackers_are_pinned() -> None:
+    page = (ROOT / "docs" / "guides" / "trackers.md").read_text()
+    documented = dict(re.findall(r"^\| [\w& ]+ \| ([\w-]+)[^|]* \| ([\d.]+) \|$", page, re.MULTILINE))
+    assert set(documented) == {"mlflow-skinny", "wandb", "comet_ml", "tensorboard"}
+    assert documented == {package: pins()[canonicalize_name(package)] for package in documented}
 
 
 def test_pins_are_in_tested_ranges() -> None:
