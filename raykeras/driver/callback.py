@@ -16,7 +16,7 @@ class DriverCallback:
 
     Pass instances in the `callbacks` of `fit`, together with Keras callbacks. A driver callback sees the events of the
     chief (rank 0), never delays a training step, and may use objects that exist only in the driver's process. Values of
-    logs are floats, or arrays for metrics that have several values.
+    logs are floats, or arrays for metrics that have several values. `should_stop` may end training after an epoch.
     """
 
     def on_train_begin(self, logs: Logs) -> None:
@@ -63,6 +63,24 @@ class DriverCallback:
         Args:
             logs: Metrics of the validation, without `val_`.
         """
+
+    def should_stop(self, epoch: int, logs: Logs) -> bool:
+        """Return whether training stops after an epoch.
+
+        If a callback overrides this method, training waits at the end of each epoch, once its checkpoint is saved,
+        until the method returns. All workers then stop after this epoch, as with `model.stop_training` of Keras.
+
+        If the method raises an exception, the run is interrupted after this epoch, and `fit` raises the exception.
+        Such a run can be resumed.
+
+        Args:
+            epoch: Index of the epoch, from 0.
+            logs: Metrics of the epoch, as for `on_epoch_end`, which is called first.
+
+        Returns:
+            True to stop training.
+        """
+        return False
 
     def on_event(self, event: Event) -> None:
         """Called with every event, before the hook for that event.

@@ -314,7 +314,7 @@ class EventDispatcher:
                 for handler in list(self._handlers):
                     try:
                         handler(event)
-                    except Exception as error:
+                    except BaseException as error:  # `ray.tune.report` raises SystemExit
                         self._handlers.remove(handler)
                         self._failure = self._failure or error
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from raykeras.data.inputs import (
 from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.callback import split_callbacks
 from raykeras.driver.cluster import connect
+from raykeras.driver.decisions import EpochDecisions
 from raykeras.driver.event_log import EventDispatcher, RunLog
 from raykeras.driver.interrupt import Interrupt
 from raykeras.driver.launch import fit_here, fit_on_workers, pack_for_workers
@@ -51,6 +53,7 @@ from raykeras.driver.tensorboard import TensorBoardLog
 from raykeras.driver.trackers import split_trackers, tracking
 from raykeras.driver.worker_group import check_strategy_scope, runs_here
 from raykeras.worker.callback_placement import unwrapped
+from raykeras.worker.coordinator import LocalStepBarrier, RunCoordinator
 from raykeras.worker.entry import Packed
 from raykeras.worker.job import Outcome, TrainJob
 
@@ -165,6 +168,7 @@ def fit(
         UserCodeError: If the user's code (model, loss, callback, transform) raises an exception on a worker.
         WorkerLostError: If workers are lost more often than `run.max_failures` allows.
         CheckpointError: If a checkpoint belongs to another model, or cannot be read or written.
+        BaseException: Whatever `should_stop` of a driver callback raises, after the run is saved.
         KeyboardInterrupt: On Ctrl-C, after the run is saved.
         SystemExit: On SIGTERM or SIGHUP, after the run is saved; the code is 128 plus the signal's number.
     """
@@ -232,6 +236,9 @@ def fit(
         )
         resume_events: list[Event] = []
         job = resumed(job, resume_events.append)
+        interrupt = Interrupt()
+        decisions = EpochDecisions(driver_callbacks, run.checkpoint_every is not None, interrupt)
+        job = dataclasses.replace(job, awaits_decisions=decisions.are_needed)
         remove_abandoned()
         folder.make()
         folder.claim(job.token)
@@ -242,7 +249,7 @@ def fit(
             validation=val_data,
             callbacks=[*driver_callbacks, *trackers, *unwrapped(worker_callbacks)],
         )
-        log, interrupt = RunLog(folder), Interrupt()
+        log = RunLog(folder)
         log.add(RunRecord(log.local, call))
         log.add(TensorBoardLog(log.local))
         handlers: list[Callable[[Event], None]] = [
@@ -256,13 +263,15 @@ def fit(
         first_events = [*early.sent, *resume_events]
         try:
             with tracking(trackers) as tracker_callbacks:
-                handlers += [callback.dispatch for callback in tracker_callbacks]
-                outcome, live_model = _train(job, model, worker_callbacks, packed, handlers, first_events, interrupt)
+                handlers += [*(callback.dispatch for callback in tracker_callbacks), decisions]
+                outcome, live_model = _train(
+                    job, model, worker_callbacks, packed, handlers, first_events, interrupt, decisions
+                )
         finally:
             display.close()
             log.close()
             remove_abandoned()  # temporary folders of killed workers
-    if outcome.preempted:
+    if outcome.preempted or interrupt.error is not None:
         raise interrupt.exception(f"The run was interrupted; it can be resumed from {redacted(folder.path)}.")
     build = None if is_model(model) or isinstance(model, ModelFile) else model
     params = {**outcome.params, "verbose": verbose}
@@ -293,6 +302,7 @@ def _train(
     handlers: Sequence[Callable[[Event], None]],
     first_events: Sequence[Event],
     interrupt: Interrupt,
+    decisions: EpochDecisions,
 ) -> tuple[Outcome, Any]:
     """Train a job to its end, and dispatch its events.
 
@@ -304,6 +314,7 @@ def _train(
         handlers: Functions to call with each event.
         first_events: Events from before training, to dispatch first.
         interrupt: Handles signals during training.
+        decisions: Decides after each epoch whether training goes on.
 
     Returns:
         The chief's outcome, and the trained model if it is in this process.
@@ -312,10 +323,15 @@ def _train(
     for event in first_events:
         dispatcher.send(event)
 
+    @contextlib.contextmanager
+    def steer(workers: LocalStepBarrier | RunCoordinator) -> Iterator[None]:
+        with interrupt.forwarding_to(workers.request), decisions.forwarding_to(workers.answer):
+            yield
+
     def attempt(job: TrainJob) -> tuple[Outcome, Any]:
         if packed is None:
-            return fit_here(job, model, callbacks, dispatcher, interrupt)
-        return fit_on_workers(job, model, callbacks, packed, dispatcher, interrupt)
+            return fit_here(job, model, callbacks, dispatcher, steer)
+        return fit_on_workers(job, model, callbacks, packed, dispatcher, steer)
 
     status, logs = "failed", {}
     try:

@@ -29,17 +29,19 @@ class Interrupt:
 
     Attributes:
         signal: The first signal received; None if there was none.
+        error: An exception of a driver callback, which ends the run as a signal does; None if there was none.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.error: BaseException | None = None
         self._request: Callable[[StepAction], None] | None = None
         self._has_stepped = False
         self._received: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # safe to use in a signal handler
 
     @property
     def is_requested(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or self.error is not None
 
     def watch(self, event: Event) -> None:
         """Track from the run's events whether the workers have made a step."""
@@ -49,7 +51,9 @@ class Interrupt:
             self._has_stepped = False
 
     def exception(self, text: str) -> BaseException:
-        """Return the exception for an interrupted run, which ends a process with the exit status of the signal."""
+        """Return what an interrupted run raises; after a signal, it ends a process with the signal's exit status."""
+        if self.error is not None:
+            return self.error
         return KeyboardInterrupt(text) if self.signal in (None, signal.SIGINT) else SystemExit(128 + self.signal)
 
     @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from raykeras.checkpoint.model_io import is_model, pack_model
@@ -13,16 +15,18 @@ from raykeras.compat.quiet import import_tensorflow
 from raykeras.core.errors import WorkerLostError
 from raykeras.driver.elastic import watched_capacity
 from raykeras.driver.event_log import EventDispatcher, forwarding
-from raykeras.driver.interrupt import Interrupt
 from raykeras.driver.worker_group import run_here, run_on_workers
 from raykeras.worker.callback_placement import named, pack, restore_callbacks
 from raykeras.worker.coordinator import LocalStepBarrier, RunCoordinator
 from raykeras.worker.entry import Packed, checkpoint_writer, event_sender, train_on_worker, watched_steps
 from raykeras.worker.job import Outcome, TrainJob
 
+Steer = Callable[[LocalStepBarrier | RunCoordinator], AbstractContextManager[None]]
+"""Forwards signals and the decisions of driver callbacks to the workers while a block runs."""
+
 
 def fit_here(
-    job: TrainJob, model: Any, callbacks: list[Any], dispatcher: EventDispatcher, interrupt: Interrupt
+    job: TrainJob, model: Any, callbacks: list[Any], dispatcher: EventDispatcher, steer: Steer
 ) -> tuple[Outcome, Any]:
     """Train with one worker in this process.
 
@@ -31,7 +35,7 @@ def fit_here(
         model: A compiled model, or a function that builds one.
         callbacks: Keras callbacks.
         dispatcher: Receives the events.
-        interrupt: Handles signals.
+        steer: Connects the worker to what may end its training.
 
     Returns:
         The outcome, and the trained model; None in its place if the model cannot be used outside of its strategy.
@@ -61,9 +65,10 @@ def fit_here(
                 send=send,
                 writer=writer,
                 step_control=step_control,
+                await_answer=step_control.await_answer,
                 heartbeat=heartbeat,
             )
-            stack.enter_context(interrupt.forwarding_to(step_control.request))
+            stack.enter_context(steer(step_control))
             return train.run(job, context, api=api, build=build_and_keep)
 
     outcome = run_here(work)
@@ -83,7 +88,7 @@ def pack_for_workers(model: Any, callbacks: list[Any]) -> Packed:
 
 
 def fit_on_workers(
-    job: TrainJob, model: Any, callbacks: list[Any], packed: Packed, dispatcher: EventDispatcher, interrupt: Interrupt
+    job: TrainJob, model: Any, callbacks: list[Any], packed: Packed, dispatcher: EventDispatcher, steer: Steer
 ) -> tuple[Outcome, Any]:
     """Train with worker processes.
 
@@ -93,7 +98,7 @@ def fit_on_workers(
         callbacks: Keras callbacks, which receive the attributes of the chief's.
         packed: The pickled model and callbacks.
         dispatcher: Receives the events.
-        interrupt: Handles signals.
+        steer: Connects the workers to what may end their training.
 
     Returns:
         The chief's outcome, and the model if it was trained in place.
@@ -112,7 +117,7 @@ def fit_on_workers(
         validation = job.validation and stack.enter_context(job.validation.for_workers(scale.workers, cpus))
         shared = dataclasses.replace(job, train=train, validation=validation)
         stack.enter_context(forwarding(coordinator, dispatcher))
-        stack.enter_context(interrupt.forwarding_to(coordinator.request))
+        stack.enter_context(steer(coordinator))
         stack.enter_context(watched_capacity(job, coordinator))
         try:
             outcome = run_on_workers(

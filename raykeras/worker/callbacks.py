@@ -176,15 +176,21 @@ class StepControlCallback(_Callback):
     Args:
         step_control: Decides what to do at each step boundary.
         manager: Saves checkpoints.
+        await_answer: Waits for the driver's decision after an epoch; None if it takes none.
         first_step: Step, counted over all passes, at which training begins.
         position: The same, as epoch and step in it.
     """
 
     def __init__(
-        self, step_control: StepControl, manager: CheckpointManager, first_step: int, position: tuple[int, int]
+        self,
+        step_control: StepControl,
+        manager: CheckpointManager,
+        await_answer: Callable[[int], StepAction | None] | None,
+        first_step: int,
+        position: tuple[int, int],
     ) -> None:
         super().__init__()
-        self._step_control, self._manager = step_control, manager
+        self._step_control, self._manager, self._await_answer = step_control, manager, await_answer
         self._epoch, self._in_epoch = position
         self._total = first_step
 
@@ -205,7 +211,12 @@ class StepControlCallback(_Callback):
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         stopped, actions = self._agree()
         self._manager.save_epoch(epoch, plain_logs(logs), stopped=stopped, must="leave" in actions)
-        if "leave" in actions:
+        answer = self._await_answer(epoch) if self._await_answer is not None else None
+        is_over = stopped or epoch + 1 >= self.params["epochs"]
+        if answer == "stop" and not is_over:
+            self.model.stop_training = True
+            self._manager.save_epoch(epoch, plain_logs(logs), stopped=True, must=False)
+        if "leave" in actions or (answer == "leave" and not is_over):
             raise TrainingPreempted
 
     def _agree(self) -> tuple[bool, set[StepAction]]:

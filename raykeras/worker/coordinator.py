@@ -9,6 +9,7 @@ act at the latest of these. Nothing is sent before a round starts, so ordinary s
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -97,6 +98,19 @@ class RunCoordinator:
 
         return tuple(ray.get(self._actor.agree.remote(round_, rank, boundary, action)))
 
+    def answer(self, epoch: int, action: StepAction | None) -> None:
+        """Tell the workers what to do after an epoch; see `await_answer`."""
+        import ray
+
+        ray.get(self._actor.answer.remote(epoch, action))
+
+    def await_answer(self, epoch: int) -> StepAction | None:
+        """Wait for the driver's decision after an epoch: "stop", "leave", or None to go on."""
+        import ray
+
+        action: StepAction | None = ray.get(self._actor.await_answer.remote(epoch))
+        return action
+
     def close(self) -> None:
         """Kill the actor."""
         import ray
@@ -179,14 +193,25 @@ class StepBarrier:
 
 
 class LocalStepBarrier:
-    """`StepBarrier` for a single worker in the driver's process. Thread-safe."""
+    """`StepBarrier` for a single worker in the driver's process, with the driver's answers. Thread-safe."""
 
     def __init__(self) -> None:
         self._requests: deque[StepAction] = deque()
+        self._answers: queue.SimpleQueue[tuple[int, StepAction | None]] = queue.SimpleQueue()
 
     def request(self, action: StepAction) -> None:
         """Request an action from another thread."""
         self._requests.append(action)
+
+    def answer(self, epoch: int, action: StepAction | None) -> None:
+        """Tell the worker what to do after an epoch."""
+        self._answers.put((epoch, action))
+
+    def await_answer(self, epoch: int) -> StepAction | None:
+        """Wait for the driver's decision after an epoch."""
+        while (answer := self._answers.get())[0] != epoch:
+            pass
+        return answer[1]
 
     def check(self, action: StepAction | None) -> set[StepAction]:
         """Return the actions to take at this step boundary.
@@ -208,6 +233,7 @@ class CoordinatorActor:
         self._events: asyncio.Queue[list[Event] | None] = asyncio.Queue()
         self._rounds: list[_RoundState] = []
         self._notes: dict[int, dict[str, str]] = {}
+        self._answers: dict[int, asyncio.Future[StepAction | None]] = {}
 
     async def note(self, rank: int, facts: dict[str, str]) -> None:
         self._notes.setdefault(rank, {}).update(facts)
@@ -238,6 +264,15 @@ class CoordinatorActor:
         await round_.is_complete.wait()
         assert round_.action is not None
         return max(round_.boundaries.values()), round_.action
+
+    async def answer(self, epoch: int, action: StepAction | None) -> None:
+        self._answer_after(epoch).set_result(action)
+
+    async def await_answer(self, epoch: int) -> StepAction | None:
+        return await self._answer_after(epoch)
+
+    def _answer_after(self, epoch: int) -> asyncio.Future[StepAction | None]:
+        return self._answers.setdefault(epoch, asyncio.get_running_loop().create_future())
 
     def _round(self, number: int) -> _RoundState:
         while len(self._rounds) <= number:

@@ -138,6 +138,7 @@ def train_on_worker(config: dict[str, Any]) -> Outcome | None:
             send=send,
             writer=stack.enter_context(checkpoint_writer(job, send)) if rank == 0 else None,
             step_control=StepBarrier(coordinator, rank),
+            await_answer=coordinator.await_answer,
             artifacts=artifacts,
             heartbeat=heartbeat,
             states=lambda chief_callbacks: states_of(chief_callbacks, driver_has_keras),

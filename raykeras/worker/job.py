@@ -48,6 +48,7 @@ class TrainJob:
         resumption: Checkpoint to continue from; None for a new training.
         attempt: Number of attempts before this one.
         ends_epochs: Whether Keras ends an epoch where the data ends, as Keras 3 does and tf_keras does not.
+        awaits_decisions: Whether the workers wait for the driver's decision at the end of each epoch.
     """
 
     train: DataSpec
@@ -66,6 +67,7 @@ class TrainJob:
     resumption: Resumption | None = None
     attempt: int = 0
     ends_epochs: bool = True
+    awaits_decisions: bool = False
 
     @property
     def position(self) -> dict[str, Any]:

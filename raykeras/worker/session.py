@@ -31,6 +31,7 @@ from raykeras.worker import callbacks as callbacks_
 from raykeras.worker.callback_placement import Artifacts, is_transient_attribute, resume_loggers
 from raykeras.worker.callbacks import StepControl
 from raykeras.worker.checkpointer import CheckpointManager
+from raykeras.worker.coordinator import StepAction
 from raykeras.worker.job import Outcome, TrainJob
 from raykeras.worker.resume import CallbackStates, EpochStart, resuming_list
 
@@ -45,6 +46,7 @@ class WorkerContext:
         send: Sends events of this worker.
         writer: Writes checkpoints; None on all ranks but the chief.
         step_control: Decides what to do at each step boundary.
+        await_answer: Waits for the driver's decision after an epoch, and returns it.
         artifacts: Stores the files that callbacks write here; None if they stay where they are.
         heartbeat: Called after each step; None if the steps are not watched.
         states: Pickles the callbacks' attributes for the driver; None if the driver has the callbacks.
@@ -56,6 +58,7 @@ class WorkerContext:
     send: Callable[[Event], None]
     writer: AsyncCheckpointWriter | None
     step_control: StepControl
+    await_answer: Callable[[int], StepAction | None]
     artifacts: Artifacts | None = None
     heartbeat: Callable[[], None] | None = None
     states: Callable[[Sequence[Any]], list[dict[str, bytes]]] | None = None
@@ -212,7 +215,8 @@ class TrainingSession:
         if context.artifacts is not None:
             internal.append(make(callbacks_.EpochEndCallback)(self._store_artifacts))
         control = make(callbacks_.StepControlCallback)
-        internal.append(control(context.step_control, self._manager, job.first_step, job.start))
+        await_answer = context.await_answer if job.awaits_decisions else None
+        internal.append(control(context.step_control, self._manager, await_answer, job.first_step, job.start))
         if context.heartbeat is not None:
             internal.append(make(callbacks_.HeartbeatCallback)(context.heartbeat))
         return internal
