@@ -5,6 +5,8 @@ Every actor and process that is not started makes the workers start sooner:
 - Ray Train's controller runs without environment variables, which the workers would inherit. Ray uses the processes
   that it has started in advance only for actors without environment variables.
 - The driver's `DataContext` is passed on, but no actor for datasets is started.
+- Workers can be placed in a placement group that exists, such as that of a Ray Tune trial. Ray Train, which creates and
+  removes a group of its own, gets one that reserves nothing.
 - The placement groups of the workers are named, so that the driver can remove them if the controller is lost, and no
   cleanup actor is needed. Ray Train's own needs Ray's dashboard, which raykeras does not start.
 - `TensorFlowBackend` only sets TF_CONFIG. Ray's own backend also sets TF_USE_LEGACY_KERAS, which rules out Keras 3,
@@ -16,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import logging
@@ -31,8 +32,9 @@ import ray
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
+from ray.util.placement_group import PlacementGroup
 
-from raykeras.compat.patch import default_environment, patched
+from raykeras.compat.patch import default_environment
 from raykeras.compat.versions import PrivateName
 
 TRAINER = PrivateName(
@@ -74,6 +76,13 @@ PLACEMENT_GROUP = PrivateName(
     parameters=("bundles", "strategy", "name"),
 )
 
+SCHEDULING_STRATEGY = PrivateName(
+    "ray.train.v2._internal.execution.worker_group.worker_group:PlacementGroupSchedulingStrategy",
+    "place workers in the placement group of a Ray Tune trial",
+    "they reserve resources in addition to those of the trial",
+    parameters=("placement_group", "placement_group_bundle_index"),
+)
+
 SETTINGS: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # Finished workers are noticed at the next check; 2 s by default.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `raykeras.driver.elastic` watches for draining nodes.
@@ -107,8 +116,25 @@ def run_here(work: Callable[[], Any]) -> Any:
     return values[0]
 
 
+@dataclass(frozen=True)
+class ReservedBundles:
+    """Where to place workers in an existing placement group.
+
+    Attributes:
+        group: The placement group.
+        indices: Index of each worker's bundle.
+    """
+
+    group: PlacementGroup
+    indices: tuple[int, ...]
+
+
 def run_on_workers(
-    work: Callable[[dict[str, Any]], Any], config: dict[str, Any], scaling_config: ScalingConfig, run_config: RunConfig
+    work: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    scaling_config: ScalingConfig,
+    run_config: RunConfig,
+    bundles: ReservedBundles | None = None,
 ) -> Any:
     """Run `work(config)` on every worker.
 
@@ -117,6 +143,7 @@ def run_on_workers(
         config: Its argument.
         scaling_config: The workers and the resources of each.
         run_config: Its name must be unique.
+        bundles: Where to place the workers; None to reserve a new placement group.
 
     Returns:
         The value that `work` returns on rank 0.
@@ -131,7 +158,9 @@ def run_on_workers(
     )
     settings = SETTINGS
     if START_CONTROLLER.find() and (controller := CONTROLLER.find()):
-        trainer._initialize_and_run_controller = functools.partial(_run_controller, _quick_controller(controller))
+        trainer._initialize_and_run_controller = functools.partial(
+            _run_controller, _quick_controller(controller, bundles)
+        )
         settings = {}
     try:
         with default_environment(settings):  # which Ray Train passes on to its controller and the workers
@@ -205,7 +234,7 @@ def _no_datasets(workers: Any) -> dict[str, list[Any]]:
     return {}
 
 
-def _quick_controller(controller_class: Any) -> type:
+def _quick_controller(controller_class: Any, bundles: ReservedBundles | None) -> type:
     """Return Ray Train's controller, which gets its settings without environment variables for its process."""
 
     class Controller(controller_class):
@@ -218,16 +247,19 @@ def _quick_controller(controller_class: Any) -> type:
                 super().__init__(**arguments)
 
         async def run(self) -> None:
-            with _named_groups(self._name_of_groups):
+            with _named_groups(self._name_of_groups, bundles):
                 await super().run()
 
     return Controller
 
 
 @contextlib.contextmanager
-def _named_groups(name: str) -> Iterator[None]:
-    """Name the placement groups that this process creates after a run while the block runs."""
-    placement_group = PLACEMENT_GROUP.find()
+def _named_groups(name: str, bundles: ReservedBundles | None) -> Iterator[None]:
+    """Name the placement groups that this process creates after a run while the block runs.
+
+    With bundles of an existing group, workers are placed in these, and the groups reserve nothing.
+    """
+    placement_group, strategy = PLACEMENT_GROUP.find(), SCHEDULING_STRATEGY.find()
     if placement_group is None:
         yield
         return
@@ -236,8 +268,24 @@ def _named_groups(name: str) -> Iterator[None]:
     def named(*args: Any, **kwargs: Any) -> Any:
         return placement_group(*args, name=f"{name}-{next(numbers)}", **kwargs)
 
-    module, _, attribute = PLACEMENT_GROUP.path.partition(":")
-    with patched(importlib.import_module(module), attribute, named):
+    def without_resources(*args: Any, **kwargs: Any) -> Any:
+        node = f"node:{ray.util.get_node_ip_address()}"
+        return placement_group([{node: 0.0001}], name=f"{name}-{next(numbers)}")
+
+    def in_bundle(placement_group: PlacementGroup, placement_group_bundle_index: int) -> Any:
+        assert bundles is not None
+        return strategy(
+            placement_group=bundles.group,
+            placement_group_bundle_index=bundles.indices[placement_group_bundle_index],
+            placement_group_capture_child_tasks=False,
+        )
+
+    with contextlib.ExitStack() as stack:
+        if bundles is None or strategy is None:
+            stack.enter_context(PLACEMENT_GROUP.replaced(named))
+        else:
+            stack.enter_context(PLACEMENT_GROUP.replaced(without_resources))
+            stack.enter_context(SCHEDULING_STRATEGY.replaced(in_bundle))
         yield
 
 

@@ -18,6 +18,7 @@ from raykeras.compat.ray_state import num_gpus_here
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
+from raykeras.driver.placement import reserved_bundles
 
 _LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
 """Exceptions of TensorFlow's collectives after another worker is lost, without "Error"."""
@@ -83,14 +84,14 @@ def run_on_workers(
 
     from raykeras.compat import ray_train
 
-    run_config = _run_config(folder, waits)
+    run_config, bundles = _run_config(folder, waits), reserved_bundles(scale, cpus_per_worker)
     scaling_config = ScalingConfig(
         num_workers=scale.workers,
         use_gpu=scale.gpus_per_worker > 0,
         resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
     )
     try:
-        return _in_thread(lambda: ray_train.run_on_workers(work, config, scaling_config, run_config))
+        return _in_thread(lambda: ray_train.run_on_workers(work, config, scaling_config, run_config, bundles))
     except WorkerGroupError as error:
         raise most_severe(ray_train.exceptions_of_workers(error)) from None
     except ray_train.PREEMPTION_ERRORS as error:
