@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from raykeras.driver.evaluate import evaluate
     from raykeras.driver.fit import fit
     from raykeras.driver.predict import predict
+    from raykeras.driver.ray_tune import TuneReportCallback
     from raykeras.driver.result import Result
     from raykeras.driver.runs import RunInfo, open_run, runs
     from raykeras.worker.callback_placement import on_chief
@@ -84,6 +85,7 @@ __all__ = [
     "Source",
     "SourceError",
     "StorageFailed",
+    "TuneReportCallback",
     "UserCodeError",
     "ValidationEnded",
     "ValidationError",
@@ -144,6 +146,7 @@ _MODULES = {
     "driver.evaluate": ("evaluate",),
     "driver.fit": ("fit",),
     "driver.predict": ("predict",),
+    "driver.ray_tune": ("TuneReportCallback",),
     "driver.result": ("Result",),
     "driver.runs": ("RunInfo", "open_run", "runs"),
     "worker.callback_placement": ("on_chief",),
