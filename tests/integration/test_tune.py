@@ -61,12 +61,14 @@ def groups() -> set[str]:
     return {key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"}
 
 
-def test_trials_match_their_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_trials_match_their_runs(workers: int, tmp_path: Path) -> None:
     from ray import tune
 
     before = groups()
+    bundles = tune.PlacementGroupFactory([{"CPU": 1}] * (1 if workers == 1 else 1 + workers))
     tuner = tune.Tuner(
-        tune.with_parameters(train, folder=tmp_path, workers=1),
+        tune.with_resources(tune.with_parameters(train, folder=tmp_path, workers=workers), bundles),
         param_space={"lr": tune.grid_search([GOOD, BAD])},
         tune_config=tune.TuneConfig(
             metric="val_loss",
