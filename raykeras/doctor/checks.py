@@ -21,7 +21,7 @@ _MIN_FREE_SHARE = 0.05  # of memory and disks: with less, Ray kills workers and 
 
 _STORE_SHARE = 0.3  # of the memory that Ray's object store takes by default
 
-_LOCAL = "Use a folder that all machines share, or a URL such as `s3://bucket/runs`."
+_SHARED = "Use a folder that all machines share, or a URL such as `s3://bucket/runs`."
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def storage_check(storage: str, error: str | None, node: str = "", *, is_shared:
     if error.startswith(("ImportError", "ModuleNotFoundError")):
         remedy = 'Install the filesystem, such as `pip install "raykeras[s3]"` or `"raykeras[gcs]"`.'
     elif not is_shared:
-        remedy = _LOCAL
+        remedy = _SHARED
     return Check("storage", FAIL, redacted(f"{storage}: {error}"), remedy, node)
 
 

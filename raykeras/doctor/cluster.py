@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raykeras.compat.quiet import quiet
@@ -13,6 +13,10 @@ from raykeras.compat.ray_state import max_cluster_resources
 from raykeras.doctor import checks, node
 from raykeras.doctor.checks import Check, Machine
 from raykeras.doctor.storage import TrialFolder
+
+_TENSORFLOW_SHARE = 0.8  # of a node's time, so that it can still answer that the import took too long
+
+_UNSEEN = "the driver does not find the file that the node wrote"
 
 
 @dataclasses.dataclass
@@ -73,33 +77,44 @@ def _connect(address: str) -> str | None:
 
 
 def _checks_of_nodes(driver: Machine, storage: str | None, folder: TrialFolder | None, timeout_s: float) -> list[Check]:
-    nodes = _start_probes()
-    limit = max_cluster_resources()
+    nodes, limit = _start_probes(), max_cluster_resources()
     found = [checks.resources_check(len(nodes), limit.get("CPU", 0.0), limit.get("GPU", 0.0))]
-    is_quick = driver.tensorflow is None
-    reports = _ask(nodes, timeout_s, lambda n: n.probe.report.remote(None if is_quick else timeout_s))
-    for name, report in reports.items():
-        resources = next(n.resources for n in nodes if n.name == name)
-        machine = Machine(
-            **report,
-            node=name,
-            ray_gpus=resources.get("GPU", 0.0),
-            store_nbytes=resources.get("object_store_memory", 0.0),
-        )
-        found += [*checks.machine_checks(machine), checks.versions_check(machine, driver)]
+    found += _machine_checks(nodes, driver, timeout_s)
     if storage is not None and folder is not None:
-        problems = _ask(nodes, timeout_s, lambda n: n.probe.visit.remote(folder.path, n.name))
-        for name, problem in problems.items():
-            is_shared = problem is not None or folder.has(name)
-            private = "the file that the node wrote is not there for the driver"
-            found.append(checks.storage_check(storage, problem if is_shared else private, name, is_shared=False))
+        found += _storage_checks(nodes, storage, folder, timeout_s)
+    found += _connection_checks(nodes, timeout_s)
+    return [*found, *(checks.silence_check(n.name, timeout_s) for n in nodes if not n.answers)]
+
+
+def _machine_checks(nodes: list[Node], driver: Machine, timeout_s: float) -> Iterator[Check]:
+    """Yield the checks of each node by itself, and of its versions."""
+    tensorflow_timeout_s = None if driver.tensorflow is None else timeout_s * _TENSORFLOW_SHARE
+    reports = _ask(nodes, timeout_s, lambda n: n.probe.report.remote(tensorflow_timeout_s))
+    for n in nodes:
+        if n.name in reports:
+            ray_gpus, store_nbytes = (n.resources.get(name, 0.0) for name in ("GPU", "object_store_memory"))
+            machine = Machine(**reports[n.name], node=n.name, ray_gpus=ray_gpus, store_nbytes=store_nbytes)
+            yield from checks.machine_checks(machine)
+            yield checks.versions_check(machine, driver)
+
+
+def _storage_checks(nodes: list[Node], storage: str, folder: TrialFolder, timeout_s: float) -> Iterator[Check]:
+    """Yield whether each node finds the driver's file, and the driver the node's."""
+    problems = _ask(nodes, timeout_s, lambda n: n.probe.visit.remote(folder.path, n.name))
+    for name, problem in problems.items():
+        if problem is None and not folder.has(name):
+            problem = _UNSEEN
+        yield checks.storage_check(storage, problem, name, is_shared=problem not in (node.NOT_THERE, _UNSEEN))
+
+
+def _connection_checks(nodes: list[Node], timeout_s: float) -> Iterator[Check]:
+    """Yield whether each node connects to a port of every node."""
     ports = _ask(nodes, timeout_s, lambda n: n.probe.listen.remote(n.address))
     listening = [n for n in nodes if n.name in ports]
     addresses = [(n.address, ports[n.name]) for n in listening]
     unreachable = _ask(nodes, timeout_s, lambda n: n.probe.unreachable.remote(addresses))
     for name, indices in unreachable.items():
-        found.append(checks.connections_check(name, [listening[i].name for i in indices], len(listening)))
-    return [*found, *(checks.silence_check(n.name, timeout_s) for n in nodes if not n.answers)]
+        yield checks.connections_check(name, [listening[i].name for i in indices], len(listening))
 
 
 def _start_probes() -> list[Node]:

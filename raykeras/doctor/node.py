@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+NOT_THERE = "the file that the driver wrote is not there"
+
 PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "pyarrow", "numpy")
 
 _IMPORT_TENSORFLOW = """
@@ -79,7 +81,7 @@ class NodeProbe:
         """
         try:
             if not exists(f"{folder}/driver"):
-                return "the file that the driver wrote is not there"
+                return NOT_THERE
             write_and_read(f"{folder}/{name}")
         except Exception as error:
             return one_line(error)
