@@ -21,6 +21,10 @@ from raykeras.driver.callback import DriverCallback
 from raykeras.worker.callback_placement import placement_of, tracker_of, unwrapped
 
 
+class _NotReportedError(OptionError, AttributeError):
+    """A callback of a tracker requests what only the workers have."""
+
+
 @dataclass(frozen=True)
 class LearningRate:
     """A learning rate, to be read like a variable of Keras.
@@ -94,10 +98,10 @@ class ReportedModel:
         return self.text
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"`model.{name}` is not available: with several workers, callbacks of trackers run in this process, which "
-            "has the model's summary, number of parameters, optimizer configuration and learning rate. Use another "
-            "Keras callback for it, which runs on the workers."
+        raise _NotReportedError(
+            "With several workers, callbacks of trackers run in this process, which has the model's summary, number "
+            f"of parameters, optimizer configuration and learning rate; one requests `model.{name}`. Use a callback of "
+            "your own for it, which runs on the workers."
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from raykeras.core import events
+from raykeras.core.errors import OptionError
 from raykeras.driver.trackers import TrackerCallback
 
 MODEL = {
@@ -79,5 +80,5 @@ def test_model_is_what_the_workers_reported() -> None:
     assert model.name == "Sequential" and model.count_params() == 9 and not model.layers
     assert type(model.optimizer).__name__ == "SGD" and model.optimizer.get_config() == {"momentum": 0.5}
     assert not hasattr(model, "to_json")
-    with pytest.raises(AttributeError, match=r"`model\.predict` is not available: with several workers"):
+    with pytest.raises(OptionError, match=r"one requests `model\.predict`\. Use a callback of your own"):
         model.predict([1])
