@@ -33,8 +33,9 @@ from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raykeras.compat.patch import default_environment
+from raykeras.compat.patch import default_environment, patched
 from raykeras.compat.versions import PrivateName
 
 TRAINER = PrivateName(
@@ -74,13 +75,6 @@ PLACEMENT_GROUP = PrivateName(
     "name the placement groups of the workers",
     "their resources may stay reserved until the driver ends if Ray Train's controller is killed",
     parameters=("bundles", "strategy", "name"),
-)
-
-SCHEDULING_STRATEGY = PrivateName(
-    "ray.train.v2._internal.execution.worker_group.worker_group:PlacementGroupSchedulingStrategy",
-    "place workers in the placement group of a Ray Tune trial",
-    "they reserve resources in addition to those of the trial",
-    parameters=("placement_group", "placement_group_bundle_index"),
 )
 
 SETTINGS: Mapping[str, str] = {
@@ -247,19 +241,19 @@ def _quick_controller(controller_class: Any, bundles: ReservedBundles | None) ->
                 super().__init__(**arguments)
 
         async def run(self) -> None:
-            with _named_groups(self._name_of_groups, bundles):
+            with contextlib.ExitStack() as stack:
+                if bundles is not None:
+                    stack.enter_context(_in_bundles(bundles))
+                stack.enter_context(_named_groups(self._name_of_groups))
                 await super().run()
 
     return Controller
 
 
 @contextlib.contextmanager
-def _named_groups(name: str, bundles: ReservedBundles | None) -> Iterator[None]:
-    """Name the placement groups that this process creates after a run while the block runs.
-
-    With bundles of an existing group, workers are placed in these, and the groups reserve nothing.
-    """
-    placement_group, strategy = PLACEMENT_GROUP.find(), SCHEDULING_STRATEGY.find()
+def _named_groups(name: str) -> Iterator[None]:
+    """Name the placement groups that this process creates after a run while the block runs."""
+    placement_group = PLACEMENT_GROUP.find()
     if placement_group is None:
         yield
         return
@@ -268,24 +262,34 @@ def _named_groups(name: str, bundles: ReservedBundles | None) -> Iterator[None]:
     def named(*args: Any, **kwargs: Any) -> Any:
         return placement_group(*args, name=f"{name}-{next(numbers)}", **kwargs)
 
-    def without_resources(*args: Any, **kwargs: Any) -> Any:
-        node = f"node:{ray.util.get_node_ip_address()}"
-        return placement_group([{node: 0.0001}], name=f"{name}-{next(numbers)}")
+    with PLACEMENT_GROUP.replaced(named):
+        yield
 
-    def in_bundle(placement_group: PlacementGroup, placement_group_bundle_index: int) -> Any:
-        assert bundles is not None
-        return strategy(
-            placement_group=bundles.group,
-            placement_group_bundle_index=bundles.indices[placement_group_bundle_index],
-            placement_group_capture_child_tasks=False,
-        )
 
-    with contextlib.ExitStack() as stack:
-        if bundles is None or strategy is None:
-            stack.enter_context(PLACEMENT_GROUP.replaced(named))
-        else:
-            stack.enter_context(PLACEMENT_GROUP.replaced(without_resources))
-            stack.enter_context(SCHEDULING_STRATEGY.replaced(in_bundle))
+@contextlib.contextmanager
+def _in_bundles(bundles: ReservedBundles) -> Iterator[None]:
+    """Place workers in existing bundles while the block runs, and let Ray Train create groups that reserve nothing."""
+    placement_group, init = PLACEMENT_GROUP.find(), PlacementGroupSchedulingStrategy.__init__
+    if placement_group is None:
+        yield
+        return
+    groups: set[PlacementGroup] = set()
+
+    def without_resources(*args: Any, name: str = "", **kwargs: Any) -> Any:
+        groups.add(group := placement_group([{f"node:{ray.util.get_node_ip_address()}": 0.0001}], name=name))
+        return group
+
+    def init_in_bundle(strategy: Any, *args: Any, **kwargs: Any) -> None:
+        init(strategy, *args, **kwargs)
+        if strategy.placement_group in groups:
+            strategy.placement_group = bundles.group
+            strategy.placement_group_bundle_index = bundles.indices[strategy.placement_group_bundle_index]
+            strategy.placement_group_capture_child_tasks = False  # the bundles are full
+
+    with (
+        PLACEMENT_GROUP.replaced(without_resources),
+        patched(PlacementGroupSchedulingStrategy, "__init__", init_in_bundle),
+    ):
         yield
 
 

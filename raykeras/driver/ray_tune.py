@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from typing import Any
 
 from raykeras.checkpoint.store import Checkpoint, RunFolder
@@ -10,6 +12,7 @@ from raykeras.core import events
 from raykeras.core.errors import OptionError
 from raykeras.core.events import Event
 from raykeras.core.logs import Logs
+from raykeras.core.tracebacks import without_frames
 from raykeras.driver.callback import DriverCallback
 from raykeras.driver.runs import StoredRun
 
@@ -28,13 +31,12 @@ class TuneReportCallback(DriverCallback):
         OptionError: Outside of a trial, or if the trial continues from a checkpoint of another trial.
     """
 
+    @without_frames
     def __init__(self) -> None:
-        from raykeras.compat.ray_tune import wait_for_end_of_function
-
         self._num_reported = _num_reported_epochs()
         self._saved: events.CheckpointSaved | None = None
         self._path = ""
-        wait_for_end_of_function()
+        _wait_for_end_of_function()
 
     def on_event(self, event: Event) -> None:
         """Keep the newest checkpoint, and report what is left when the run has ended.
@@ -90,7 +92,10 @@ def _num_reported_epochs() -> int:
     from ray import tune
 
     context = tune.get_context()
-    if context.get_trial_id() is None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray warns outside of a trial
+        trial_id = context.get_trial_id()
+    if trial_id is None:
         raise OptionError(
             "A `TuneReportCallback` must be created in the function of a Ray Tune trial; got a call outside of one. "
             "Create it where the trial calls `fit`."
@@ -107,6 +112,17 @@ def _num_reported_epochs() -> int:
         )
     with checkpoint.as_directory() as folder:
         return int(Checkpoint(folder).state["epoch"])
+
+
+def _wait_for_end_of_function() -> None:
+    """Let Ray Tune wait, when it stops the current trial, until the trial's function has returned.
+
+    Tune joins the thread of the function with a timeout of 0, and ends the process. It still does so after
+    `TUNE_FORCE_TRIAL_CLEANUP_S`.
+    """
+    thread = threading.current_thread()
+    join = thread.join
+    thread.join = lambda timeout=None: join()  # type: ignore[method-assign]
 
 
 def _as_tune_checkpoint(path: str) -> Any:

@@ -12,6 +12,7 @@ import pytest
 
 import raykeras as rk
 from raykeras.checkpoint.store import Checkpoint
+from raykeras.driver.placement import reserved_bundles
 from tests.support.models import SCORE, X
 
 EPOCHS, GOOD, BAD = 4, 0.05, 1e-5
@@ -95,6 +96,35 @@ def test_trials_match_their_runs(workers: int, tmp_path: Path) -> None:
     assert (good.status, good.epochs) == ("completed", EPOCHS)
     assert (bad.status, bad.epochs) == ("interrupted", 1)
     assert groups() == before
+
+
+def test_callback_needs_a_trial(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(rk.OptionError, match="must be created in the function of a Ray Tune trial") as raised:
+        rk.TuneReportCallback()
+    assert all("raykeras/driver" not in str(entry.path) for entry in raised.traceback)
+    assert not [warning for warning in recwarn if "Tuner" in str(warning.message)]
+
+
+def test_workers_use_bundles_of_the_placement_group() -> None:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    def bundles(workers: tuple[int, ...]) -> list[Any]:
+        return [reserved_bundles(rk.Scale(workers=number), 1.0) for number in workers]
+
+    group = ray.util.placement_group([{"CPU": 1}] * 3)
+    inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    try:
+        one, two = ray.get(bundles.options(scheduling_strategy=inside).remote((1, 2)))
+        assert (one.indices, two.indices) == ((1,), (1, 2)) and two.group == group
+        with pytest.raises(rk.ResourceError, match=r"2 fit beside this process.*PlacementGroupFactory\(\[\{'CPU': 1.0"):
+            ray.get(bundles.options(scheduling_strategy=inside).remote((3,)))
+        outside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=False)
+        assert ray.get(bundles.options(scheduling_strategy=outside).remote((2,))) == [None]
+    finally:
+        ray.util.remove_placement_group(group)
+    assert reserved_bundles(rk.Scale(workers=2), 1.0) is None  # a driver is in no group
 
 
 def check_reports(result: Any, folder: Path) -> None:
