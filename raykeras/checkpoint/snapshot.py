@@ -116,7 +116,11 @@ def take_snapshot(
             state = {**state, "build_config": build_config}
         saved = path.read_bytes() if path.exists() else b""  # Copied weights are not written.
     arrays: dict[str, np.ndarray] = {}
-    variables_by_kind = {"metrics": api.metric_variables(model), "seeds": api.seed_states(model)}
+    variables_by_kind = {
+        "metrics": api.metric_variables(model),
+        "seeds": api.seed_states(model),
+        "learning_rate": api.separate_learning_rate(model),
+    }
     for kind, variables in variables_by_kind.items():
         arrays.update({f"{kind}/{i}": np.array(variable.numpy()) for i, variable in enumerate(variables)})
     rng = {"python": random.getstate(), "numpy": np.random.get_state()}
@@ -175,9 +179,13 @@ def restore(model: Any, api: KerasAPI, checkpoint: Checkpoint) -> Restored:
     with _damage_reported(checkpoint):
         with checkpoint.local_file(ARRAYS_FILE) as path, np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        for i, variable in enumerate(api.seed_states(model)):
-            if f"seeds/{i}" in arrays:
-                variable.assign(arrays[f"seeds/{i}"])
+        for kind, variables in (
+            ("seeds", api.seed_states(model)),
+            ("learning_rate", api.separate_learning_rate(model)),
+        ):
+            for i, variable in enumerate(variables):
+                if f"{kind}/{i}" in arrays:
+                    variable.assign(arrays[f"{kind}/{i}"])
         extra = {name: from_json(state[name], arrays) for name in state["extra"]}
         random.setstate(extra["rng"]["python"])
         np.random.set_state(extra["rng"]["numpy"])
@@ -272,7 +280,7 @@ def signature_of(model: Any, api: KerasAPI) -> dict[str, Any]:
         options.pop("learning_rate", None)  # Callbacks may have changed it.
     return {
         "optimizer": type(optimizer).__name__,
-        "options": json.loads(json.dumps(options, default=str, sort_keys=True)),
+        "options": json.loads(json.dumps(options, default=_plain_option, sort_keys=True)),
         "keras": api.name,
     }
 
@@ -293,7 +301,17 @@ def check_signature(checkpoint: Checkpoint, saved: Mapping[str, Any], current: M
     for name in {**saved["options"], **current["options"]}:
         if name == "learning_rate" and not (name in saved["options"] and name in current["options"]):
             continue
-        _require_same(checkpoint, f"optimizer's {name}", saved["options"].get(name), current["options"].get(name))
+        values = [_rounded(signature["options"].get(name)) for signature in (saved, current)]
+        _require_same(checkpoint, f"optimizer's {name}", *values)
+
+
+def _plain_option(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _rounded(value: Any) -> Any:
+    """Round a float as the optimizers of tf_keras do once they have variables."""
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _require_same(checkpoint: Checkpoint, what: str, saved: Any, current: Any) -> None:

@@ -233,7 +233,15 @@ class KerasAPI:
         if optimizer is None:
             return list(model.variables)
         optimizer_variables = optimizer.variables() if callable(optimizer.variables) else optimizer.variables
-        return [*model.variables, *optimizer_variables]
+        return [*model.variables, *optimizer_variables, *self.separate_learning_rate(model)]
+
+    def separate_learning_rate(self, model: Any) -> list[Any]:
+        """Return the variable of the learning rate if the optimizer's variables, and so its file, lack it.
+
+        This is so in tf_keras, unless the learning rate is a schedule.
+        """
+        rate = getattr(getattr(model, "optimizer", None), "learning_rate", None) if self.is_legacy else None
+        return [rate] if hasattr(rate, "assign") else []
 
     def path_of(self, variable: Any) -> str:
         """Return the path of a variable; in tf_keras, its name."""

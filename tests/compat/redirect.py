@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 
 _CALLS = {"fit", "evaluate", "predict", "run_layer_test", "run_training_check"}
+_EXIT_STATUS = pytest.StashKey[int]()
 _UNUSED = {"predict": ("verbose",)}  # which raykeras does not have
 
 
@@ -113,6 +114,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.add_cleanup(functools.partial(_exit, config))  # the last of all cleanups
     for marker in ("requires_trainable_backend", "multi_device"):
         config.addinivalue_line("markers", f"{marker}: defined in Keras' own conftest")
     if "conftest" not in sys.modules:  # some tests import it
@@ -132,6 +134,18 @@ def pytest_configure(config: pytest.Config) -> None:
         redirection = Redirection(scale, config.getoption("--legacy"))
         config.add_cleanup(lambda: shutil.rmtree(redirection.storage, ignore_errors=True))
         redirection.install()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[_EXIT_STATUS] = exitstatus
+
+
+def _exit(config: pytest.Config) -> None:
+    """End the process, although a test that failed may have left a thread that waits forever."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    sys.stdout.flush()
+    os._exit(config.stash.get(_EXIT_STATUS, 1))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -71,6 +71,7 @@ def assert_matches_keras(
     run = rk.Run(storage=str(folder), name="run")
     result = rk.fit(model, *data, callbacks=callbacks, scale=scale, run=run, **options)
     assert_same_training(result, expected, oracle)
+    assert float(model.optimizer.learning_rate) == pytest.approx(float(oracle.optimizer.learning_rate))
     return result
 
 

@@ -409,3 +409,29 @@ def test_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         assert fit(str(tmp_path), "run", [Interrupts()]).epoch
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("optimizer", ["keras.optimizers", "tf_keras.optimizers", "tf_keras.optimizers.legacy"])
+def test_learning_rate_set_by_callback_is_resumed(optimizer: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    package = importlib.import_module(optimizer.split(".")[0])
+    options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+
+    def compiled() -> Any:
+        package.utils.set_random_seed(0)
+        model = package.Sequential([package.layers.Input(X.shape[1:]), package.layers.Dense(3)])
+        model.compile(importlib.import_module(optimizer).SGD(0.1), "mse")
+        return model
+
+    def reduce() -> Any:
+        return package.callbacks.ReduceLROnPlateau("loss", factor=0.5, patience=1, min_delta=100)
+
+    expected = compiled()
+    history = expected.fit(X, X[:, :3], epochs=5, callbacks=[reduce()], **options).history
+    with kept_workers.used():
+        for epochs in (3, 5):
+            model = compiled()
+            run = rk.Run(storage=str(tmp_path), name="run")
+            scale = rk.Scale(workers=2)
+            result = rk.fit(model, X, X[:, :3], epochs=epochs, callbacks=[reduce()], scale=scale, run=run, **options)
+    np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-5)
+    assert float(model.optimizer.learning_rate) == float(expected.optimizer.learning_rate) < 0.1

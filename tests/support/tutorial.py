@@ -39,7 +39,8 @@ def transcript(page: str, folder: Path, *, scripts: Path | None = None) -> str:
     """
     path = f"{scripts or os.path.dirname(sys.executable)}:{os.environ['PATH']}"
     packages = "" if scripts else str(ROOT)
-    place = {"cwd": folder, "env": {**os.environ, "PATH": path, "PYTHONPATH": packages, "COLUMNS": "100"}}
+    environment = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}  # set by JAX
+    place = {"cwd": folder, "env": {**environment, "PATH": path, "PYTHONPATH": packages, "COLUMNS": "100"}}
 
     def run(block: re.Match[str]) -> str:
         kind, title, text = block.groups()
