@@ -11,7 +11,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +93,24 @@ def pack_model(model: Any, *, lazily: bool = False) -> tuple[KerasAPI, bytes]:
         model: A result of `as_model`.
         lazily: Whether to return an empty pickle for a compiled model, which this process uses directly.
     """
-    from ray import cloudpickle
-
     if is_model(model):
         api = api_of(model)
-        return api, b"" if lazily else cloudpickle.dumps(functools.partial(load_model, save_model(model, api), api))
-    pickled = cloudpickle.dumps(model)
+        return api, b"" if lazily else _pickled(functools.partial(load_model, save_model(model, api), api))
+    pickled = _pickled(model)
     return model.api if isinstance(model, ModelFile) else guess_api(pickled), pickled
+
+
+def _pickled(create: Callable[[], Any]) -> bytes:
+    from ray import cloudpickle
+
+    try:
+        return cloudpickle.dumps(create)
+    except Exception as error:  # whatever the user's `__reduce__` methods raise
+        raise ModelError(
+            "A model is pickled for other processes, with the functions and classes of the script that it uses; all "
+            f"that these refer to must be picklable; got {_summary(error)}. Create such an object inside of the "
+            "function that builds the model, or in a module."
+        ) from error
 
 
 def unpack_model(build: bytes, rank: int | None = None) -> Any:

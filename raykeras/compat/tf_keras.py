@@ -136,6 +136,8 @@ def build_losses_and_metrics(model: Any, y: Any, predicted: Any) -> None:
 
     if isinstance(y, dict) and not isinstance(predicted, dict):  # by output name
         y = tf.nest.pack_sequence_as(predicted, [y.get(name) for name in model.output_names])
+    elif not tf.nest.is_nested(y):  # one target for all outputs
+        y = tf.nest.map_structure(lambda _: y, predicted)
     with contextlib.suppress(AttributeError):  # A model with a custom `train_step` may lack these containers.
         if not model.compiled_loss.built:
             model.compiled_loss.build(predicted)

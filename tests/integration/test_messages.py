@@ -150,6 +150,17 @@ def test_text_labels_are_refused(table: str, tmp_path: Path) -> None:
         rk.fit(build(loss={"label": keras.losses.SparseCategoricalCrossentropy()}), X, Y.astype(str), **run)
 
 
+def test_model_that_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
+    numbers = (number for number in range(3))
+
+    def make() -> Any:
+        return build(next(numbers))()
+
+    with pytest.raises(rk.ModelError, match=r"must be picklable; got TypeError: cannot pickle 'generator' object"):
+        rk.fit(make, X, Y, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ON_TWO_WORKERS)
 def test_wrong_call_on_two_workers_has_short_message(
     name: str, table: str, kept_workers: KeptWorkers, tmp_path: Path, capfd: pytest.CaptureFixture[str]

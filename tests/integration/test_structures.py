@@ -208,6 +208,22 @@ def test_optimizer_without_config_matches_keras(scale: rk.Scale, tmp_path: Path)
     assert_same_training(result, expected, plain)
 
 
+def test_one_target_for_all_outputs_matches_tf_keras(tmp_path: Path) -> None:
+    def build() -> Any:
+        tf_keras.utils.set_random_seed(0)
+        inputs = tf_keras.Input((8,))
+        hidden = tf_keras.layers.Dense(1, name="first")(inputs)
+        model = tf_keras.Model(inputs, [hidden, tf_keras.layers.Dense(1, name="second")(hidden)])
+        model.compile("sgd", {"second": "mse"}, metrics={"first": "mae"})
+        return model
+
+    plain, run = build(), rk.Run(storage=str(tmp_path))
+    expected = plain.fit(X, SCORE, batch_size=BATCH, shuffle=False, verbose=0).history
+    scale = rk.Scale(replicas_per_worker=2)
+    result = rk.fit(build, X, SCORE, batch_size=BATCH, shuffle=False, verbose=0, scale=scale, run=run)
+    assert_same_training(result, expected, plain)
+
+
 def forms_of_x(package: Any) -> dict[str, Callable[[], Any]]:
     """Return the forms in which x can be passed without y."""
     sequence = package.utils.PyDataset if package is keras else package.utils.Sequence
