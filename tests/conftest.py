@@ -20,6 +20,7 @@ import pytest
 
 from raykeras.core.config import Scale
 from tests.support import leftovers
+from tests.support.graphs import skip_graph_optimization
 from tests.support.kept_workers import TWO, KeptWorkers
 from tests.support.s3 import S3
 
@@ -101,6 +102,7 @@ def tensorflow() -> None:
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
+    skip_graph_optimization()
 
 
 @pytest.fixture(scope="session")

@@ -270,7 +270,8 @@ def test_training_ends_when_generator_is_exhausted(
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras 3 warns at each end
 @pytest.mark.parametrize(  # three does not divide the steps of an epoch, and tf_keras refuses it
-    ("package", "steps_per_execution"), [("keras", 1), ("keras", 3), ("tf_keras", 1)]
+    ("package", "steps_per_execution"),
+    [pytest.param("keras", 1, marks=pytest.mark.exhaustive), ("keras", 3), ("tf_keras", 1)],
 )
 def test_dataset_of_unknown_length_has_one_pass_per_epoch(
     package: str, steps_per_execution: int, tmp_path: Path

@@ -1,8 +1,8 @@
 """Any number of workers and replicas gives the history and weights of plain `model.fit`.
 
 These are representative cases of the grid in `benchmarks/exactness.py`: Keras 3 and tf_keras, with and without weights,
-a last batch that leaves a replica empty or with fewer rows, and a single short batch. `tests/system/test_killed.py`
-compares three workers.
+a last batch that leaves a replica empty or with fewer rows, and a single short batch. Two workers of two replicas each,
+and the three workers of `tests/system/test_killed.py`, are compared with `--exhaustive`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def assert_exact(case: Case, folder: Path) -> None:
         Case(1, 2, "keras", 257, True),
         Case(1, 2, "keras", 27, False),
         Case(1, 2, "tf_keras", 257, True),
-        Case(2, 2, "keras", 257, True),
+        pytest.param(Case(2, 2, "keras", 257, True), marks=pytest.mark.exhaustive),  # starts two processes
     ],
     ids=str,
 )

@@ -2,8 +2,8 @@
 
 Each example trains on the same batches in plain Keras and through raykeras, on one worker and on two, and the results
 are compared. Classes and functions are defined as in the guide, without registration. The guide's callbacks are in
-`test_callbacks.py`. Unless pytest is run with `--exhaustive`, examples that differ only in data or weights train on two
-workers only, and tf_keras trains on two replicas of one worker.
+`test_callbacks.py`. Unless pytest is run with `--exhaustive`, examples that differ only in data or weights train with
+Keras 3 on two workers only, and tf_keras trains on two replicas of one worker.
 https://keras.io/guides/training_with_built_in_methods
 """
 
@@ -35,6 +35,9 @@ ONE = rk.Scale()
 pytestmark = [pytest.mark.usefixtures("two_workers"), pytest.mark.tf_keras_on_replicas]
 KERAS_3 = pytest.mark.parametrize("package", ["keras"])
 TF_KERAS = pytest.mark.parametrize("package", ["tf_keras"])
+KERAS_3_BY_DEFAULT = pytest.mark.parametrize(
+    "package", ["keras", pytest.param("tf_keras", marks=pytest.mark.exhaustive)]
+)
 FEWER_SCALES = pytest.mark.fewer_scales  # see above
 
 Make = Callable[[], Any]
@@ -174,7 +177,7 @@ def test_built_in_optimizers_losses_and_metrics(example: Example) -> None:
         assert logs == pytest.approx(expected, rel=1e-5)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 @pytest.mark.parametrize("returns", ["rows", "a scalar"])  # as in the guide for Keras 3, and in that of TensorFlow
 def test_custom_loss_function(example: Example, returns: str) -> None:
@@ -328,7 +331,7 @@ def test_endpoint_layer_without_loss(example: Example) -> None:
     example.trains(make, {"inputs": X, "targets": ONE_HOT})
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_validation_split(example: Example) -> None:
     example.trains(compiled(example.keras), X, Y, validation_split=0.2, validation_batch_size=7, validation_freq=2)
@@ -353,7 +356,7 @@ def test_dataset_with_validation_dataset(example: Example) -> None:
     np.testing.assert_allclose(predictions, oracle.predict(batched(X, Y), verbose=0), atol=1e-5)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_steps_per_epoch_continues_in_dataset(example: Example) -> None:
     # epochs of three out of five batches; plain Keras needs the dataset repeated to continue at its end
@@ -380,7 +383,7 @@ def example_sequence(keras: Any) -> Any:
     return ExamplePyDataset
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_sequence_with_validation_sequence(example: Example) -> None:
     sequence = example_sequence(example.keras)
@@ -393,7 +396,7 @@ def test_sequence_with_validation_sequence(example: Example) -> None:
         assert logs == pytest.approx(oracle.evaluate(validation, verbose=0, return_dict=True), rel=1e-5)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_generator(example: Example) -> None:
     def generate() -> Iterator[Any]:
@@ -407,13 +410,13 @@ def test_generator(example: Example) -> None:
 # Using sample weighting and class weighting
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_class_weight(example: Example) -> None:
     example.trains(compiled(example.keras), X, Y, class_weight={0: 1.0, 1: 0.5, 2: 2.0})
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_sample_weight_arrays_and_mask(example: Example) -> None:
     models, oracle = example.trains(compiled(example.keras), X, Y, sample_weight=WEIGHT)
@@ -421,7 +424,7 @@ def test_sample_weight_arrays_and_mask(example: Example) -> None:
     example.fit(models, oracle, X, Y, sample_weight=mask)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_class_weight_times_sample_weight(example: Example) -> None:
     weights = {0: 1.0, 1: 0.5, 2: 2.0}
@@ -431,13 +434,13 @@ def test_class_weight_times_sample_weight(example: Example) -> None:
     example.trains(make, X, Y, sample_weight=WEIGHT, class_weight=weights, plain_options=both)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_sample_weight_in_dataset(example: Example) -> None:
     example.trains(compiled(example.keras), batched(X, Y, WEIGHT))
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_temporal_weights(example: Example) -> None:
     keras = example.keras
@@ -461,7 +464,7 @@ def losses(keras: Any) -> dict[str, Any]:
     }
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_losses_and_metrics_as_lists(example: Example) -> None:
     make = two_inputs(
@@ -476,7 +479,7 @@ def test_losses_and_metrics_as_lists(example: Example) -> None:
     example.trains(make, [IMAGES, SERIES], [SCORE, CLASS], validation_data=validation)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_losses_and_metrics_as_dicts(example: Example) -> None:
     make = two_inputs(
@@ -496,7 +499,7 @@ def test_losses_and_metrics_as_dicts(example: Example) -> None:
         np.testing.assert_allclose(predictions, expected, atol=1e-5)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_dataset_of_dicts(example: Example) -> None:
     x = {"img_input": IMAGES, "ts_input": SERIES}
@@ -504,7 +507,7 @@ def test_dataset_of_dicts(example: Example) -> None:
     example.trains(two_inputs(example.package, loss=losses), batched(x, y))
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_output_without_loss(example: Example) -> None:
     make = two_inputs(
@@ -513,7 +516,7 @@ def test_output_without_loss(example: Example) -> None:
     example.trains(make, [IMAGES, SERIES], [SCORE, CLASS])
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_sample_weight_by_output(example: Example) -> None:
     other = WEIGHT[::-1].copy()
@@ -524,7 +527,7 @@ def test_sample_weight_by_output(example: Example) -> None:
     example.trains(two_inputs(example.package), x, y, sample_weight=weights, batch_size=BATCH, **plain)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_padded_time_series_from_parquet(example: Example) -> None:
     keras, rng = example.keras, np.random.default_rng(3)
@@ -569,7 +572,7 @@ def test_ragged_time_series_from_parquet(example: Example) -> None:
 # Data frames and tensors
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_data_frames_and_tensors(example: Example) -> None:
     frame, labels = pd.DataFrame(X, columns=[f"f{i}" for i in range(8)]), pd.Series(Y)
@@ -605,7 +608,7 @@ def test_make_or_restore_model(package: str, tmp_path: Path) -> None:
 # Using learning rate schedules
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 def test_schedule_counts_global_batch_once(example: Example) -> None:
     def optimizer(keras: Any) -> Any:
@@ -670,7 +673,7 @@ def test_subclassed_model_with_custom_train_step(example: Example) -> None:
     example.trains(make, X, Y)
 
 
-@PACKAGES
+@KERAS_3_BY_DEFAULT
 @FEWER_SCALES
 @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"steps_per_execution": 2}], ids=str)
 def test_execution_modes(example: Example, options: dict[str, Any]) -> None:

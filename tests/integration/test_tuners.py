@@ -77,7 +77,9 @@ def test_optuna_prunes_trials(scale: rk.Scale, tmp_path: Path) -> None:
     assert [(info.status, info.epochs) for info in rk.runs(str(tmp_path))] == [("completed", 3), ("interrupted", 1)]
 
 
-@SCALES
+@pytest.mark.parametrize(
+    "scale", [rk.Scale(), pytest.param(TWO, marks=pytest.mark.exhaustive)], ids=["one worker", "two workers"]
+)
 def test_keras_tuner_finds_the_best_trial(scale: rk.Scale, tmp_path: Path) -> None:
     tuner = example("Tuner", tmp_path)(
         lambda hp: build(hp.Choice("learning_rate", [GOOD, BAD])),

@@ -25,6 +25,7 @@ from raykeras.core.config import Scale
 from raykeras.driver import evaluate, launch
 from raykeras.driver.worker_group import most_severe, run_on_workers
 from raykeras.worker.coordinator import CoordinatorActor, RunCoordinator
+from tests.support.graphs import skip_graph_optimization
 
 TWO = Scale(workers=2)
 _CPUS_PER_WORKER = 0.01
@@ -196,6 +197,8 @@ def _serve(config: dict[str, Any]) -> None:
     import tf_keras
 
     from raykeras.worker import train
+
+    skip_graph_optimization()
 
     # a process can join a TensorFlow cluster only once
     train.make_strategy = functools.cache(train.make_strategy)

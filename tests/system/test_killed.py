@@ -170,7 +170,7 @@ def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFa
     return folder / "run", uninterrupted
 
 
-@pytest.mark.parametrize("workers", [2, 1, 3])
+@pytest.mark.parametrize("workers", [2, 1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_run_of_killed_driver_resumes_on_any_number_of_workers(
     workers: int, killed_driver: tuple[Path, rk.Result], kept_workers: KeptWorkers, tmp_path: Path
 ) -> None:
