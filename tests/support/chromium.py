@@ -58,9 +58,9 @@ class Browser:
         self._driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         self.run("return new Promise((done) => requestAnimationFrame(() => setTimeout(() => done(null), 100)))")
 
-    def run(self, script: str) -> Any:
-        """Run a script in the page, and return its result."""
-        return self._driver.execute_script(script)
+    def run(self, script: str, *arguments: Any) -> Any:
+        """Run a script in the page, with `arguments` as JavaScript's, and return its result."""
+        return self._driver.execute_script(script, *arguments)
 
     def log(self) -> tuple[list[str], list[str]]:
         """Return the messages of the console and the URLs that were requested since the last call."""

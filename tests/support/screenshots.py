@@ -201,13 +201,18 @@ def tensorboard(browser: Browser, folder: Path) -> None:
         server.wait()
 
 
+_STILL = "*, *::before, *::after { transition: none !important; animation: none !important }"
+
+
 def docs(browser: Browser, folder: Path) -> None:
     """Show the start page of the documentation site, as `make docs` builds it."""
     site = folder / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
     subprocess.run(command, cwd=ROOT, env={**environment(), "NO_MKDOCS_2_WARNING": "1"}, check=True)
     browser.open(site / "index.html", width=1280)
-    browser.run("return Promise.all(document.getAnimations().map((a) => a.finished)).then(() => null)")
+    browser.run(
+        "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))", _STILL
+    )
     browser.screenshot(IMAGES / "docs-start.png", width=1280, height=900)
     shrink(IMAGES / "docs-start.png")
 
