@@ -201,7 +201,24 @@ def _model_file(path: str) -> tuple[KerasAPI, str]:
     return KerasAPI("tf_keras" if version.startswith("2.") else "keras"), path
 
 
-def save_model(model: Any, api: KerasAPI) -> tuple[bytes, dict[str, Any]]:
+@dataclass(frozen=True)
+class SavedModel:
+    """A compiled model on its way to another process.
+
+    Attributes:
+        data: The bytes of its `.keras` file.
+        custom_objects: Its custom objects, by the names that the file uses.
+        trainable: `trainable` of the model and all layers in it, which the configs of custom layers may lack.
+        has_trained: Whether its optimizer has made a step.
+    """
+
+    data: bytes
+    custom_objects: dict[str, Any]
+    trainable: list[bool]
+    has_trained: bool
+
+
+def save_model(model: Any, api: KerasAPI) -> SavedModel:
     """Save a compiled model.
 
     Returns:
@@ -219,10 +236,13 @@ def save_model(model: Any, api: KerasAPI) -> tuple[bytes, dict[str, Any]]:
             except Exception as error:
                 raise _not_portable(repr(model.name), error) from error
         with open(path, "rb") as file:
-            return file.read(), table
+            data = file.read()
+    iterations = getattr(getattr(model, "optimizer", None), "iterations", None)
+    has_trained = iterations is not None and int(iterations.numpy()) > 0
+    return SavedModel(data, table, [layer.trainable for layer in api.layers(model)], has_trained)
 
 
-def load_model(saved: tuple[bytes, dict[str, Any]], api: KerasAPI) -> Any:
+def load_model(saved: SavedModel, api: KerasAPI) -> Any:
     """Load a model.
 
     Args:
@@ -230,14 +250,36 @@ def load_model(saved: tuple[bytes, dict[str, Any]], api: KerasAPI) -> Any:
         api: The Keras package of the model.
 
     Raises:
-        ModelError: Keras cannot load what it saved.
+        ModelError: Keras cannot load what it saved, or the optimizer's state of layers that are trainable there.
     """
-    data, table = saved
-    with restored(api, table):
+    with restored(api, saved.custom_objects):
         try:
-            return _load_bytes(data, api, table, safe_mode=False)
+            model = _load_bytes(saved.data, api, saved.custom_objects, safe_mode=False)
         except Exception as error:
             raise _not_portable("the model", error) from error
+        _restore_trainable(model, saved, api)
+    return model
+
+
+def _restore_trainable(model: Any, saved: SavedModel, api: KerasAPI) -> None:
+    """Set `trainable` of layers whose config lacks it, and create the optimizer's variables again."""
+    layers = api.layers(model)
+    flags = saved.trainable if len(saved.trainable) == len(layers) else [layer.trainable for layer in layers]
+    changed = [layer for layer, flag in zip(layers, flags, strict=True) if layer.trainable != flag]
+    if not changed:
+        return
+    if saved.has_trained:
+        raise ModelError(
+            "A model that continues training on several workers needs a config that says which layers are trainable; "
+            f"that of {changed[0].name!r}, or of the layer that contains it, does not say that `trainable` is "
+            f"{not changed[0].trainable}. Add it to `get_config` and `__init__` of the class, or pass a function that "
+            "builds the model."
+        )
+    for layer, flag in zip(layers, flags, strict=True):
+        if layer.trainable != flag:  # setting it changes all layers in this one, which come later
+            layer.trainable = flag
+    if config := model.get_compile_config():
+        model.compile_from_config(config)
 
 
 def _load_bytes(data: bytes, api: KerasAPI, custom_objects: Mapping[str, Any], safe_mode: bool) -> Any:

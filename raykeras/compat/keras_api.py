@@ -265,8 +265,11 @@ class KerasAPI:
 
     def synchronizes(self, model: Any) -> bool:
         """Return whether a layer computes statistics over the rows of all replicas."""
-        layers = (tf_keras if self.is_legacy else keras3).FLATTEN_LAYERS.of(model)()
-        return any(getattr(layer, "synchronized", False) for layer in layers)
+        return any(getattr(layer, "synchronized", False) for layer in self.layers(model))
+
+    def layers(self, model: Any) -> list[Any]:
+        """Return a model and all layers in it, each before those in it."""
+        return list((tf_keras if self.is_legacy else keras3).FLATTEN_LAYERS.of(model)())
 
     def inherits(self, model: Any, method: str) -> bool:
         """Return whether a model inherits a method from Keras rather than overriding it."""

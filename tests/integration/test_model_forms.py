@@ -188,6 +188,43 @@ def test_layer_quantized_after_it_was_built_gets_its_own_values(kept_workers: Ke
 
 
 @PACKAGES
+def test_layer_that_was_frozen_later_stays_frozen(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+    keras = importlib.import_module(package)
+
+    class Block(keras.layers.Layer):  # type: ignore[misc]
+        def __init__(self, units: int) -> None:
+            super().__init__()
+            self.frozen, self.trained = keras.layers.Dense(units), keras.layers.Dense(units)
+
+        def build(self, shape: Any) -> None:
+            self.frozen.build(shape)
+            self.trained.build(shape)
+
+        def call(self, x: Any) -> Any:
+            return self.frozen(x) + self.trained(x)
+
+        def get_config(self) -> dict[str, Any]:
+            return {"units": 3}  # without `trainable` of the layers in it
+
+    def build() -> Any:
+        block = Block(3)
+        block.frozen.trainable = False
+        model = keras.Sequential([keras.Input((8,)), block])
+        model.compile("adam", "mse")
+        return model
+
+    history, model = plain_fit(package, build, X, ONE_HOT)
+    keras.utils.set_random_seed(0)
+    mine = build()
+    with kept_workers.used():
+        result = rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+        np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-5)
+        assert_same_weights(mine, model)
+        with pytest.raises(rk.ModelError, match=r"does not say that `trainable` is False\. Add it to `get_config`"):
+            rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+
+
+@PACKAGES
 @pytest.mark.tf_keras_on_replicas
 @pytest.mark.usefixtures("two_workers")
 def test_metric_with_a_value_per_class_matches_keras(package: str, several: rk.Scale, tmp_path: Path) -> None:
