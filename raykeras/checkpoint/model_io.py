@@ -264,8 +264,9 @@ def load_model(saved: SavedModel, api: KerasAPI) -> Any:
 def _restore_trainable(model: Any, saved: SavedModel, api: KerasAPI) -> None:
     """Set `trainable` of layers whose config lacks it, and create the optimizer's variables again."""
     layers = api.layers(model)
-    flags = saved.trainable if len(saved.trainable) == len(layers) else [layer.trainable for layer in layers]
-    changed = [layer for layer, flag in zip(layers, flags, strict=True) if layer.trainable != flag]
+    if len(layers) != len(saved.trainable):  # they cannot be told apart
+        return
+    changed = [layer for layer, flag in zip(layers, saved.trainable, strict=True) if layer.trainable != flag]
     if not changed:
         return
     if saved.has_trained:
@@ -275,7 +276,7 @@ def _restore_trainable(model: Any, saved: SavedModel, api: KerasAPI) -> None:
             f"{not changed[0].trainable}. Add it to `get_config` and `__init__` of the class, or pass a function that "
             "builds the model."
         )
-    for layer, flag in zip(layers, flags, strict=True):
+    for layer, flag in zip(layers, saved.trainable, strict=True):
         if layer.trainable != flag:  # setting it changes all layers in this one, which come later
             layer.trainable = flag
     if config := model.get_compile_config():
