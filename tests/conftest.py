@@ -13,18 +13,18 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import hypothesis
 import pytest
 
 from raykeras.core.config import Scale
+from raykeras.driver.worker_pool import run_on_workers
 from tests.support import leftovers
-from tests.support.graphs import skip_graph_optimization
-from tests.support.kept_workers import TWO, KeptWorkers
+from tests.support.graphs import skip_graph_optimization, skip_graph_optimization_on_worker
+from tests.support.models import TWO
 from tests.support.s3 import S3
 
-NUM_CPUS = 4  # three new workers, and one CPU for data tasks and the fractions that kept workers reserve
+NUM_CPUS = 4  # three workers, and one CPU for data tasks
 _LEFTOVERS = pytest.StashKey[list[str]]()
 
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -145,11 +145,9 @@ def ray_cluster(tensorflow: None, s3_server: S3) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def kept_workers(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeptWorkers]:
-    """Start two worker processes, which are shared by all tests that request them."""
-    workers = KeptWorkers(tmp_path_factory.mktemp("kept"))
-    yield workers
-    workers.close()
+def kept_workers(ray_cluster: None) -> None:
+    """Let a test or a fixture train on two workers, which stay up: all that do run in one process."""
+    _skip_graph_optimization_on_workers()
 
 
 @pytest.fixture
@@ -159,8 +157,12 @@ def several(request: pytest.FixtureRequest) -> Scale:
 
 
 @pytest.fixture
-def two_workers(request: pytest.FixtureRequest, several: Scale) -> Iterator[None]:
-    """Run this test's two-worker jobs on the kept workers."""
-    workers = request.getfixturevalue("kept_workers").used() if several == TWO else nullcontext()
-    with workers:
-        yield
+def two_workers(request: pytest.FixtureRequest, several: Scale) -> None:
+    """Let a test train on two workers, which may be new ones since the last test."""
+    if several == TWO:
+        request.getfixturevalue("kept_workers")
+        _skip_graph_optimization_on_workers()
+
+
+def _skip_graph_optimization_on_workers() -> None:
+    run_on_workers(skip_graph_optimization_on_worker, {}, scale=TWO, cpus_per_worker=1.0)

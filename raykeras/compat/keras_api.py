@@ -141,6 +141,33 @@ class KerasAPI:
             rate = plain_number(rate)
         return rate if isinstance(rate, float) and math.isfinite(rate) else None
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the package that apply to this process, for `restore`."""
+        backend, policies = self.module.backend, self.module.mixed_precision
+        return {
+            "floatx": backend.floatx(),
+            "epsilon": backend.epsilon(),
+            "image_data_format": backend.image_data_format(),
+            "policy": policies.global_policy() if self.is_legacy else policies.dtype_policy(),
+            "custom_objects": dict(self.module.saving.get_custom_objects()),
+        }
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Clear the package's global state, and restore its settings.
+
+        Args:
+            settings: As `settings` returned them.
+        """
+        backend, policies, saving = self.module.backend, self.module.mixed_precision, self.module.saving
+        backend.clear_session()
+        backend.set_floatx(settings["floatx"])
+        backend.set_epsilon(settings["epsilon"])
+        backend.set_image_data_format(settings["image_data_format"])
+        set_policy = policies.set_global_policy if self.is_legacy else policies.set_dtype_policy
+        set_policy(settings["policy"])
+        saving.get_custom_objects().clear()
+        saving.get_custom_objects().update(settings["custom_objects"])
+
     def seed(self, seed: int) -> None:
         """Seed Python, NumPy, TensorFlow and the package."""
         self.module.utils.set_random_seed(seed)

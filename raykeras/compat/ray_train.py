@@ -30,7 +30,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.train import ControllerError, FailureConfig, Result, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.backend import Backend, BackendConfig
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -129,8 +129,8 @@ def run_on_workers(
     scaling_config: ScalingConfig,
     run_config: RunConfig,
     bundles: ReservedBundles | None = None,
-) -> Any:
-    """Run `work(config)` on every worker.
+) -> None:
+    """Run `work(config)` on every worker, until it returns or `stop` is called.
 
     Args:
         work: The function.
@@ -138,13 +138,9 @@ def run_on_workers(
         scaling_config: The workers and the resources of each.
         run_config: Its name must be unique.
         bundles: Where to place the workers; None to reserve a new placement group.
-
-    Returns:
-        The value that `work` returns on rank 0.
     """
-    keeper = None if "return_value" in {field.name for field in dataclasses.fields(Result)} else _value_keeper()
     trainer = TRAINER.get()(
-        work if keeper is None else functools.partial(_run_and_keep, work, keeper),
+        work,
         train_loop_config=config,
         backend_config=TensorFlowBackendConfig(),
         scaling_config=scaling_config,
@@ -158,38 +154,27 @@ def run_on_workers(
         settings = {}
     try:
         with default_environment(settings):  # which Ray Train passes on to its controller and the workers
-            result = trainer.fit()
-            return result.return_value if keeper is None else ray.get(keeper.get.remote())
+            trainer.fit()
     except (ControllerError, RayError):
         with contextlib.suppress(Exception):  # The original error is more informative.
             _remove_groups(run_config.name)
         raise
 
 
+def stop(name: str) -> None:
+    """End the workers of a run at once; does nothing if they have ended.
+
+    Args:
+        name: Name in the run's configuration.
+    """
+    if ray.is_initialized():
+        with contextlib.suppress(ValueError):  # there is no such controller
+            ray.kill(ray.get_actor(name))
+
+
 def exceptions_of_workers(error: WorkerGroupError) -> dict[int, BaseException]:
     """Return the exception of each failed worker, by rank. Ray 2.54 and earlier wrap those of the function it runs."""
     return {rank: getattr(failure, "_base_exc", failure) for rank, failure in error.worker_failures.items()}
-
-
-class _ValueKeeper:
-    """An actor that holds the value of rank 0 for the driver; `Result` of Ray 2.55 and earlier has none."""
-
-    def set(self, value: Any) -> None:
-        self._value = value
-
-    def get(self) -> Any:
-        return self._value
-
-
-def _value_keeper() -> Any:
-    """Return a `_ValueKeeper` on this node, which lives as long as the reference to it."""
-    return ray.remote(_ValueKeeper).options(num_cpus=0, label_selector=_this_node()).remote()
-
-
-def _run_and_keep(work: Callable[[dict[str, Any]], Any], keeper: Any, config: dict[str, Any]) -> None:
-    value = work(config)
-    if ray.train.get_context().get_world_rank() == 0:
-        ray.get(keeper.set.remote(value))
 
 
 def _this_node() -> dict[str, str]:
@@ -204,6 +189,7 @@ def _run_controller(controller_class: type, **arguments: Any) -> Any:
     controller = (
         ray.remote(controller_class)
         .options(
+            name=arguments["train_run_context"].run_config.name,
             num_cpus=0,
             label_selector=_this_node(),
             runtime_env={"env_vars": env_vars} if env_vars else None,
@@ -295,6 +281,8 @@ def _in_bundles(bundles: ReservedBundles) -> Iterator[None]:
 
 def _remove_groups(name: str) -> None:
     """Remove the placement groups of a run, which would otherwise live as long as the driver."""
+    if not ray.is_initialized():
+        return
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(f"{name}-") and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,6 +29,9 @@ class Scale:
         cpus_per_worker: Logical CPUs that each worker process reserves in Ray, above 0. Defaults to 1, or to less
             if the data tasks would otherwise get none.
         min_workers: The minimum of a `(min, max)` pair; `workers` is then the maximum.
+        idle_timeout_s: Seconds for which several workers stay up after a call, at least 0. The next call of the same
+            program with the same scale then starts in a second. They end sooner if anything in the cluster waits for
+            resources. 0 ends them with the call. Elastic workers do not stay up.
 
     Raises:
         OptionError: If a value is out of its range, or values contradict each other.
@@ -39,6 +42,7 @@ class Scale:
     replicas_per_worker: int = 1
     cpus_per_worker: float | None = None
     min_workers: int | None = None
+    idle_timeout_s: float = field(default=300.0, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.workers, tuple | list):
@@ -56,6 +60,11 @@ class Scale:
         if self.cpus_per_worker is not None and not self.cpus_per_worker > 0:
             raise OptionError(
                 f"`cpus_per_worker` must be above 0; got {self.cpus_per_worker!r}. Leave it out for the default."
+            )
+        if isinstance(self.idle_timeout_s, bool) or not self.idle_timeout_s >= 0:
+            raise OptionError(
+                f"`idle_timeout_s` must be a number of seconds of at least 0; got {self.idle_timeout_s!r}. 0 ends the "
+                "workers with the call."
             )
         if self.gpus_per_worker and self.replicas_per_worker not in (1, self.gpus_per_worker):
             raise OptionError(

@@ -15,7 +15,7 @@ import tempfile
 import weakref
 from typing import Literal, get_args
 
-_Kind = Literal["artifacts", "checkpoint", "log", "model", "snapshot", "unkept"]
+_Kind = Literal["artifacts", "checkpoint", "log", "model", "snapshot", "train", "unkept"]
 
 _NAME = re.compile(rf"raykeras-({'|'.join(get_args(_Kind))})-\w{{8}}")
 

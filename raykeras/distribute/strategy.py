@@ -10,6 +10,7 @@ The strategy depends on the scale:
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import tensorflow as tf
@@ -52,7 +53,12 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
         kind = "GPU" if scale.gpus_per_worker else "CPU"
         with separate_collectives():
             return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.local_replicas)])
-    with cpu_replicas(0 if scale.gpus_per_worker else scale.local_replicas):
+    return _strategy_of_workers(0 if scale.gpus_per_worker else scale.local_replicas)
+
+
+@functools.cache  # a process can join a TensorFlow cluster only once
+def _strategy_of_workers(num_cpu_replicas: int) -> tf.distribute.Strategy:
+    with cpu_replicas(num_cpu_replicas):
         return tf.distribute.MultiWorkerMirroredStrategy()
 
 
@@ -69,7 +75,7 @@ def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset
         dataset.as_numpy_iterator = _refuse_to_iterate
         return dataset
     if num_steps is None:
-        distribute_others = strategy.experimental_distribute_dataset
+        distribute_others = functools.partial(type(strategy).experimental_distribute_dataset, strategy)
 
         def distribute_dataset(given: Any, options: Any = None) -> Any:
             if given is dataset:

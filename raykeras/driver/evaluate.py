@@ -28,7 +28,8 @@ from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.progress import check_verbose
 from raykeras.driver.screen import metric_texts
-from raykeras.driver.worker_group import check_strategy_scope, run_here, run_on_workers, runs_here
+from raykeras.driver.worker_group import check_strategy_scope, run_here, runs_here
+from raykeras.driver.worker_pool import run_on_workers
 from raykeras.worker.callback_placement import pack, restore_callbacks, unwrapped
 from raykeras.worker.entry import evaluate_on_worker
 from raykeras.worker.job import EvaluationJob
@@ -117,7 +118,9 @@ def evaluate(
         with spec.for_workers(scale.workers, budget.cpus_per_task) as shared:
             task = ray.put((dataclasses.replace(job, data=shared), *packed, "tensorflow" in sys.modules))
             config, cpus = {"task": task}, budget.cpus_per_worker
-            logs, values, states = run_on_workers(evaluate_on_worker, config, scale=scale, cpus_per_worker=cpus)
+            logs, values, states = run_on_workers(
+                evaluate_on_worker, config, scale=scale, cpus_per_worker=cpus, api=packed[0]
+            )
         restore_callbacks(keras_callbacks, states, cloudpickle.loads)
     if verbose != 0:
         _print_line(logs, spec.num_steps, time.perf_counter() - started)

@@ -15,7 +15,8 @@ from raykeras.compat.quiet import import_tensorflow
 from raykeras.core.errors import WorkerLostError
 from raykeras.driver.elastic import watched_capacity
 from raykeras.driver.event_log import EventDispatcher, forwarding
-from raykeras.driver.worker_group import run_here, run_on_workers
+from raykeras.driver.worker_group import run_here
+from raykeras.driver.worker_pool import run_on_workers
 from raykeras.worker.callback_placement import named, pack, restore_callbacks
 from raykeras.worker.coordinator import LocalStepBarrier, RunCoordinator
 from raykeras.worker.entry import Packed, checkpoint_writer, event_sender, train_on_worker, watched_steps
@@ -126,8 +127,9 @@ def fit_on_workers(
                 {"task": ray.put((shared, packed, "tensorflow" in sys.modules)), "coordinator": coordinator},
                 scale=scale,
                 cpus_per_worker=budget.cpus_per_worker,
-                folder=job.folder,
+                api=packed.api,
                 waits=not job.requested_scale.is_elastic,
+                stay=not job.requested_scale.is_elastic,
             )
         except WorkerLostError as error:
             raise _with_notes(error, coordinator) from None

@@ -1,4 +1,4 @@
-"""Run a function on all workers, and raise the most informative of their exceptions.
+"""Worker processes that run jobs, and the most informative of their exceptions.
 
 A single worker runs in this process, in Ray Train's local mode. Several workers are processes, started by
 `raykeras.compat.ray_train`; the driver then never imports TensorFlow.
@@ -6,22 +6,37 @@ A single worker runs in this process, in Ray Train's local mode. Several workers
 
 from __future__ import annotations
 
+import contextlib
+import math
+import pickle
 import sys
-import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from raykeras.checkpoint.store import RunFolder
+from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.ray_state import num_gpus_here
 from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
-from raykeras.driver.placement import reserved_bundles
+from raykeras.core.temporary import TemporaryFolder
+from raykeras.worker.job_loop import JobExchange, JobResult, run_jobs
+
+if TYPE_CHECKING:
+    from raykeras.compat.ray_train import ReservedBundles
 
 _LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
 """Exceptions of TensorFlow's collectives after another worker is lost, without "Error"."""
+
+_POLL_S = 0.1
+
+_OTHERS_FAIL_WITHIN_S = 1.0
+"""How long workers get to report an exception that all of them raise."""
+
+_LOSS_IS_NOTICED_WITHIN_S = 10.0
+"""How long Ray Train gets to report the worker that was lost, if others report that they lost contact."""
 
 
 def runs_here(scale: Scale) -> bool:
@@ -54,99 +69,176 @@ def run_here(work: Callable[[], Any]) -> Any:
     return ray_train.run_here(work)
 
 
-def run_on_workers(
-    work: Callable[[dict[str, Any]], Any],
-    config: dict[str, Any],
-    *,
-    scale: Scale,
-    cpus_per_worker: float,
-    folder: RunFolder | None = None,
-    waits: bool = True,
-) -> Any:
-    """Run `work(config)` on every worker.
+class WorkerGroup:
+    """Worker processes that Ray Train has placed and started, and that run one job after another.
 
     Args:
-        work: Module-level function, so that it is pickled by name.
-        config: Argument of `work`. Must be picklable.
         scale: Number of workers and the GPUs of each.
         cpus_per_worker: Logical CPUs of each worker.
-        folder: Folder for Ray Train's files, on storage that all workers can reach.
+        bundles: Where to place the workers in an existing placement group; None to reserve a new one.
         waits: Whether to wait indefinitely until the cluster can place the workers.
-
-    Returns:
-        The value that `work` returns on rank 0.
-
-    Raises:
-        RaykerasError: If a worker raises an exception or is lost.
     """
-    from ray.exceptions import RayError, RayTaskError
-    from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 
-    from raykeras.compat import ray_train
+    def __init__(
+        self, scale: Scale, cpus_per_worker: float, bundles: ReservedBundles | None = None, *, waits: bool = True
+    ) -> None:
+        self._scale, self._cpus_per_worker, self._bundles, self._waits = scale, cpus_per_worker, bundles, waits
+        self._name = f".ray_train_{uuid.uuid4().hex}"  # unique, or Ray Train would restore an earlier run
+        self._exchange = JobExchange(scale.workers)
+        self._number = 0
+        self._is_in_order = True
+        self._failure: BaseException | None = None
+        # In a thread, because Ray Train would handle Ctrl-C itself in the main thread.
+        self._thread = threading.Thread(target=self._run_jobs, name="raykeras-workers", daemon=True)
+        self._thread.start()
 
-    run_config, bundles = _run_config(folder, waits), reserved_bundles(scale, cpus_per_worker)
-    scaling_config = ScalingConfig(
+    @property
+    def is_usable(self) -> bool:
+        """Whether the workers can run another job."""
+        return self._is_in_order and self._thread.is_alive()
+
+    def run(self, work: Callable[[dict[str, Any]], Any], config: dict[str, Any], api: KerasAPI | None = None) -> Any:
+        """Run `work(config)` on every worker, one call at a time.
+
+        Args:
+            work: Function of a module, so that it is pickled by name.
+            config: Argument of `work`. Must be picklable.
+            api: Keras package that `work` uses, if any.
+
+        Returns:
+            The value that `work` returns on rank 0.
+
+        Raises:
+            RaykerasError: If a worker raises an exception or is lost.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        number, self._number = self._number, self._number + 1
+        self._is_in_order = False  # until all workers have finished
+        try:
+            self._exchange.put(number, work, config, api)
+            results = self._await(self._exchange.results(number)) or {}
+            failures = _failures(results)
+            if not failures and results:
+                results = self._await(self._exchange.all_results(number)) or {}
+                value = ray.get(results[0].value[0]) if results else None
+        except RayError as error:  # the node of rank 0, or the cluster, was lost
+            raise _worker_lost(f"The workers were lost: {error}") from error
+        if results and not failures:
+            self._is_in_order = True
+            return value
+        if failures:  # the other workers may wait for the failed one, or have failed as well
+            all_results = self._await(self._exchange.all_results(number), timeout_s=_OTHERS_FAIL_WITHIN_S)
+            failures |= _failures(all_results or {})
+            self._is_in_order = all_results is not None and not any(map(_is_loss, failures.values()))
+        self._raise_failure(failures)
+
+    def close(self, *, wait_s: float = 0.0) -> None:
+        """End the workers.
+
+        Args:
+            wait_s: Seconds to wait until they have ended.
+        """
+        from raykeras.compat import ray_train
+
+        with contextlib.suppress(Exception):  # the cluster was lost
+            if self.is_usable:
+                self._exchange.end(self._number)
+            else:
+                ray_train.stop(self._name)
+        self._is_in_order = False
+        self._thread.join(wait_s)
+
+    def _await(self, results: Any, timeout_s: float = math.inf) -> dict[int, JobResult] | None:
+        """Return the results that a reference stands for; None after the time, or once Ray Train's run has ended."""
+        import ray
+
+        end = time.monotonic() + timeout_s
+        while not ray.wait([results], timeout=_POLL_S)[0]:
+            if not self._thread.is_alive() or time.monotonic() > end:
+                return None
+        return dict(ray.get(results))
+
+    def _run_jobs(self) -> None:
+        """Have Ray Train run the loop of jobs on the workers, and keep its error."""
+        from raykeras.compat import ray_train
+
+        scaling_config = _scaling_config(self._scale, self._cpus_per_worker)
+        try:
+            with TemporaryFolder("train") as folder:
+                run_config = _run_config(self._name, folder, self._waits)
+                config = {"exchange": self._exchange}
+                ray_train.run_on_workers(run_jobs, config, scaling_config, run_config, self._bundles)
+        except BaseException as error:
+            self._failure = error
+        with contextlib.suppress(Exception):  # the cluster was lost
+            self._exchange.close()
+
+    def _raise_failure(self, failures: Mapping[int, BaseException]) -> NoReturn:
+        """Raise the most informative error.
+
+        Args:
+            failures: Exceptions of the last job by rank.
+        """
+        from ray.exceptions import RayError, RayTaskError
+        from ray.train import ControllerError, WorkerGroupError
+
+        from raykeras.compat import ray_train
+
+        if failures and all(map(_is_loss, failures.values())):  # Ray Train will notice who was lost
+            self._thread.join(_LOSS_IS_NOTICED_WITHIN_S)
+        error = self._failure
+        if isinstance(error, WorkerGroupError):
+            raise most_severe({**failures, **ray_train.exceptions_of_workers(error)}) from None
+        if failures:
+            raise most_severe(failures) from None
+        if isinstance(error, ray_train.PREEMPTION_ERRORS):
+            raise _worker_lost(f"A node of the run was preempted: {error}") from None
+        if isinstance(error, ControllerError):
+            raise _worker_lost(f"Ray Train's controller failed: {error.controller_failure}") from error
+        if isinstance(error, RayTaskError):
+            raise RaykerasError(f"Ray Train failed: {error}") from error
+        if isinstance(error, RayError):  # the controller's node was lost
+            raise _worker_lost(f"Ray Train's controller was lost: {error}") from error
+        raise error or _worker_lost("The workers ended.")
+
+
+def _failures(results: Mapping[int, JobResult]) -> dict[int, BaseException]:
+    """Return the exceptions of failed workers by rank."""
+    return {rank: pickle.loads(result.error) for rank, result in results.items() if result.error is not None}
+
+
+def _scaling_config(scale: Scale, cpus_per_worker: float) -> Any:
+    from ray.train import ScalingConfig
+
+    return ScalingConfig(
         num_workers=scale.workers,
         use_gpu=scale.gpus_per_worker > 0,
         resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
     )
-    try:
-        return _in_thread(lambda: ray_train.run_on_workers(work, config, scaling_config, run_config, bundles))
-    except WorkerGroupError as error:
-        raise most_severe(ray_train.exceptions_of_workers(error)) from None
-    except ray_train.PREEMPTION_ERRORS as error:
-        raise _worker_lost(f"A node of the run was preempted: {error}") from None
-    except ControllerError as error:
-        raise _worker_lost(f"Ray Train's controller failed: {error.controller_failure}") from error
-    except RayTaskError as error:
-        raise RaykerasError(f"Ray Train failed: {error}") from error
-    except RayError as error:  # the controller's node was lost
-        raise _worker_lost(f"Ray Train's controller was lost: {error}") from error
 
 
-def _run_config(folder: RunFolder | None, waits: bool) -> Any:
-    """Return Ray Train's configuration of a run that raykeras restarts; see `run_on_workers`."""
-    import fsspec
-    import pyarrow.fs
+def _run_config(name: str, folder: str, waits: bool) -> Any:
+    """Return Ray Train's configuration of a run that raykeras restarts.
+
+    Args:
+        name: Name of the run.
+        folder: Folder for Ray Train's files. The workers write none.
+        waits: Whether to wait indefinitely until the cluster can place the workers.
+    """
     from ray.train import RunConfig
 
     from raykeras.compat.ray_train import no_restarts
 
-    filesystem, storage = None, folder.path if folder else tempfile.gettempdir()
-    if folder and not folder.is_local:
-        fs, storage = fsspec.core.url_to_fs(folder.path)
-        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
-    return RunConfig(
-        name=f".ray_train_{uuid.uuid4().hex}",  # unique, or Ray Train would restore an earlier run
-        storage_path=storage,
-        storage_filesystem=filesystem,
-        failure_config=no_restarts(controller_failure_limit=-1 if waits else 0),
-    )
+    failure_config = no_restarts(controller_failure_limit=-1 if waits else 0)
+    return RunConfig(name=name, storage_path=folder, failure_config=failure_config)
 
 
 def _worker_lost(message: str) -> WorkerLostError:
     error = WorkerLostError(message)
     error.reason = message.splitlines()[0]
     return error
-
-
-def _in_thread(function: Callable[[], Any]) -> Any:
-    """Call a function in a thread, because Ray Train would handle Ctrl-C itself in the main thread."""
-    result: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            result["value"] = function()
-        except BaseException as error:
-            result["error"] = error
-
-    thread = threading.Thread(target=run, name="raykeras-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    if "error" in result:
-        raise result["error"]
-    return result["value"]
 
 
 def most_severe(failures: Mapping[int, BaseException]) -> RaykerasError:
@@ -160,7 +252,7 @@ def most_severe(failures: Mapping[int, BaseException]) -> RaykerasError:
     ranked: list[tuple[int, int, RaykerasError]] = []
     for rank, failure in sorted(failures.items()):
         error = root_cause(failure)
-        is_consequence = isinstance(error, UserCodeError) and _is_lost_contact(error.cause)
+        is_consequence = _is_consequence(error)
         if isinstance(error, RaykerasError) and not is_consequence:
             ranked.append((0, rank, error))
             continue
@@ -171,6 +263,16 @@ def most_severe(failures: Mapping[int, BaseException]) -> RaykerasError:
             lost.rank, lost.reason = None, _first_line(error)
         ranked.append((2 if is_consequence else 1, rank, lost))
     return min(ranked, key=lambda entry: entry[:2])[2]
+
+
+def _is_loss(failure: BaseException) -> bool:
+    """Return whether an exception tells that a worker was lost, this one or another."""
+    error = root_cause(failure)
+    return not isinstance(error, RaykerasError) or isinstance(error, WorkerLostError) or _is_consequence(error)
+
+
+def _is_consequence(error: BaseException) -> bool:
+    return isinstance(error, UserCodeError) and _is_lost_contact(error.cause)
 
 
 def _is_lost_contact(cause: str) -> bool:

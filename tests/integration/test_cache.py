@@ -20,7 +20,7 @@ from raykeras.data.sources.base import Source
 from raykeras.data.streaming.cache import CachedRows
 from raykeras.data.streaming.dataset import Stream
 from raykeras.data.streaming.interleave import RankInput
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 
 ROWS, BATCH = 103, 16
 RNG = np.random.default_rng(0)

@@ -26,7 +26,7 @@ import pytest
 import raykeras as rk
 from raykeras.worker.callback_placement import PLACEMENTS, placement_of
 from tests.support.compare import assert_same_training, assert_same_weights
-from tests.support.kept_workers import TWO, KeptWorkers
+from tests.support.models import TWO
 from tests.support.tracked import in_tensorboard
 
 ROWS, BATCH, EPOCHS = 70, 16, 4  # five steps, the last one short
@@ -261,7 +261,7 @@ def reporting_callbacks(package: str, artifacts: str, absolute: Path, server: st
 @pytest.fixture(scope="module", params=["keras", "tf_keras"])
 def reported(
     request: pytest.FixtureRequest,
-    kept_workers: KeptWorkers,
+    kept_workers: None,
     server: tuple[str, list[dict[str, Any]]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Reported:
@@ -271,10 +271,9 @@ def reported(
     plain = reporting_callbacks(request.param, f"{folder}/plain/", folder / "plain", address)
     del plain["lambda"]  # it needs a rank
     received.clear()
-    with kept_workers.used():
-        result = assert_matches_keras(
-            request.param, [*callbacks.values()], [*plain.values()], folder, validation_data=VALIDATION
-        )
+    result = assert_matches_keras(
+        request.param, [*callbacks.values()], [*plain.values()], folder, validation_data=VALIDATION
+    )
     return Reported(request.param, folder, result, callbacks, plain, received[EPOCHS:])  # after those of plain Keras
 
 

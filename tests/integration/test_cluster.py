@@ -16,7 +16,7 @@ import raykeras as rk
 from raykeras.data.streaming import resources
 from raykeras.data.streaming.resources import plan_budget
 from tests.support.cpus import all_held_but, free_cpus
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 
 BATCH = 16
 RNG = np.random.default_rng(0)

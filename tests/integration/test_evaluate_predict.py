@@ -17,7 +17,7 @@ import pytest
 import tensorflow as tf
 
 import raykeras as rk
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 
 ROWS, BATCH = 103, 16
 RNG = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import raykeras as rk
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.keras_callbacks import as_callback_class
 from raykeras.worker.callbacks import EventCallback
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 from tests.support.resuming import fit
 
 

@@ -25,8 +25,7 @@ import tensorflow as tf
 
 import raykeras as rk
 from tests.support.compare import assert_same_training
-from tests.support.kept_workers import TWO
-from tests.support.models import BATCH, CLASS, IMAGES, PACKAGES, ROWS, SCORE, SERIES, WEIGHT, X, Y, two_inputs
+from tests.support.models import BATCH, CLASS, IMAGES, PACKAGES, ROWS, SCORE, SERIES, TWO, WEIGHT, X, Y, two_inputs
 
 ONE_HOT = np.eye(3, dtype=np.float32)[Y]
 VALIDATION = (X[:29] + 0.1, Y[:29])

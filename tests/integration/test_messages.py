@@ -15,8 +15,7 @@ import pytest
 
 import raykeras as rk
 from raykeras.core.tracebacks import PACKAGE_FOLDER
-from tests.support.kept_workers import TWO, KeptWorkers
-from tests.support.models import X, Y
+from tests.support.models import TWO, X, Y
 
 MAX_LINES = 15
 NAMES = [f"f{i}" for i in range(8)]
@@ -163,11 +162,10 @@ def test_model_that_cannot_be_pickled_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ON_TWO_WORKERS)
 def test_wrong_call_on_two_workers_has_short_message(
-    name: str, table: str, kept_workers: KeptWorkers, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, table: str, kept_workers: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = {"scale": TWO, "run": rk.Run(storage=str(tmp_path)), "verbose": 0}
-    with kept_workers.used():
-        lines = shown(CALLS[name], table, run, capfd)
+    lines = shown(CALLS[name], table, run, capfd)
     print(*lines, sep="\n")
     assert 1 < len(lines) <= MAX_LINES
     assert not [line for line in lines if line.lstrip().startswith(f'File "{PACKAGE_FOLDER}')]

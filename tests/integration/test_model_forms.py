@@ -18,8 +18,7 @@ import raykeras as rk
 from raykeras.checkpoint.model_io import load_model, save_model
 from raykeras.compat.keras_api import KerasAPI
 from tests.support.compare import assert_same_training, assert_same_weights
-from tests.support.kept_workers import TWO, KeptWorkers
-from tests.support.models import BATCH, PACKAGES, SCALES, X, Y
+from tests.support.models import BATCH, PACKAGES, SCALES, TWO, X, Y
 from tests.support.resuming import events_of
 
 ONE_HOT = np.eye(3, dtype=np.float32)[Y]
@@ -100,16 +99,16 @@ def with_function(package: str) -> Callable[[], Any]:
     ids=["vae", "function", "function-tf_keras"],
 )
 def test_unserializable_model_is_trained_and_resumed(
-    make: Any, data: Any, package: str, kept_workers: KeptWorkers, tmp_path: Path
+    make: Any, data: Any, package: str, kept_workers: None, tmp_path: Path
 ) -> None:
     build = make(package)
     history, model = plain_fit(package, build, *data, epochs=4)
     for number, scale in enumerate([rk.Scale()] if make is vae else [rk.Scale(), TWO]):
         run = rk.Run(storage=str(tmp_path), name=f"{package}-{number}", checkpoint_every=3)
-        with kept_workers.used(), pytest.warns(UserWarning, match="cannot serialise the model .* no architecture") as w:
+        with pytest.warns(UserWarning, match="cannot serialise the model .* no architecture") as w:
             rk.fit(build, *data, **{**OPTIONS, "epochs": 2}, scale=scale, run=run)
         assert len([warning for warning in w if "serialise" in str(warning.message)]) == 1
-        with kept_workers.used(), pytest.warns(UserWarning, match="cannot serialise"):
+        with pytest.warns(UserWarning, match="cannot serialise"):
             result = rk.fit(build, *data, **{**OPTIONS, "epochs": 4}, scale=scale, run=run)
         assert_same_training(result, history, model, message=str(scale))
         loaded = rk.Result(result.history, result.epoch, {}, result.path, build=build).model()
@@ -146,7 +145,7 @@ def test_unserializable_instance_is_refused_on_workers(package: str, tmp_path: P
 
 
 @PACKAGES
-def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: None, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
 
     def build() -> Any:
@@ -159,14 +158,13 @@ def test_unbuilt_instance_is_trained_in_place(package: str, kept_workers: KeptWo
     for scale in EVERY_SCALE:
         keras.utils.set_random_seed(0)
         mine = build()
-        with kept_workers.used():
-            result = rk.fit(mine, X, Y, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
+        result = rk.fit(mine, X, Y, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
         assert_same_training(result, history, model, message=str(scale))
         assert_same_weights(mine, model)
         assert int(mine.optimizer.iterations) == int(model.optimizer.iterations)
 
 
-def test_layer_quantized_after_it_was_built_gets_its_own_values(kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_layer_quantized_after_it_was_built_gets_its_own_values(kept_workers: None, tmp_path: Path) -> None:
     import keras
 
     def build() -> Any:
@@ -180,15 +178,14 @@ def test_layer_quantized_after_it_was_built_gets_its_own_values(kept_workers: Ke
     history, model = plain_fit("keras", build, X, ONE_HOT)
     keras.utils.set_random_seed(0)
     mine = build()
-    with kept_workers.used():
-        result = rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    result = rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
     np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-2)  # each replica scales its own rows
     np.testing.assert_allclose(mine.layers[0].kernel, model.layers[0].kernel, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(mine.predict(X, verbose=0), result.model().predict(X, verbose=0), rtol=1e-6)
 
 
 @PACKAGES
-def test_layer_that_was_frozen_later_stays_frozen(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_layer_that_was_frozen_later_stays_frozen(package: str, kept_workers: None, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
 
     class Block(keras.layers.Layer):  # type: ignore[misc]
@@ -216,12 +213,11 @@ def test_layer_that_was_frozen_later_stays_frozen(package: str, kept_workers: Ke
     history, model = plain_fit(package, build, X, ONE_HOT)
     keras.utils.set_random_seed(0)
     mine = build()
-    with kept_workers.used():
-        result = rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
-        np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-5)
-        assert_same_weights(mine, model)
-        with pytest.raises(rk.ModelError, match=r"does not say that `trainable` is False\. Add it to `get_config`"):
-            rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    result = rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
+    np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-5)
+    assert_same_weights(mine, model)
+    with pytest.raises(rk.ModelError, match=r"does not say that `trainable` is False\. Add it to `get_config`"):
+        rk.fit(mine, X, ONE_HOT, **OPTIONS, scale=TWO, run=rk.Run(storage=str(tmp_path)))
 
 
 @PACKAGES
@@ -259,7 +255,7 @@ def test_metric_with_a_value_per_class_matches_keras(package: str, several: rk.S
 
 
 @PACKAGES
-def test_vector_in_logs_of_custom_step_matches_keras(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_vector_in_logs_of_custom_step_matches_keras(package: str, kept_workers: None, tmp_path: Path) -> None:
     def build() -> Any:
         keras = importlib.import_module(package)
 
@@ -276,8 +272,7 @@ def test_vector_in_logs_of_custom_step_matches_keras(package: str, kept_workers:
     build.uses = package  # type: ignore[attr-defined]
     history, model = plain_fit(package, build, X, Y)
     for scale in EVERY_SCALE:
-        with kept_workers.used():
-            result = rk.fit(build, X, Y, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
+        result = rk.fit(build, X, Y, **OPTIONS, scale=scale, run=rk.Run(storage=str(tmp_path)))
         assert result.history["norms"][0].shape == (3,)
         assert_same_training(result, history, model, message=str(scale))
 
@@ -378,7 +373,7 @@ def test_functions_with_names_of_others_reach_workers(package: str) -> None:
 
 
 @PACKAGES
-def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_code_in_model_file_is_refused(package: str, kept_workers: None, tmp_path: Path) -> None:
     keras = importlib.import_module(package)
     marker, path = str(tmp_path / "ran"), str(tmp_path / "model.keras")
     layer = keras.layers.Lambda(lambda x: (open(marker, "w").close(), x)[1], output_shape=(8,))
@@ -391,7 +386,7 @@ def test_code_in_model_file_is_refused(package: str, kept_workers: KeptWorkers, 
         for call, arguments in ((rk.fit, (X, Y)), (rk.evaluate, (X, Y)), (rk.predict, (X,))):
             os.remove(marker) if os.path.exists(marker) else None
             options: Any = {"scale": scale, **(run if call is rk.fit else {})}
-            with kept_workers.used(), pytest.raises(rk.ModelError, match="`safe_mode=False`"):
+            with pytest.raises(rk.ModelError, match="`safe_mode=False`"):
                 call(path, *arguments, **options)  # type: ignore[operator]
             assert not os.path.exists(marker), (call, scale)
     np.testing.assert_allclose(rk.predict(path, X, safe_mode=False), expected, atol=1e-6)

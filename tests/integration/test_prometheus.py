@@ -13,8 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import raykeras as rk
 from raykeras.driver.prometheus import GAUGES
-from tests.support.kept_workers import TWO
-from tests.support.models import SCORE, X
+from tests.support.models import SCORE, TWO, X
 
 EPOCHS, TIMEOUT_S = 2, 60
 

@@ -19,7 +19,6 @@ import pytest
 
 import raykeras as rk
 from raykeras.checkpoint.store import RunFolder
-from tests.support.kept_workers import KeptWorkers
 from tests.support.models import PACKAGES
 from tests.support.resuming import (
     BATCH,
@@ -358,9 +357,7 @@ def default_handler(number: signal.Signals) -> Iterator[None]:
     [(1, signal.SIGINT), (1, signal.SIGHUP), (2, signal.SIGTERM)],
     ids=["SIGINT", "SIGHUP", "SIGTERM on two workers"],
 )
-def test_signal_saves_and_run_resumes(
-    workers: int, number: signal.Signals, kept_workers: KeptWorkers, tmp_path: Path
-) -> None:
+def test_signal_saves_and_run_resumes(workers: int, number: signal.Signals, kept_workers: None, tmp_path: Path) -> None:
     options = {"scale": rk.Scale(workers=workers), "epochs": 6}
     raised = (KeyboardInterrupt, "can be resumed") if number == signal.SIGINT else (SystemExit, str(128 + number))
 
@@ -369,16 +366,14 @@ def test_signal_saves_and_run_resumes(
             if epoch == 1:
                 os.kill(os.getpid(), number)
 
-    with kept_workers.used():
-        uninterrupted = fit(str(tmp_path), "uninterrupted", **options)
-    with kept_workers.used(), default_handler(number), pytest.raises(raised[0], match=raised[1]):
+    uninterrupted = fit(str(tmp_path), "uninterrupted", **options)
+    with default_handler(number), pytest.raises(raised[0], match=raised[1]):
         fit(str(tmp_path), "run", [Interrupts(), slow(0.1)], **options)
     last = events_of(str(tmp_path / "run"))[-1]
     assert (last["event"], last["status"]) == ("RunEnded", "interrupted")
     saved = RunFolder(str(tmp_path / "run")).checkpoints()[-1].state
     assert 1 <= saved["epoch"] < 6
-    with kept_workers.used():
-        resumed = fit(str(tmp_path), "run", **options)
+    resumed = fit(str(tmp_path), "run", **options)
     assert_same(resumed, uninterrupted)
 
 
@@ -412,7 +407,7 @@ def test_ignored_signal_stays_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["keras.optimizers", "tf_keras.optimizers", "tf_keras.optimizers.legacy"])
-def test_learning_rate_set_by_callback_is_resumed(optimizer: str, kept_workers: KeptWorkers, tmp_path: Path) -> None:
+def test_learning_rate_set_by_callback_is_resumed(optimizer: str, kept_workers: None, tmp_path: Path) -> None:
     package = importlib.import_module(optimizer.split(".")[0])
     options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
 
@@ -427,11 +422,10 @@ def test_learning_rate_set_by_callback_is_resumed(optimizer: str, kept_workers: 
 
     expected = compiled()
     history = expected.fit(X, X[:, :3], epochs=5, callbacks=[reduce()], **options).history
-    with kept_workers.used():
-        for epochs in (3, 5):
-            model = compiled()
-            run = rk.Run(storage=str(tmp_path), name="run")
-            scale = rk.Scale(workers=2)
-            result = rk.fit(model, X, X[:, :3], epochs=epochs, callbacks=[reduce()], scale=scale, run=run, **options)
+    for epochs in (3, 5):
+        model = compiled()
+        run = rk.Run(storage=str(tmp_path), name="run")
+        scale = rk.Scale(workers=2)
+        result = rk.fit(model, X, X[:, :3], epochs=epochs, callbacks=[reduce()], scale=scale, run=run, **options)
     np.testing.assert_allclose(result.history["loss"], history["loss"], rtol=1e-5)
     assert float(model.optimizer.learning_rate) == float(expected.optimizer.learning_rate) < 0.1

@@ -21,8 +21,7 @@ import raykeras as rk
 from raykeras.cli.main import main
 from raykeras.core import events
 from raykeras.driver.tensorboard import TensorBoardLog
-from tests.support.kept_workers import TWO
-from tests.support.models import SCORE, X
+from tests.support.models import SCORE, TWO, X
 
 EPOCHS, PAUSE_S = 3, 0.7
 PIPELINE = """

@@ -17,7 +17,7 @@ import raykeras as rk
 from raykeras.checkpoint.store import MODEL_FILE, STATE_FILE
 from raykeras.core import storage_errors
 from tests.support.compare import assert_same_weights
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 from tests.support.s3 import S3
 
 ROWS, BATCH = 96, 16

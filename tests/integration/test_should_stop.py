@@ -11,8 +11,7 @@ import keras
 import pytest
 
 import raykeras as rk
-from tests.support.kept_workers import TWO
-from tests.support.models import SCORE, X
+from tests.support.models import SCORE, TWO, X
 
 EPOCHS = 4
 SCALES = pytest.mark.parametrize("scale", [rk.Scale(), TWO], ids=["one worker", "two workers"])

@@ -15,8 +15,7 @@ import tf_keras
 
 import raykeras as rk
 from tests.support.compare import assert_same_training
-from tests.support.kept_workers import TWO
-from tests.support.models import BATCH, CLASS, IN_PROCESS, ROWS, SCALES, SCORE, X
+from tests.support.models import BATCH, CLASS, IN_PROCESS, ROWS, SCALES, SCORE, TWO, X
 
 ONE = SCALES["1x1"]
 ALL = pytest.mark.parametrize("scale", [*SCALES.values(), TWO], ids=[*SCALES, "2x1"])

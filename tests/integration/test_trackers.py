@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 import raykeras as rk
-from tests.support.kept_workers import TWO
 from tests.support.markdown import ROOT, python_blocks
-from tests.support.models import SCORE, X
+from tests.support.models import SCORE, TWO, X
 from tests.support.resuming import loser
 from tests.support.tracked import Stored, in_comet, in_mlflow, in_tensorboard, in_wandb
 

@@ -11,9 +11,8 @@ import keras
 import pytest
 
 import raykeras as rk
-from tests.support.kept_workers import TWO
 from tests.support.markdown import ROOT, python_blocks
-from tests.support.models import SCORE, X
+from tests.support.models import SCORE, TWO, X
 
 EPOCHS, GOOD, BAD = 3, 0.05, 1e-5
 OPTIONS: dict[str, Any] = {

@@ -20,7 +20,7 @@ from tests.support import two_nodes
 from tests.support.compare import assert_same_weights
 from tests.support.cpus import all_held_but
 from tests.support.fork_server import ForkServer
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 from tests.support.resuming import fit
 
 

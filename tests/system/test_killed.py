@@ -23,9 +23,9 @@ import pytest
 import ray
 
 import raykeras as rk
-from raykeras.driver.worker_group import run_on_workers
+from raykeras.driver.worker_pool import run_on_workers
 from tests.support.fork_server import ForkServer
-from tests.support.kept_workers import TWO, KeptWorkers
+from tests.support.models import TWO
 from tests.support.resuming import POINTS, assert_same, events_of, fit, killer, loser, recorder, steering, train
 
 KILLED_BY_RANK = {0: ["write"], 1: ["step 1 2"]}
@@ -55,10 +55,9 @@ def test_run_resumes_after_kill_at_any_point(forked: ForkServer, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> rk.Result:
+def uninterrupted(kept_workers: None, tmp_path_factory: pytest.TempPathFactory) -> rk.Result:
     """Return the result of an uninterrupted run on two workers."""
-    with kept_workers.used():
-        return fit(str(tmp_path_factory.mktemp("uninterrupted")), "uninterrupted", steering(), scale=TWO)
+    return fit(str(tmp_path_factory.mktemp("uninterrupted")), "uninterrupted", steering(), scale=TWO)
 
 
 def test_killed_workers_are_restarted(uninterrupted: rk.Result, tmp_path: Path) -> None:
@@ -152,11 +151,10 @@ def youngest_process(title: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, rk.Result]:
+def killed_driver(kept_workers: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, rk.Result]:
     """Return the folder of a two-worker run whose driver was killed mid-epoch, and an uninterrupted run's result."""
     folder = tmp_path_factory.mktemp("driver")
-    with kept_workers.used():
-        uninterrupted = fit(str(folder), "uninterrupted", steering(), scale=TWO, dropout=0)
+    uninterrupted = fit(str(folder), "uninterrupted", steering(), scale=TWO, dropout=0)
     plan = {"storage": str(folder), "workers": 2, "driver_epoch": 1, "dropout": 0}
     (folder / "plan.json").write_text(json.dumps(plan))
     ended = subprocess.run(
@@ -172,12 +170,11 @@ def killed_driver(kept_workers: KeptWorkers, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("workers", [2, 1, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_run_of_killed_driver_resumes_on_any_number_of_workers(
-    workers: int, killed_driver: tuple[Path, rk.Result], kept_workers: KeptWorkers, tmp_path: Path
+    workers: int, killed_driver: tuple[Path, rk.Result], kept_workers: None, tmp_path: Path
 ) -> None:
     interrupted, uninterrupted = killed_driver
     shutil.copytree(interrupted, tmp_path / "run")
-    with kept_workers.used() if workers == 2 else contextlib.nullcontext():
-        result = fit(str(tmp_path), "run", steering(), scale=rk.Scale(workers=workers), dropout=0)
+    result = fit(str(tmp_path), "run", steering(), scale=rk.Scale(workers=workers), dropout=0)
     assert_same(result, uninterrupted, rtol=1e-6 if workers == 2 else 1e-5)
     starts = [(e["initial_epoch"], e["initial_step"]) for e in events_of(result.path) if e["event"] == "RunStarted"]
     assert len(starts) == 2 and starts[1] > (0, 0) and starts[1][1] > 0

@@ -17,9 +17,9 @@ import pytest
 
 import raykeras as rk
 from raykeras.compat.versions import PrivateName
-from raykeras.driver.worker_group import run_on_workers
+from raykeras.driver.worker_pool import run_on_workers
 from tests.support.compare import assert_same_weights
-from tests.support.kept_workers import TWO
+from tests.support.models import TWO
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
