@@ -5,12 +5,13 @@ Every actor and process that is not started makes the workers start sooner:
 - Ray Train's controller runs without environment variables, which the workers would inherit. Ray uses the processes
   that it has started in advance only for actors without environment variables.
 - The driver's `DataContext` is passed on, but no actor for datasets is started.
-- Workers can be placed in a placement group that exists, such as that of a Ray Tune trial. Ray Train, which creates and
-  removes a group of its own, gets one that reserves nothing.
+- Workers are placed in a placement group that exists, such as that of a Ray Tune trial, and that outlives them: those
+  that replace them after a failure need not wait for resources. Ray Train, which creates and removes a group of its
+  own, gets one that reserves nothing.
 - The placement groups of the workers are named, so that the driver can remove them if the controller is lost, and no
   cleanup actor is needed. Ray Train's own needs Ray's dashboard, which raykeras does not start.
-- `TensorFlowBackend` only sets TF_CONFIG. Ray's own backend also sets TF_USE_LEGACY_KERAS, which rules out Keras 3,
-  and imports TensorFlow in the driver and the controller.
+- Ray's own backend for TensorFlow is not used. It imports TensorFlow in the driver and the controller, and sets
+  TF_USE_LEGACY_KERAS, which rules out Keras 3. `raykeras.worker.job_loop` sets TF_CONFIG.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.backend import Backend, BackendConfig
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -101,6 +99,11 @@ def no_restarts(controller_failure_limit: int) -> FailureConfig:
     return FailureConfig(**{name: value for name, value in options.items() if name in known})
 
 
+def can_place_in_bundles() -> bool:
+    """Return whether workers can be placed in an existing placement group."""
+    return all(name.find() is not None for name in (START_CONTROLLER, CONTROLLER, PLACEMENT_GROUP))
+
+
 def run_here(work: Callable[[], Any]) -> Any:
     """Run `work` in this process, as Ray Train's only worker; return its value."""
     values: list[Any] = []
@@ -142,7 +145,6 @@ def run_on_workers(
     trainer = TRAINER.get()(
         work,
         train_loop_config=config,
-        backend_config=TensorFlowBackendConfig(),
         scaling_config=scaling_config,
         run_config=run_config,
     )
@@ -286,41 +288,3 @@ def _remove_groups(name: str) -> None:
     for group in ray.util.placement_group_table().values():
         if group["name"].startswith(f"{name}-") and group["state"] != "REMOVED":
             ray.util.remove_placement_group(ray.util.get_placement_group(group["name"]))
-
-
-@dataclass
-class TensorFlowBackendConfig(BackendConfig):
-    """Selects `TensorFlowBackend`."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return TensorFlowBackend
-
-
-class TensorFlowBackend(Backend):
-    """Sets TF_CONFIG to the addresses of all workers."""
-
-    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        addresses = worker_group.execute(_free_address)
-        ray.get(
-            [
-                worker_group.execute_single_async(rank, _set_tf_config, addresses, rank)
-                for rank in range(len(worker_group))
-            ]
-        )
-
-
-def _free_address() -> str:
-    """Return the address of this node with a port that is free."""
-    host = ray.util.get_node_ip_address()
-    is_ipv6 = ":" in host
-    with socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET) as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    return f"[{host}]:{port}" if is_ipv6 else f"{host}:{port}"
-
-
-def _set_tf_config(addresses: list[str], rank: int) -> None:
-    if len(addresses) > 1:
-        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
-        os.environ["TF_CONFIG"] = json.dumps(cluster)

@@ -19,6 +19,7 @@ from raykeras.compat.ray_state import max_cluster_resources
 from raykeras.core.config import Scale
 from raykeras.core.errors import ResourceError
 from raykeras.data.streaming.resources import CpuBudget, plan_budget, spare_cpus_per_task
+from raykeras.driver import worker_pool
 from raykeras.driver.placement import reserved_bundles
 
 _SETTINGS = {"RAY_free_objects_period_milliseconds": "100"}  # how long consumed rows stay in the object store
@@ -58,7 +59,8 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
         share = (num_cpus - 1) / scale.workers
         cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
     _check_resources(scale, cpus_per_worker, num_cpus, num_gpus, started)
-    is_reserved = reserved_bundles(scale, cpus_per_worker) is not None  # and therefore not free anyway
+    is_up = worker_pool.prepare(scale, cpus_per_worker)
+    is_reserved = is_up or reserved_bundles(scale, cpus_per_worker) is not None  # and therefore not free anyway
     return plan_budget(cpus_per_worker, 0 if is_reserved else scale.workers)
 
 

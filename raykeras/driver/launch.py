@@ -130,6 +130,7 @@ def fit_on_workers(
                 api=packed.api,
                 waits=not job.requested_scale.is_elastic,
                 stay=not job.requested_scale.is_elastic,
+                stand_by=not job.requested_scale.is_elastic and job.run.max_failures > 0 and job.train.can_restart,
             )
         except WorkerLostError as error:
             raise _with_notes(error, coordinator) from None

@@ -1,19 +1,85 @@
-"""Place workers in the placement group of the caller, such as that of a Ray Tune trial.
+"""Where workers are placed: in a placement group of raykeras, or in that of the caller, such as a Ray Tune trial.
 
-Ray Train's workers reserve a placement group of their own. A trial that has reserved its workers' resources would wait
-forever for the same resources again.
+A trial that has reserved its workers' resources would wait forever for the same resources again. A group of raykeras
+outlives the workers, so that those that replace them after a failure need not wait for resources.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from raykeras.core.config import Scale
-from raykeras.core.errors import ResourceError
+from raykeras.core.errors import ResourceError, WorkerLostError
 
 if TYPE_CHECKING:
     from raykeras.compat.ray_train import ReservedBundles
+
+
+_POLL_S = 0.5
+
+_PLACED_WITHIN_S = 30.0
+"""How long workers wait for resources that were free a moment ago."""
+
+
+class Reservation:
+    """The resources of workers, in a placement group that exists as long as it has users.
+
+    Args:
+        scale: Number of workers and the GPUs of each.
+        cpus_per_worker: Logical CPUs of each worker.
+        bundles: The caller's reservation of these resources; None to reserve them.
+    """
+
+    def __init__(self, scale: Scale, cpus_per_worker: float, bundles: ReservedBundles | None = None) -> None:
+        import ray
+
+        from raykeras.compat.ray_train import ReservedBundles
+
+        self._is_own = bundles is None
+        if bundles is None:
+            worker = {"CPU": cpus_per_worker, "GPU": float(scale.gpus_per_worker)}
+            needs = {name: amount for name, amount in worker.items() if amount}
+            group = ray.util.placement_group([needs] * scale.workers, strategy="PACK")
+            bundles = ReservedBundles(group, tuple(range(scale.workers)))
+        self.bundles = bundles
+        self._num_users, self._lock = 0, threading.Lock()
+
+    def acquire(self) -> None:
+        """Count one more user."""
+        with self._lock:
+            self._num_users += 1
+
+    def release(self) -> None:
+        """Count one user less, and free the resources after the last one."""
+        import ray
+
+        with self._lock:
+            self._num_users -= 1
+            is_over = self._num_users == 0
+        if is_over and self._is_own and ray.is_initialized():
+            with contextlib.suppress(Exception):  # the cluster was lost
+                ray.util.remove_placement_group(self.bundles.group)
+
+    def wait(self, *, indefinitely: bool) -> None:
+        """Wait until the cluster has reserved the resources.
+
+        Args:
+            indefinitely: Whether to wait as long as it takes.
+
+        Raises:
+            WorkerLostError: It has not in time, or there is no user any more.
+        """
+        end = math.inf if indefinitely else time.monotonic() + _PLACED_WITHIN_S
+        while not self.bundles.group.wait(_POLL_S):
+            if not self._num_users or time.monotonic() > end:
+                raise WorkerLostError(
+                    "The workers could not be placed: the resources that were free have been taken. See `ray status`."
+                )
 
 
 def reserved_bundles(scale: Scale, cpus_per_worker: float) -> ReservedBundles | None:

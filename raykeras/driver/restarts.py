@@ -17,6 +17,7 @@ from raykeras.core import events
 from raykeras.core.errors import CheckpointError, OptionError, WorkerLostError
 from raykeras.core.events import Event
 from raykeras.data.streaming.resources import plan_budget
+from raykeras.driver import worker_pool
 from raykeras.driver.elastic import wait_for_capacity
 from raykeras.driver.interrupt import Interrupt
 from raykeras.worker.job import Outcome, Resumption, TrainJob
@@ -51,7 +52,8 @@ def train(job: TrainJob, attempt: Attempt, send: Callable[[Event], None], interr
     failures = 0
     while True:
         send(events.PhaseStarted(phase="workers"))
-        if job.attempt or job.requested_scale.is_elastic:
+        is_elastic = job.requested_scale.is_elastic
+        if is_elastic or (job.attempt and not worker_pool.prepare(job.scale, job.budget.cpus_per_worker)):
             job = _rescaled(job, send, was_preempted=failures == 0)
         try:
             outcome, live_model = attempt(job)

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.ray_state import num_gpus_here
@@ -22,10 +22,8 @@ from raykeras.core.config import Scale
 from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
 from raykeras.core.temporary import TemporaryFolder
+from raykeras.driver.placement import Reservation
 from raykeras.worker.job_loop import JobExchange, JobResult, run_jobs
-
-if TYPE_CHECKING:
-    from raykeras.compat.ray_train import ReservedBundles
 
 _LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
 """Exceptions of TensorFlow's collectives after another worker is lost, without "Error"."""
@@ -75,14 +73,25 @@ class WorkerGroup:
     Args:
         scale: Number of workers and the GPUs of each.
         cpus_per_worker: Logical CPUs of each worker.
-        bundles: Where to place the workers in an existing placement group; None to reserve a new one.
+        reservation: Where to place the workers; None for where Ray Train places them.
         waits: Whether to wait indefinitely until the cluster can place the workers.
+        devices: GPUs by rank, as in CUDA_VISIBLE_DEVICES, of workers that hold the reserved resources: the new ones
+            stand by until they have ended, and hold none. None for workers that hold the resources.
     """
 
     def __init__(
-        self, scale: Scale, cpus_per_worker: float, bundles: ReservedBundles | None = None, *, waits: bool = True
+        self,
+        scale: Scale,
+        cpus_per_worker: float,
+        reservation: Reservation | None = None,
+        *,
+        waits: bool = True,
+        devices: Mapping[int, str | None] | None = None,
     ) -> None:
-        self._scale, self._cpus_per_worker, self._bundles, self._waits = scale, cpus_per_worker, bundles, waits
+        self._scale, self._reservation, self._waits, self._devices = scale, reservation, waits, devices
+        self._cpus_per_worker = cpus_per_worker
+        if reservation is not None:
+            reservation.acquire()
         self._name = f".ray_train_{uuid.uuid4().hex}"  # unique, or Ray Train would restore an earlier run
         self._exchange = JobExchange(scale.workers)
         self._number = 0
@@ -96,6 +105,11 @@ class WorkerGroup:
     def is_usable(self) -> bool:
         """Whether the workers can run another job."""
         return self._is_in_order and self._thread.is_alive()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the workers are up, or being started."""
+        return self._thread.is_alive()
 
     def run(self, work: Callable[[dict[str, Any]], Any], config: dict[str, Any], api: KerasAPI | None = None) -> Any:
         """Run `work(config)` on every worker, one call at a time.
@@ -116,16 +130,14 @@ class WorkerGroup:
 
         number, self._number = self._number, self._number + 1
         self._is_in_order = False  # until all workers have finished
-        try:
-            self._exchange.put(number, work, config, api)
-            results = self._await(self._exchange.results(number)) or {}
-            failures = _failures(results)
-            if not failures and results:
-                results = self._await(self._exchange.all_results(number)) or {}
-                value = ray.get(results[0].value[0]) if results else None
-        except RayError as error:  # the node of rank 0, or the cluster, was lost
-            raise _worker_lost(f"The workers were lost: {error}") from error
-        if results and not failures:
+        self._exchange.put(number, work, config, api)
+        results = self._await(self._exchange.results(number)) or {}
+        failures = _failures(results)
+        if not failures and (results := self._await(self._exchange.all_results(number)) or {}):
+            try:
+                value = ray.get(results[0].value)[0]
+            except RayError as error:
+                raise _worker_lost(f"The worker of rank 0 was lost with its result: {error}") from error
             self._is_in_order = True
             return value
         if failures:  # the other workers may wait for the failed one, or have failed as well
@@ -133,6 +145,13 @@ class WorkerGroup:
             failures |= _failures(all_results or {})
             self._is_in_order = all_results is not None and not any(map(_is_loss, failures.values()))
         self._raise_failure(failures)
+
+    def stand_by(self) -> WorkerGroup | None:
+        """Start workers that take the place of these if they are lost; None if they cannot be placed beside them."""
+        if self._reservation is None:
+            return None
+        devices = self._exchange.devices()
+        return WorkerGroup(self._scale, self._cpus_per_worker, self._reservation, waits=self._waits, devices=devices)
 
     def close(self, *, wait_s: float = 0.0) -> None:
         """End the workers.
@@ -153,25 +172,36 @@ class WorkerGroup:
     def _await(self, results: Any, timeout_s: float = math.inf) -> dict[int, JobResult] | None:
         """Return the results that a reference stands for; None after the time, or once Ray Train's run has ended."""
         import ray
+        from ray.exceptions import RayError
 
         end = time.monotonic() + timeout_s
-        while not ray.wait([results], timeout=_POLL_S)[0]:
-            if not self._thread.is_alive() or time.monotonic() > end:
-                return None
-        return dict(ray.get(results))
+        try:
+            while not ray.wait([results], timeout=_POLL_S)[0]:
+                if not self._thread.is_alive() or time.monotonic() > end:
+                    return None
+            return dict(ray.get(results))
+        except RayError:  # `_run_jobs` ends the exchange after the workers
+            self._thread.join(_LOSS_IS_NOTICED_WITHIN_S)
+            return None
 
     def _run_jobs(self) -> None:
         """Have Ray Train run the loop of jobs on the workers, and keep its error."""
         from raykeras.compat import ray_train
 
-        scaling_config = _scaling_config(self._scale, self._cpus_per_worker)
+        reservation, holds_resources = self._reservation, self._devices is None
+        scaling_config = _scaling_config(self._scale, self._cpus_per_worker, holds_resources)
         try:
             with TemporaryFolder("train") as folder:
                 run_config = _run_config(self._name, folder, self._waits)
-                config = {"exchange": self._exchange}
-                ray_train.run_on_workers(run_jobs, config, scaling_config, run_config, self._bundles)
+                config = {"exchange": self._exchange, "devices": self._devices}
+                if reservation is not None:
+                    reservation.wait(indefinitely=self._waits)
+                bundles = None if reservation is None else reservation.bundles
+                ray_train.run_on_workers(run_jobs, config, scaling_config, run_config, bundles)
         except BaseException as error:
             self._failure = error
+        if reservation is not None:
+            reservation.release()
         with contextlib.suppress(Exception):  # the cluster was lost
             self._exchange.close()
 
@@ -209,9 +239,11 @@ def _failures(results: Mapping[int, JobResult]) -> dict[int, BaseException]:
     return {rank: pickle.loads(result.error) for rank, result in results.items() if result.error is not None}
 
 
-def _scaling_config(scale: Scale, cpus_per_worker: float) -> Any:
+def _scaling_config(scale: Scale, cpus_per_worker: float, holds_resources: bool) -> Any:
     from ray.train import ScalingConfig
 
+    if not holds_resources:
+        return ScalingConfig(num_workers=scale.workers, resources_per_worker={"CPU": 0})
     return ScalingConfig(
         num_workers=scale.workers,
         use_gpu=scale.gpus_per_worker > 0,

@@ -1,11 +1,14 @@
-"""Workers that stay up between calls: the next call with the same scale uses them.
+"""Workers that stay up between calls, and workers that stand by for those that are lost.
 
-They end once they have been idle for `Scale.idle_timeout_s`, once anything in the cluster waits for resources, or when
-a call needs other workers.
+The next call with the same scale uses workers that stay up. They end once they have been idle for
+`Scale.idle_timeout_s`, once anything in the cluster waits for resources, or when a call needs other workers. Workers
+stand by once a training has run for some time. They have imported everything, and stay up if the training loses its
+workers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -16,10 +19,14 @@ from typing import Any
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.ray_state import waits_for_resources
 from raykeras.core.config import Scale
-from raykeras.driver.placement import reserved_bundles
+from raykeras.core.errors import WorkerLostError
+from raykeras.driver.placement import Reservation, reserved_bundles
 from raykeras.driver.worker_group import WorkerGroup
 
 _LOG = logging.getLogger("raykeras")
+
+_STAND_BY_AFTER_S = 30.0
+"""How long a training runs before others stand by: starting them takes some seconds of each worker's CPU."""
 
 _POLL_S = 0.5
 
@@ -29,10 +36,10 @@ _POLLS_IN_NEED = 3
 _END_WITHIN_S = 10.0
 
 _idle: dict[int, tuple[Any, WorkerGroup]] = {}
-"""What idle workers are for, and the workers, by the number of their last job in this process."""
+"""What idle workers are for, and the workers, in the order in which they became idle."""
 
 _lock = threading.Lock()
-_jobs = 0
+_num_kept = 0
 
 
 def run_on_workers(
@@ -44,6 +51,7 @@ def run_on_workers(
     api: KerasAPI | None = None,
     waits: bool = True,
     stay: bool = True,
+    stand_by: bool = False,
 ) -> Any:
     """Run `work(config)` on every worker.
 
@@ -55,6 +63,7 @@ def run_on_workers(
         api: Keras package that `work` uses, if any.
         waits: Whether to wait indefinitely until the cluster can place the workers.
         stay: Whether the workers may stay up for the next call.
+        stand_by: Whether to start workers that take the place of these if they are lost.
 
     Returns:
         The value that `work` returns on rank 0.
@@ -62,24 +71,80 @@ def run_on_workers(
     Raises:
         RaykerasError: If a worker raises an exception or is lost.
     """
-    bundles = reserved_bundles(scale, cpus_per_worker)
-    purpose = (scale, cpus_per_worker, bundles, _environment())
+    from raykeras.compat.ray_train import can_place_in_bundles
+
+    purpose = _purpose(scale, cpus_per_worker)
     group = _take(purpose)
     if group is None:
         _LOG.debug("raykeras starts %d workers.", scale.workers)
-        group = WorkerGroup(scale, cpus_per_worker, bundles, waits=waits)
+        bundles = reserved_bundles(scale, cpus_per_worker)
+        reservation = Reservation(scale, cpus_per_worker, bundles) if can_place_in_bundles() else None
+        group = WorkerGroup(scale, cpus_per_worker, reservation, waits=waits)
+    spare = _Spare(group) if stand_by else None
+    left = group
     try:
         return group.run(work, config, api)
+    except WorkerLostError:
+        if spare is not None:
+            left = spare.take() or group
+        raise
     finally:
-        if stay and scale.idle_timeout_s and group.is_usable:
-            _keep(purpose, group, scale.idle_timeout_s)
+        if spare is not None:
+            spare.close()
+        if left is not group:
+            group.close()
+        if stay and scale.idle_timeout_s and left.is_usable:
+            _keep(purpose, left, scale.idle_timeout_s)
         else:
-            group.close(wait_s=_END_WITHIN_S)
+            left.close(wait_s=_END_WITHIN_S)
 
 
-def end_idle_workers() -> None:
-    """End all idle workers, and return once their resources are free."""
-    _take(None)
+def prepare(scale: Scale, cpus_per_worker: float) -> bool:
+    """End idle workers that a call will not use, and return whether some are up that it will.
+
+    Args:
+        scale: Scale of the call.
+        cpus_per_worker: Logical CPUs of each worker.
+    """
+    purpose = _purpose(scale, cpus_per_worker)
+    group = _take(purpose)
+    if group is not None:
+        _keep(purpose, group, scale.idle_timeout_s)
+    return group is not None
+
+
+class _Spare:
+    """Workers that stand by for others, started after some time."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+        self._spare: WorkerGroup | None = None
+        self._lock = threading.Lock()
+        self._timer = threading.Timer(_STAND_BY_AFTER_S, self._start)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _start(self) -> None:
+        with self._lock, contextlib.suppress(Exception):  # the workers have just been lost
+            if self._group.is_running:
+                _LOG.debug("raykeras starts workers that stand by.")
+                self._spare = self._group.stand_by()
+
+    def take(self) -> WorkerGroup | None:
+        """Return the workers if they are usable."""
+        self._timer.cancel()
+        with self._lock:
+            if self._spare is None or not self._spare.is_usable:
+                return None
+            spare, self._spare = self._spare, None
+            return spare
+
+    def close(self) -> None:
+        """End the workers, unless they were taken."""
+        self._timer.cancel()
+        with self._lock:
+            if self._spare is not None:
+                self._spare.close()
 
 
 def _take(purpose: Any) -> WorkerGroup | None:
@@ -100,10 +165,10 @@ def _take(purpose: Any) -> WorkerGroup | None:
 
 
 def _keep(purpose: Any, group: WorkerGroup, timeout_s: float) -> None:
-    global _jobs
+    global _num_kept
     with _lock:
-        _jobs += 1
-        number = _jobs
+        _num_kept += 1
+        number = _num_kept
         _idle[number] = purpose, group
     args = (number, time.monotonic() + timeout_s)
     threading.Thread(target=_end_when_due, args=args, name="raykeras-idle", daemon=True).start()
@@ -125,12 +190,13 @@ def _end_when_due(number: int, due: float) -> None:
         group.close()
 
 
-def _environment() -> tuple[Any, ...]:
+def _purpose(scale: Scale, cpus_per_worker: float) -> Any:
     """Return what workers get from this process only when they start, as values that can be compared."""
     import ray
     from ray import cloudpickle
     from ray.data import DataContext
 
-    context = ray.get_runtime_context()
+    context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
     variables = sorted((name, value) for name, value in os.environ.items() if name.startswith("RAY_TRAIN_"))
-    return context.gcs_address, context.get_job_id(), tuple(variables), cloudpickle.dumps(DataContext.get_current())
+    cluster = context.gcs_address, context.get_job_id(), group and group.id
+    return scale, cpus_per_worker, cluster, variables, cloudpickle.dumps(DataContext.get_current())

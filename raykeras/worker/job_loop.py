@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +49,24 @@ class JobExchange:
         here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
         self._actor = ray.remote(num_cpus=0, label_selector=here)(_JobExchangeActor).remote(num_ranks)
 
+    def join(self, rank: int, address: str, devices: str | None) -> list[str]:
+        """Wait until all workers have called this; return their addresses by rank.
+
+        Args:
+            rank: Rank of the calling worker.
+            address: Its address.
+            devices: Its GPUs, as in CUDA_VISIBLE_DEVICES.
+        """
+        import ray
+
+        return list(ray.get(self._actor.join.remote(rank, address, devices)))
+
+    def devices(self) -> dict[int, str | None]:
+        """Return the GPUs of all workers by rank, as in CUDA_VISIBLE_DEVICES, once all have joined."""
+        import ray
+
+        return dict(ray.get(self._actor.devices.remote()))
+
     def put(self, number: int, work: Callable[[Any], Any], config: Any, api: KerasAPI | None) -> None:
         """Give a job to all workers.
 
@@ -58,7 +79,7 @@ class JobExchange:
         import ray
 
         # in the object store, because object references inside a pickle are never released
-        ray.get(self._actor.put.remote(number, [ray.put((work, config, api))]))
+        self._actor.put.remote(number, [ray.put((work, config, api))])
 
     def end(self, number: int) -> None:
         """Tell the workers to end instead of running the job of this number."""
@@ -102,27 +123,53 @@ def run_jobs(config: dict[str, Any]) -> None:
     TensorFlow is imported here, not in Ray Train's controller.
 
     Args:
-        config: "exchange" is the `JobExchange` of the workers.
+        config: "exchange" is the `JobExchange` of the workers; "devices" maps each rank to its GPUs, as in
+            CUDA_VISIBLE_DEVICES; None for those that Ray assigns.
     """
-    quiet()
-    import_tensorflow()
-    import ray
     import ray.train
     from ray.exceptions import RayError
 
-    from raykeras.worker.process_state import ProcessState
-
-    exchange, rank, state = config["exchange"], ray.train.get_context().get_world_rank(), ProcessState()
+    exchange, rank, devices = config["exchange"], ray.train.get_context().get_world_rank(), config["devices"]
+    if devices is not None and (visible := devices[rank]) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    quiet()
+    import_tensorflow()
+    state: ProcessState | None = None
     for number in itertools.count():
         try:
             job = exchange.next(number)
+            if job is not None and state is None:
+                state = _join(exchange, rank)
         except RayError:  # the driver has ended
             return
-        if job is None:
+        if job is None or state is None:
             return
         exchange.finish(number, rank, _result(job, rank, state))
         del job
         state.restore()
+
+
+def _join(exchange: JobExchange, rank: int) -> ProcessState:
+    """Set TF_CONFIG, from which TensorFlow knows the other workers; the ports must be free just before it starts."""
+    from raykeras.worker.process_state import ProcessState
+
+    addresses = exchange.join(rank, _free_address(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if len(addresses) > 1:
+        cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": rank}}
+        os.environ["TF_CONFIG"] = json.dumps(cluster)
+    return ProcessState()
+
+
+def _free_address() -> str:
+    """Return the address of this node with a port that is free."""
+    import ray
+
+    host = ray.util.get_node_ip_address()
+    is_ipv6 = ":" in host
+    with socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET) as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    return f"[{host}]:{port}" if is_ipv6 else f"{host}:{port}"
 
 
 def _result(job: tuple[Callable[[Any], Any], Any, KerasAPI | None], rank: int, state: ProcessState) -> JobResult:
@@ -149,6 +196,19 @@ class _JobExchangeActor:
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
         self._jobs: defaultdict[int, _Job] = defaultdict(_Job)
+        self._joined: dict[int, tuple[str, str | None]] = {}
+        self._have_joined = asyncio.Event()
+
+    async def join(self, rank: int, address: str, devices: str | None) -> list[str]:
+        self._joined[rank] = (address, devices)
+        if len(self._joined) == self._num_ranks:
+            self._have_joined.set()
+        await self._have_joined.wait()
+        return [address for _, (address, _) in sorted(self._joined.items())]
+
+    async def devices(self) -> dict[int, str | None]:
+        await self._have_joined.wait()
+        return {rank: devices for rank, (_, devices) in self._joined.items()}
 
     async def put(self, number: int, task: list[Any] | None) -> None:
         self._jobs[number].task = task

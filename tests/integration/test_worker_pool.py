@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import raykeras as rk
-from raykeras.driver.worker_pool import end_idle_workers, run_on_workers
+from raykeras.driver import worker_pool
+from raykeras.driver.worker_pool import run_on_workers
 from tests.support.models import PACKAGES, TWO, X, Y, dense
 
 pytestmark = pytest.mark.usefixtures("two_workers")
@@ -183,5 +184,5 @@ def test_workers_of_another_scale_get_the_resources(tmp_path: Path) -> None:
     pids = workers(tmp_path)
     other = workers(tmp_path, rk.Scale(workers=2, replicas_per_worker=2))
     assert not set(other) & set(pids) and not any(map(exists, pids))
-    end_idle_workers()
+    worker_pool.prepare(rk.Scale(workers=3), 1.0)
     wait_until(lambda: not any(map(exists, other)))
