@@ -70,8 +70,8 @@ CLEANER_CALLBACK = PrivateName(
 
 PLACEMENT_GROUP = PrivateName(
     "ray.train.v2._internal.execution.worker_group.worker_group:placement_group",
-    "name the placement groups of the workers",
-    "their resources may stay reserved until the driver ends if Ray Train's controller is killed",
+    "place workers in a reservation that outlives them",
+    "there are no spares for lost workers, and workers do not use the placement group of a Ray Tune trial",
     parameters=("bundles", "strategy", "name"),
 )
 

@@ -32,6 +32,9 @@ class Scale:
         idle_timeout_s: Seconds for which several workers stay up after a call, at least 0. The next call of the same
             program with the same scale then starts in a second. They end sooner if anything in the cluster waits for
             resources. 0 ends them with the call. Elastic workers do not stay up.
+        spares: Whether a training that has run for half a minute starts as many workers again, which import everything
+            and stand by. If a worker is lost, the run continues on these. They take memory, about 0.5 GB each, but no
+            CPU and no GPU. Elastic runs have none.
 
     Raises:
         OptionError: If a value is out of its range, or values contradict each other.
@@ -43,6 +46,7 @@ class Scale:
     cpus_per_worker: float | None = None
     min_workers: int | None = None
     idle_timeout_s: float = field(default=300.0, compare=False)
+    spares: bool = field(default=True, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.workers, tuple | list):

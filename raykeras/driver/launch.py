@@ -130,7 +130,7 @@ def fit_on_workers(
                 api=packed.api,
                 waits=not job.requested_scale.is_elastic,
                 stay=not job.requested_scale.is_elastic,
-                stand_by=not job.requested_scale.is_elastic and job.run.max_failures > 0 and job.train.can_restart,
+                spares=_needs_spares(job),
             )
         except WorkerLostError as error:
             raise _with_notes(error, coordinator) from None
@@ -140,6 +140,11 @@ def fit_on_workers(
 
         load_variables(model, packed.api, outcome.named_values, job.train.batch_spec)
     return outcome, model if packed.in_place else None
+
+
+def _needs_spares(job: TrainJob) -> bool:
+    is_restarted = job.run.max_failures > 0 and job.train.can_restart
+    return job.scale.spares and is_restarted and not job.requested_scale.is_elastic
 
 
 def _with_notes(error: WorkerLostError, coordinator: RunCoordinator) -> WorkerLostError:

@@ -25,7 +25,7 @@ from raykeras.driver.worker_group import WorkerGroup
 
 _LOG = logging.getLogger("raykeras")
 
-_STAND_BY_AFTER_S = 30.0
+_SPARES_AFTER_S = 30.0
 """How long a training runs before others stand by: starting them takes some seconds of each worker's CPU."""
 
 _POLL_S = 0.5
@@ -51,7 +51,7 @@ def run_on_workers(
     api: KerasAPI | None = None,
     waits: bool = True,
     stay: bool = True,
-    stand_by: bool = False,
+    spares: bool = False,
 ) -> Any:
     """Run `work(config)` on every worker.
 
@@ -63,7 +63,7 @@ def run_on_workers(
         api: Keras package that `work` uses, if any.
         waits: Whether to wait indefinitely until the cluster can place the workers.
         stay: Whether the workers may stay up for the next call.
-        stand_by: Whether to start workers that take the place of these if they are lost.
+        spares: Whether to start workers that take the place of these if they are lost.
 
     Returns:
         The value that `work` returns on rank 0.
@@ -80,17 +80,17 @@ def run_on_workers(
         bundles = reserved_bundles(scale, cpus_per_worker)
         reservation = Reservation(scale, cpus_per_worker, bundles) if can_place_in_bundles() else None
         group = WorkerGroup(scale, cpus_per_worker, reservation, waits=waits)
-    spare = _Spare(group) if stand_by else None
+    standing_by = _Spares(group) if spares else None
     left = group
     try:
         return group.run(work, config, api)
     except WorkerLostError:
-        if spare is not None:
-            left = spare.take() or group
+        if standing_by is not None:
+            left = standing_by.take() or group
         raise
     finally:
-        if spare is not None:
-            spare.close()
+        if standing_by is not None:
+            standing_by.close()
         if left is not group:
             group.close()
         if stay and scale.idle_timeout_s and left.is_usable:
@@ -113,14 +113,14 @@ def prepare(scale: Scale, cpus_per_worker: float) -> bool:
     return group is not None
 
 
-class _Spare:
+class _Spares:
     """Workers that stand by for others, started after some time."""
 
     def __init__(self, group: WorkerGroup) -> None:
         self._group = group
-        self._spare: WorkerGroup | None = None
+        self._spares: WorkerGroup | None = None
         self._lock = threading.Lock()
-        self._timer = threading.Timer(_STAND_BY_AFTER_S, self._start)
+        self._timer = threading.Timer(_SPARES_AFTER_S, self._start)
         self._timer.daemon = True
         self._timer.start()
 
@@ -128,23 +128,23 @@ class _Spare:
         with self._lock, contextlib.suppress(Exception):  # the workers have just been lost
             if self._group.is_running:
                 _LOG.debug("raykeras starts workers that stand by.")
-                self._spare = self._group.stand_by()
+                self._spares = self._group.stand_by()
 
     def take(self) -> WorkerGroup | None:
         """Return the workers if they are usable."""
         self._timer.cancel()
         with self._lock:
-            if self._spare is None or not self._spare.is_usable:
+            if self._spares is None or not self._spares.is_usable:
                 return None
-            spare, self._spare = self._spare, None
-            return spare
+            spares, self._spares = self._spares, None
+            return spares
 
     def close(self) -> None:
         """End the workers, unless they were taken."""
         self._timer.cancel()
         with self._lock:
-            if self._spare is not None:
-                self._spare.close()
+            if self._spares is not None:
+                self._spares.close()
 
 
 def _take(purpose: Any) -> WorkerGroup | None:

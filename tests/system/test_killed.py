@@ -23,6 +23,7 @@ import pytest
 import ray
 
 import raykeras as rk
+from raykeras.driver import worker_pool
 from raykeras.driver.worker_pool import run_on_workers
 from tests.support.fork_server import ForkServer
 from tests.support.models import TWO
@@ -72,6 +73,27 @@ def test_killed_workers_are_restarted(uninterrupted: rk.Result, tmp_path: Path) 
     failed = assert_restarted(seen, len(KILLED_BY_RANK))
     assert {event.rank for event in failed} <= {0, 1} and all(event.node for event in failed)
     assert all("because" in event.cause or "Error" in event.cause for event in failed), [e.cause for e in failed]
+
+
+@pytest.mark.usefixtures("two_workers")
+def test_spares_take_the_place_of_lost_workers(
+    uninterrupted: rk.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spares: list[Any] = []
+
+    def take_spares(standing_by: Any, take: Any = worker_pool._Spares.take) -> Any:
+        spares.append(take(standing_by))
+        return spares[-1]
+
+    monkeypatch.setattr(worker_pool, "_SPARES_AFTER_S", 0.1)
+    monkeypatch.setattr(worker_pool._Spares, "take", take_spares)
+    seen: list[rk.Event] = []
+    callbacks = [*steering(), killer(["step 1 2"], str(tmp_path), 1)]
+    result = fit(str(tmp_path), "run", callbacks, scale=TWO, on_event=seen.append)
+    assert_same(result, uninterrupted)
+    (failed,) = assert_restarted(seen, 1)
+    assert failed.rank == 1
+    assert [group.is_usable for group in spares] == [True]  # they stay up for the next call
 
 
 @pytest.mark.usefixtures("two_workers")
