@@ -23,7 +23,7 @@ from raykeras.core.error_context import root_cause
 from raykeras.core.errors import OptionError, RaykerasError, UserCodeError, WorkerLostError
 from raykeras.core.temporary import TemporaryFolder
 from raykeras.driver.placement import Reservation
-from raykeras.worker.job_loop import JobExchange, JobResult, run_jobs
+from raykeras.worker.job_loop import JobExchange, JobResult, answer, run_jobs
 
 _LOST_CONTACT = ("Unavailable", "Aborted", "Cancelled", "DeadlineExceeded", "Internal", "Unknown")
 """Exceptions of TensorFlow's collectives after another worker is lost, without "Error"."""
@@ -110,6 +110,14 @@ class WorkerGroup:
     def is_running(self) -> bool:
         """Whether the workers are up, or being started."""
         return self._thread.is_alive()
+
+    def answers(self) -> bool:
+        """Whether the workers are up; a lost one is noticed only after a moment, unless they are asked."""
+        try:
+            self.run(answer, {})
+        except RaykerasError:
+            return False
+        return True
 
     def run(self, work: Callable[[dict[str, Any]], Any], config: dict[str, Any], api: KerasAPI | None = None) -> Any:
         """Run `work(config)` on every worker, one call at a time.

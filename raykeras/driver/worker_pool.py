@@ -154,7 +154,7 @@ def _take(purpose: Any) -> WorkerGroup | None:
         _idle.clear()
     found = None
     for its_purpose, group in idle:
-        if found is None and its_purpose == purpose and group.is_usable:
+        if found is None and its_purpose == purpose and group.is_usable and group.answers():
             found = group
         else:
             group.close()
