@@ -34,11 +34,13 @@ class ProcessState:
         self._modules = set(sys.modules)
         self._settings = _tensorflow_settings()
         self._packages: dict[str, tuple[KerasAPI, dict[str, Any]]] = {}
+        gc.freeze()  # what was imported stays: without this, each collection takes 0.2 s
 
     def add(self, api: KerasAPI) -> None:
         """Restore the settings of a Keras package, too, as they are now."""
         if api.name not in self._packages:
             self._packages[api.name] = (api, api.settings())
+            gc.freeze()
 
     def restore(self) -> None:
         """Restore the state."""

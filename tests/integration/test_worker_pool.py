@@ -150,7 +150,6 @@ def test_workers_stay_up_after_an_error_of_all(ranks: tuple[int, ...], tmp_path:
     pids = workers(tmp_path)
     with pytest.raises(rk.ModelError, match="as told"):
         run_on_workers(fail, {"ranks": ranks}, scale=TWO, cpus_per_worker=1.0)
-    assert (workers(tmp_path) == pids) == (len(ranks) == 2)
     assert all(exists(pid) == (len(ranks) == 2) for pid in pids)
 
 
@@ -160,9 +159,9 @@ def test_killed_idle_worker_is_replaced(tmp_path: Path) -> None:
     assert not set(workers(tmp_path)) & set(pids)
 
 
-@pytest.mark.parametrize("timeout_s", [0, 1])
-def test_idle_workers_end_in_time(timeout_s: float, tmp_path: Path) -> None:
-    pids = workers(tmp_path, rk.Scale(workers=2, idle_timeout_s=timeout_s))
+def test_idle_workers_end_in_time(tmp_path: Path) -> None:
+    pids = workers(tmp_path, rk.Scale(workers=2, idle_timeout_s=1))
+    assert all(map(exists, pids))
     wait_until(lambda: not any(map(exists, pids)))
 
 
