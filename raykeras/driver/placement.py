@@ -7,6 +7,7 @@ outlives the workers, so that those that replace them after a failure need not w
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import time
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
     from raykeras.compat.ray_train import ReservedBundles
 
 
+_LOG = logging.getLogger("raykeras")
+
 _POLL_S = 0.5
 
-_PLACED_WITHIN_S = 30.0
-"""How long workers wait for resources that were free a moment ago."""
+_LONG_WAIT_S = 30.0
 
 
 class Reservation:
@@ -65,21 +67,27 @@ class Reservation:
             with contextlib.suppress(Exception):  # the cluster was lost
                 ray.util.remove_placement_group(self.bundles.group)
 
-    def wait(self, *, indefinitely: bool) -> None:
-        """Wait until the cluster has reserved the resources.
+    def wait(self, is_cancelled: threading.Event, *, indefinitely: bool) -> None:
+        """Wait until the cluster has reserved the resources; warn if it takes long.
 
         Args:
+            is_cancelled: Ends the wait.
             indefinitely: Whether to wait as long as it takes.
 
         Raises:
-            WorkerLostError: It has not in time, or there is no user any more.
+            WorkerLostError: The cluster has not reserved them in time, or the wait was cancelled.
         """
-        end = math.inf if indefinitely else time.monotonic() + _PLACED_WITHIN_S
+        long_wait_at = time.monotonic() + _LONG_WAIT_S
         while not self.bundles.group.wait(_POLL_S):
-            if not self._num_users or time.monotonic() > end:
-                raise WorkerLostError(
-                    "The workers could not be placed: the resources that were free have been taken. See `ray status`."
-                )
+            if is_cancelled.is_set():
+                raise WorkerLostError("The workers were not placed, because the call has ended.")
+            if time.monotonic() < long_wait_at:
+                continue
+            if not indefinitely:
+                raise WorkerLostError("The workers could not be placed: resources that were free have been taken.")
+            first, *others = self.bundles.group.bundle_specs
+            _LOG.warning("raykeras is waiting for resources: %s for each of %d workers.", first, 1 + len(others))
+            long_wait_at = math.inf
 
 
 def reserved_bundles(scale: Scale, cpus_per_worker: float) -> ReservedBundles | None:

@@ -96,6 +96,7 @@ class WorkerGroup:
         self._exchange = JobExchange(scale.workers)
         self._number = 0
         self._is_in_order = True
+        self._is_closed = threading.Event()
         self._failure: BaseException | None = None
         # In a thread, because Ray Train would handle Ctrl-C itself in the main thread.
         self._thread = threading.Thread(target=self._run_jobs, name="raykeras-workers", daemon=True)
@@ -169,6 +170,7 @@ class WorkerGroup:
         """
         from raykeras.compat import ray_train
 
+        self._is_closed.set()
         with contextlib.suppress(Exception):  # the cluster was lost
             if self.is_usable:
                 self._exchange.end(self._number)
@@ -203,7 +205,7 @@ class WorkerGroup:
                 run_config = _run_config(self._name, folder, self._waits)
                 config = {"exchange": self._exchange, "devices": self._devices}
                 if reservation is not None:
-                    reservation.wait(indefinitely=self._waits)
+                    reservation.wait(self._is_closed, indefinitely=self._waits)
                 bundles = None if reservation is None else reservation.bundles
                 ray_train.run_on_workers(run_jobs, config, scaling_config, run_config, bundles)
         except BaseException as error:
