@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 from raykeras.core.errors import OptionError
 
@@ -29,6 +30,12 @@ class Scale:
         cpus_per_worker: Logical CPUs that each worker process reserves in Ray, above 0. Defaults to 1, or to less
             if the data tasks would otherwise get none.
         min_workers: The minimum of a `(min, max)` pair; `workers` is then the maximum.
+        resources_per_worker: Other resources that each worker process reserves in Ray, such as
+            `{"memory": 16e9}` in bytes, or resources that nodes were given with `ray start --resources`.
+        placement: `"pack"` or `"spread"`: place worker processes on as few nodes as possible, or on different ones.
+        accelerator_type: Type of the GPUs, such as `"A100"`, as in `ray.util.accelerators`.
+        label_selector: Labels that a worker's node must have, such as `{"ray.io/market-type": "spot"}`, as in Ray. Not
+            for elastic runs.
         idle_timeout_s: Seconds for which several workers stay up after a call, at least 0. The next call of the same
             program with the same scale then starts in a second. They end sooner if anything in the cluster waits for
             resources. 0 ends them with the call. Elastic workers do not stay up.
@@ -45,6 +52,10 @@ class Scale:
     replicas_per_worker: int = 1
     cpus_per_worker: float | None = None
     min_workers: int | None = None
+    resources_per_worker: Mapping[str, float] | None = field(default=None, hash=False)
+    placement: Literal["pack", "spread"] = "pack"
+    accelerator_type: str | None = None
+    label_selector: Mapping[str, str] | None = field(default=None, hash=False)
     idle_timeout_s: float = field(default=300.0, compare=False)
     spares: bool = field(default=True, compare=False)
 
@@ -65,6 +76,7 @@ class Scale:
             raise OptionError(
                 f"`cpus_per_worker` must be above 0; got {self.cpus_per_worker!r}. Leave it out for the default."
             )
+        self._check_placement()
         if isinstance(self.idle_timeout_s, bool) or not self.idle_timeout_s >= 0:
             raise OptionError(
                 f"`idle_timeout_s` must be a number of seconds of at least 0; got {self.idle_timeout_s!r}. 0 ends the "
@@ -75,6 +87,45 @@ class Scale:
                 "`replicas_per_worker` must be 1 or `gpus_per_worker`, since every GPU holds one replica; got "
                 f"{self.replicas_per_worker} and {self.gpus_per_worker}. Leave `replicas_per_worker` out."
             )
+
+    def _check_placement(self) -> None:
+        if self.placement not in ("pack", "spread"):
+            raise OptionError(f'`placement` must be "pack" or "spread"; got {self.placement!r}.')
+        for name, amount in (self.resources_per_worker or {}).items():
+            if name in ("CPU", "GPU"):
+                raise OptionError(
+                    f"`resources_per_worker` is for other resources than CPU and GPU; got {name!r}. Pass "
+                    f"`{name.lower()}s_per_worker`."
+                )
+            if not amount > 0:
+                raise OptionError(f"`resources_per_worker` must be above 0; got {amount!r} for {name!r}.")
+        if self.accelerator_type is not None and not self.gpus_per_worker:
+            raise OptionError(
+                f"`accelerator_type` is the type of a worker's GPUs; got {self.accelerator_type!r} without GPUs. Pass "
+                "`gpus_per_worker`."
+            )
+        if self.label_selector is not None and self.is_elastic:
+            raise OptionError(
+                f"`label_selector` needs a fixed number of workers; got {dict(self.label_selector)} and "
+                f"{self.worker_range} workers. Pass one number as `workers`."
+            )
+        in_process = self.workers == 1 and not self.gpus_per_worker
+        if in_process and (self.resources_per_worker or self.label_selector or self.placement != "pack"):
+            raise OptionError(
+                "`resources_per_worker`, `placement` and `label_selector` are for worker processes; one worker "
+                "without GPUs runs in this process. Leave them out, or pass more `workers`."
+            )
+
+    def bundle(self, cpus_per_worker: float) -> dict[str, float]:
+        """Return the resources that each worker process reserves in Ray.
+
+        Args:
+            cpus_per_worker: Its logical CPUs.
+        """
+        bundle = {"CPU": cpus_per_worker, "GPU": float(self.gpus_per_worker), **(self.resources_per_worker or {})}
+        if self.accelerator_type is not None:
+            bundle[f"accelerator_type:{self.accelerator_type}"] = 0.001  # of 1 on each node, as Ray requests it
+        return {name: amount for name, amount in bundle.items() if amount}
 
     def with_workers(self, workers: int) -> Scale:
         """Return a copy with a fixed number of workers.

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from raykeras.compat.patch import default_environment
@@ -52,13 +53,13 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
     if in_process:
         return budget
     limit = max_cluster_resources()
-    num_cpus, num_gpus = float(limit.get("CPU", 0)), float(limit.get("GPU", 0))
+    num_cpus = float(limit.get("CPU", 0))
     cpus_per_worker = scale.cpus_per_worker
     if cpus_per_worker is None:
         # leave a CPU for data tasks, which are never scheduled if workers hold all of them
         share = (num_cpus - 1) / scale.workers
         cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
-    _check_resources(scale, cpus_per_worker, num_cpus, num_gpus, started)
+    _check_resources(scale, cpus_per_worker, limit, started)
     is_up = worker_pool.prepare(scale, cpus_per_worker)
     is_reserved = is_up or reserved_bundles(scale, cpus_per_worker) is not None  # and therefore not free anyway
     return plan_budget(cpus_per_worker, 0 if is_reserved else scale.workers)
@@ -106,15 +107,14 @@ def _init_ray(scale: Scale) -> bool:
     return True
 
 
-def _check_resources(scale: Scale, cpus_per_worker: float, num_cpus: float, num_gpus: float, started: bool) -> None:
+def _check_resources(scale: Scale, cpus_per_worker: float, limit: Mapping[str, float], started: bool) -> None:
     min_workers, _ = scale.worker_range
     where = "this machine" if started else "the cluster, at its maximum size,"
-    for resource, per_worker, available in (
-        ("CPUs", cpus_per_worker, num_cpus - 1),
-        ("GPUs", scale.gpus_per_worker, num_gpus),
-    ):
+    for name, per_worker in scale.bundle(cpus_per_worker).items():
+        is_cpu, resource = name == "CPU", f"{name}s" if name in ("CPU", "GPU") else name
+        available = limit.get(name, 0.0) - is_cpu
         if min_workers * per_worker > available:
-            reserved = ", not counting one that is reserved for reading data" if resource == "CPUs" else ""
+            reserved = ", not counting one that is reserved for reading data" if is_cpu else ""
             max_workers = int(available // per_worker) if per_worker else 0
             raise ResourceError(
                 f"{min_workers} workers with {per_worker:g} {resource} each need "

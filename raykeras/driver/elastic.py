@@ -47,7 +47,7 @@ def wait_for_capacity(job: TrainJob) -> int:
 
     scale = job.requested_scale
     min_workers, max_workers = scale.worker_range
-    bundle = {"CPU": job.budget.cpus_per_worker, **({"GPU": scale.gpus_per_worker} if scale.gpus_per_worker else {})}
+    bundle = scale.bundle(job.budget.cpus_per_worker)
     with contextlib.suppress(Exception):  # the cluster has no autoscaler
         request_resources(bundles=[bundle] * max_workers)
     last_workers, is_warned, start = -1, False, time.monotonic()
@@ -111,15 +111,15 @@ def capacity(job: TrainJob, *, allow_partial_cpu: bool = False) -> int:
     """
     import ray
 
-    gpus_per_worker, cpus_per_worker = job.scale.gpus_per_worker, job.budget.cpus_per_worker
+    cpus_per_worker = job.budget.cpus_per_worker
+    bundle = job.scale.bundle(cpus_per_worker)
     usable_nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - draining_nodes()
     total, reserved = 0, math.inf  # reserved: the fewest workers to leave out so that a read task fits on some node
     for node, resources in free_resources_per_node().items():
         if node not in usable_nodes:
             continue
-        cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-        fits = int((cpus + 1e-6) // cpus_per_worker)
-        fits = min(fits, int(gpus // gpus_per_worker)) if gpus_per_worker else fits
+        cpus = resources.get("CPU", 0.0)
+        fits = min(int((resources.get(name, 0.0) + 1e-6) // amount) for name, amount in bundle.items())
         total += fits
         if cpus >= 1:
             task_cpus = (round(cpus % 1, 4) if allow_partial_cpu else 0) or 1

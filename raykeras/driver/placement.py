@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raykeras.core.config import Scale
 from raykeras.core.errors import ResourceError, WorkerLostError
@@ -44,9 +44,10 @@ class Reservation:
 
         self._is_own = bundles is None
         if bundles is None:
-            worker = {"CPU": cpus_per_worker, "GPU": float(scale.gpus_per_worker)}
-            needs = {name: amount for name, amount in worker.items() if amount}
-            group = ray.util.placement_group([needs] * scale.workers, strategy="PACK")
+            options: dict[str, Any] = {"strategy": scale.placement.upper()}
+            if scale.label_selector is not None:
+                options["bundle_label_selector"] = [dict(scale.label_selector)] * scale.workers
+            group = ray.util.placement_group([scale.bundle(cpus_per_worker)] * scale.workers, **options)
             bundles = ReservedBundles(group, tuple(range(scale.workers)))
         self.bundles = bundles
         self._num_users, self._lock = 0, threading.Lock()
@@ -112,7 +113,7 @@ def reserved_bundles(scale: Scale, cpus_per_worker: float) -> ReservedBundles | 
     context = ray.get_runtime_context()
     if group is None or not context.should_capture_child_tasks_in_placement_group or scale.is_elastic:
         return None
-    worker = {"CPU": cpus_per_worker, "GPU": float(scale.gpus_per_worker)}
+    worker = scale.bundle(cpus_per_worker)
     first, *others = group.bundle_specs
     occupied = context.get_assigned_resources()
     free = [{name: amount - occupied.get(name, 0.0) for name, amount in first.items()}, *others]
@@ -120,11 +121,10 @@ def reserved_bundles(scale: Scale, cpus_per_worker: float) -> ReservedBundles | 
     if not indices:
         return None
     if len(indices) < scale.workers:
-        needs = {name: amount for name, amount in worker.items() if amount}
         raise ResourceError(
             f"The placement group of this process must have room for all {scale.workers} workers or for none; got "
             f"{[first, *others]}, in which {len(indices)} fit beside this process. In Ray Tune, reserve "
-            f"`tune.PlacementGroupFactory([{first}] + [{needs}] * {scale.workers})` for each trial."
+            f"`tune.PlacementGroupFactory([{first}] + [{worker}] * {scale.workers})` for each trial."
         )
     return ReservedBundles(group, tuple(indices))
 

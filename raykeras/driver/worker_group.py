@@ -257,7 +257,9 @@ def _scaling_config(scale: Scale, cpus_per_worker: float, holds_resources: bool)
     return ScalingConfig(
         num_workers=scale.workers,
         use_gpu=scale.gpus_per_worker > 0,
-        resources_per_worker={"CPU": cpus_per_worker, "GPU": scale.gpus_per_worker},
+        resources_per_worker=scale.bundle(cpus_per_worker),
+        placement_strategy=scale.placement.upper(),
+        label_selector=None if scale.label_selector is None else dict(scale.label_selector),
     )
 
 

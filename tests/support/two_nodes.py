@@ -19,7 +19,7 @@ EPOCHS = 12
 """Enough for training to last until the node has come back."""
 
 _STEP_S = 0.3
-_HEALTH_CHECKS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+HEALTH_CHECKS = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
 """A lost node is noticed after 3 s instead of 15."""
 
 _NODE_CPUS = 2
@@ -39,7 +39,7 @@ class Nodes:
     def __enter__(self) -> Nodes:
         from ray.cluster_utils import Cluster
 
-        os.environ |= _HEALTH_CHECKS
+        os.environ |= HEALTH_CHECKS
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, "include_dashboard": False})
         self.address = self._cluster.address
         self._closed = threading.Event()

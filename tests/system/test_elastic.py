@@ -16,7 +16,7 @@ import raykeras as rk
 from raykeras.checkpoint.store import RunFolder
 from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.elastic import capacity, wait_for_capacity
-from tests.support import two_nodes
+from tests.support import four_nodes, two_nodes
 from tests.support.compare import assert_same_weights
 from tests.support.cpus import all_held_but
 from tests.support.fork_server import ForkServer
@@ -45,6 +45,26 @@ def test_node_is_lost_comes_back_and_is_drained(forked: ForkServer, tmp_path: Pa
     ]
     assert failed and all(event["cause"] and event["next"] for event, _ in failed)
     assert all(number < 2 for _, number in failed)  # all workers leave a drained node before it is removed
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("tensorflow")
+@pytest.mark.parametrize("kind", ["fixed", "elastic"])
+def test_four_workers_on_four_nodes_match_one(kind: str, forked: ForkServer, tmp_path: Path) -> None:
+    ended = forked.run(four_nodes.main, str(tmp_path), kind, timeout_s=600)
+    assert ended.exit_code == 0, ended.output
+    *events, last = [json.loads(line) for line in ended.output.splitlines() if line.startswith("{")]
+    uninterrupted = fit(str(tmp_path), "uninterrupted", epochs=four_nodes.EPOCHS, dropout=0)
+    for name, values in uninterrupted.history.items():
+        np.testing.assert_allclose(last["history"][name], values, rtol=1e-5, err_msg=name)
+    newest = RunFolder(str(tmp_path / kind)).checkpoints()[-1]
+    assert_same_weights(newest.load_model(), uninterrupted.model(), rtol=1e-4, atol=1e-5)
+    nodes = [path.read_text() for path in tmp_path.glob("node-of-rank-*")]
+    assert len(set(nodes)) == 4
+    if kind == "fixed":
+        assert set(nodes) == set(last["trainers"])
+    else:
+        assert [(e["before"], e["workers"]) for e in events if e["event"] == "WorldResized"] == [(4, 2), (2, 4)]
 
 
 def hanging(folder: Path, rank: int) -> Any:

@@ -23,12 +23,25 @@ from raykeras import OptionError, Run, Scale
         ({"gpus_per_worker": -1}, "`gpus_per_worker` must be a whole number of at least 0"),
         ({"replicas_per_worker": 0}, "`replicas_per_worker`"),
         ({"cpus_per_worker": 0}, "`cpus_per_worker` must be above 0"),
+        ({"workers": 2, "idle_timeout_s": -1}, "`idle_timeout_s` must be a number of seconds of at least 0; got -1"),
+        ({"workers": 2, "placement": "near"}, '`placement` must be "pack" or "spread"; got \'near\''),
+        ({"workers": 2, "resources_per_worker": {"GPU": 1}}, "Pass `gpus_per_worker`"),
+        ({"workers": 2, "resources_per_worker": {"memory": 0}}, "must be above 0; got 0 for 'memory'"),
+        ({"workers": 2, "accelerator_type": "A100"}, "got 'A100' without GPUs"),
+        ({"workers": (1, 2), "label_selector": {"a": "b"}}, "needs a fixed number of workers"),
+        ({"placement": "spread"}, "one worker without GPUs runs in this process"),
         ({"gpus_per_worker": 4, "replicas_per_worker": 2}, "every GPU holds one replica; got 2 and 4"),
     ],
 )
 def test_invalid_scale_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Scale(**options)
+
+
+def test_worker_reserves_its_resources() -> None:
+    scale = Scale(workers=2, gpus_per_worker=4, accelerator_type="A100", resources_per_worker={"memory": 1e9})
+    assert scale.bundle(0.5) == {"CPU": 0.5, "GPU": 4.0, "memory": 1e9, "accelerator_type:A100": 0.001}
+    assert Scale(workers=2).bundle(1.0) == {"CPU": 1.0}
 
 
 @pytest.mark.parametrize(
