@@ -17,6 +17,7 @@ from raykeras.core.errors import OptionError, printable
 from raykeras.core.logs import Logs
 from raykeras.core.tracebacks import without_frames
 from raykeras.data.inputs import (
+    Rows,
     check_batch_size,
     check_positive,
     check_scale_and_run,
@@ -28,6 +29,7 @@ from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.progress import check_verbose
 from raykeras.driver.screen import metric_texts
+from raykeras.driver.shared_paths import check_sources
 from raykeras.driver.worker_group import check_strategy_scope, run_here, runs_here
 from raykeras.driver.worker_pool import run_on_workers
 from raykeras.worker.callback_placement import pack, restore_callbacks, unwrapped
@@ -106,6 +108,8 @@ def evaluate(
     spec.read_ahead()
     is_local = in_process and not spec.uses_ray_data
     budget = CpuBudget() if is_local else connect(scale, in_process=in_process)
+    if not is_local and isinstance(data, Rows):
+        check_sources([data.opened])
     job = EvaluationJob(spec, scale, seed, budget)
     keras_callbacks = only_keras_callbacks(callbacks, "evaluate")
     if in_process:

@@ -49,6 +49,7 @@ from raykeras.driver.restarts import resumed
 from raykeras.driver.restarts import train as train_run
 from raykeras.driver.result import Result
 from raykeras.driver.run_warnings import missing_monitor_warner, unserializable_warner
+from raykeras.driver.shared_paths import check_sources, check_storage
 from raykeras.driver.tensorboard import TensorBoardLog
 from raykeras.driver.trackers import split_trackers, tracking
 from raykeras.driver.worker_group import check_strategy_scope, runs_here
@@ -218,8 +219,11 @@ def fit(
         if not in_process or any(spec.uses_ray_data for spec in specs):
             early.begin("cluster")
             budget = connect(scale, in_process=in_process)
+            check_sources(data.opened for data in (train_data, val_data) if isinstance(data, Rows))
         packed = None if in_process else pack_for_workers(model, worker_callbacks)
         folder = _run_folder(run)
+        if not in_process:
+            check_storage(folder)
         job = TrainJob(
             train,
             validation,

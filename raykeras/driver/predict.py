@@ -46,6 +46,7 @@ from raykeras.driver.callback import only_keras_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.evaluate import with_fixed_workers
 from raykeras.driver.output import Output, open_output
+from raykeras.driver.shared_paths import check_sources
 from raykeras.driver.worker_group import runs_here
 from raykeras.worker.predictor import (
     Predictor,
@@ -360,6 +361,7 @@ def _source_predictions(
 
 def _read_by_tasks(rows: _SourceRows, scale: Scale) -> Iterator[pa.Table]:
     budget, read_ahead = connect(scale, in_process=True), ReadAhead()
+    check_sources([rows.opened])
     limits = reading(dataclasses.replace(budget, cpus_per_worker=0.0), 1, 1)
     yield from _taken(rows.dataset(limits, read_ahead), read_ahead)
 
@@ -368,6 +370,7 @@ def _predict_rows_by_actors(rows: _SourceRows, build: bytes, batch_size: int, sc
     import ray
 
     budget, read_ahead = connect(scale, in_process=False), ReadAhead()
+    check_sources([rows.opened])
     if not runs_here(scale) and isinstance(rows.opened.reader, ArrayReader):
         rows.opened.reader.share()
     limits = reading(dataclasses.replace(budget, cpus_per_worker=0.0), 1, 1)
