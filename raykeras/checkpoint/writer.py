@@ -48,6 +48,11 @@ class AsyncCheckpointWriter:
         self._thread = threading.Thread(target=self._work, name="raykeras-checkpoint", daemon=True)
         self._thread.start()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether everything that was queued is written."""
+        return not (self._waiting or self._is_writing)
+
     def put(self, name: str, snapshot: Snapshot, saved: events.CheckpointSaved, begun: float) -> None:
         """Queue a checkpoint, after waiting for the previous one to be written.
 
@@ -63,7 +68,7 @@ class AsyncCheckpointWriter:
             CheckpointError: A checkpoint could not be written; no more will be.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._is_failing or self._failure or not (self._waiting or self._is_writing))
+            self._changed.wait_for(lambda: self._is_failing or self._failure or self.is_idle)
             if self._failure is not None:
                 raise self._failure
             resumed = time.time()
@@ -77,7 +82,7 @@ class AsyncCheckpointWriter:
             CheckpointError: A checkpoint could not be written, or not within `LAST_WAIT_S`.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._failure or not (self._waiting or self._is_writing), LAST_WAIT_S)
+            self._changed.wait_for(lambda: self._failure or self.is_idle, LAST_WAIT_S)
             unwritten = self._waiting or self._is_writing
             self._ended = True
             self._changed.notify_all()

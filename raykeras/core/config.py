@@ -167,9 +167,10 @@ class Run:
         seed: Seed of the row order, the initial weights and every random layer; 0 to 2**32 - 1.
         resume: What to do if the run's folder holds checkpoints. "auto" continues from the newest complete one, at
             the same step; "weights" starts over with its weights; None raises an error.
-        checkpoint_every: When to save a checkpoint: "epoch"; a number of steps; or an interval, as a
-            `datetime.timedelta` or text such as "90s" or "10min". With steps or an interval, the end of each epoch
-            is saved as well. None saves only the end of training.
+        checkpoint_every: When to save a checkpoint: "epoch"; a number of steps; an interval, as a
+            `datetime.timedelta` or text such as "90s" or "10min"; or "continuous", which saves the next one once the
+            previous one is written, and not more often than each second. The end of each epoch is saved as well,
+            whatever the interval. None saves only the end of training.
         keep: Number of newest checkpoints to keep, at least 1. The best one by `monitor` is kept as well.
         monitor: Name of the metric that determines the best checkpoint.
         max_failures: Number of worker failures to tolerate without a new checkpoint in between, at least 0.
@@ -219,11 +220,11 @@ def _checkpoint_every(value: Any) -> Any:
     if isinstance(value, timedelta):
         if value.total_seconds() > 0:
             return value
-    elif value in ("epoch", None) or (type(value) is int and value > 0):
+    elif value in ("epoch", "continuous", None) or (type(value) is int and value > 0):
         return value
     raise OptionError(
-        '`checkpoint_every` must be "epoch", a number of steps above 0, a `timedelta` above 0, text such as "90s", '
-        f'"10min" or "1h", or None; got {value!r}.'
+        '`checkpoint_every` must be "epoch", "continuous", a number of steps above 0, a `timedelta` above 0, text such '
+        f'as "90s", "10min" or "1h", or None; got {value!r}.'
     )
 
 

@@ -24,6 +24,9 @@ from raykeras.core import events
 from raykeras.core.logs import as_json
 from raykeras.worker.job import TrainJob
 
+_CONTINUOUS_S = 1.0
+"""The shortest time between continuous checkpoints: each one stops all workers for the time that copying takes."""
+
 
 class CheckpointManager:
     """Saves a training. All workers must make the same calls.
@@ -58,10 +61,13 @@ class CheckpointManager:
 
     @property
     def is_due_by_time(self) -> bool:
-        """Whether a checkpoint is due by the chief's clock; False on other workers."""
-        if self._writer is None or not isinstance(self._every, timedelta):
+        """Whether a checkpoint is due by the chief's clock and its writer; False on other workers."""
+        if self._writer is None:
             return False
-        return time.monotonic() - self._saved_at >= self._every.total_seconds()
+        passed_s = time.monotonic() - self._saved_at
+        if self._every == "continuous":
+            return passed_s >= _CONTINUOUS_S and self._writer.is_idle
+        return isinstance(self._every, timedelta) and passed_s >= self._every.total_seconds()
 
     def is_due_by_steps(self, total: int) -> bool:
         """Return whether a checkpoint became due since the last call.

@@ -197,12 +197,14 @@ def test_run_resumes_with_user_batches(data: Any, steps: int | None, points: lis
     assert calls == expected_calls
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_checkpoints_are_saved_by_time(workers: int, two_workers: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "every", "step_s"), [(1, "0.2s", 0.1), (2, "0.2s", 0.1), (2, "continuous", 0.3)])
+def test_checkpoints_are_saved_by_time(
+    workers: int, every: str, step_s: float, two_workers: None, tmp_path: Path
+) -> None:
     seen: list[rk.Event] = []
     options = {"scale": rk.Scale(workers=workers), "dropout": 0, "on_event": seen.append}
-    run = {"checkpoint_every": "0.2s", "keep": 100}
-    result = fit(str(tmp_path), "timed", [slow(0.1)], run=run, **options)
+    run = {"checkpoint_every": every, "keep": 100}
+    result = fit(str(tmp_path), "timed", [slow(step_s)], run=run, **options)
     saved = [event.step for event in seen if isinstance(event, rk.CheckpointSaved)]
     assert any(saved)  # some of them mid-epoch
     assert_same(result, fit(str(tmp_path), "uninterrupted", dropout=0), rtol=1e-5)

@@ -151,7 +151,7 @@ def test_lost_controller_leaves_no_placement_group(tmp_path: Path) -> None:
     with pytest.raises(rk.WorkerLostError, match="controller") as caught:
         run_on_workers(wait_to_be_ended, {"folder": str(tmp_path)}, scale=TWO, cpus_per_worker=0.5)
     assert "controller" in caught.value.reason
-    assert placement_groups() == before
+    assert placement_groups() <= before  # idle workers of earlier tests end
 
 
 def placement_groups() -> set[str]:
