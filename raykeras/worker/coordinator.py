@@ -24,6 +24,11 @@ StepAction = Literal["save", "stop", "leave"]
 _STRENGTH: Mapping[StepAction | None, int] = {None: 0, "save": 1, "stop": 2, "leave": 3}
 
 
+def max_concurrency(num_ranks: int) -> int:
+    """Return how many calls an actor must serve at once: those of a few threads of each worker, which wait."""
+    return 100 + 4 * num_ranks
+
+
 class RunCoordinator:
     """Handle of the actor that the driver and the workers of a run share. Picklable.
 
@@ -34,7 +39,8 @@ class RunCoordinator:
     def __init__(self, num_ranks: int) -> None:
         import ray
 
-        self._actor = ray.remote(num_cpus=0)(CoordinatorActor).remote(num_ranks)
+        actor_class = ray.remote(num_cpus=0, max_concurrency=max_concurrency(num_ranks))(CoordinatorActor)
+        self._actor = actor_class.remote(num_ranks)
 
     def put(self, batch: list[Event]) -> None:
         """Add events for the driver."""
