@@ -152,7 +152,7 @@ class WorkerGroup:
         if failures:  # the other workers may wait for the failed one, or have failed as well
             all_results = self._await(self._exchange.all_results(number), timeout_s=_OTHERS_FAIL_WITHIN_S)
             failures |= _failures(all_results or {})
-            self._is_in_order = all_results is not None and not any(map(_is_loss, failures.values()))
+            self._is_in_order = all_results is not None and not any(map(_is_lost_contact, failures.values()))
         self._raise_failure(failures)
 
     def stand_by(self) -> WorkerGroup | None:
@@ -226,7 +226,7 @@ class WorkerGroup:
 
         from raykeras.compat import ray_train
 
-        if failures and all(map(_is_loss, failures.values())):  # Ray Train will notice who was lost
+        if failures and all(map(_is_lost_contact, failures.values())):  # Ray Train will notice who was lost
             self._thread.join(_LOSS_IS_NOTICED_WITHIN_S)
         error = self._failure
         if isinstance(error, WorkerGroupError):
@@ -296,7 +296,7 @@ def most_severe(failures: Mapping[int, BaseException]) -> RaykerasError:
     ranked: list[tuple[int, int, RaykerasError]] = []
     for rank, failure in sorted(failures.items()):
         error = root_cause(failure)
-        is_consequence = _is_consequence(error)
+        is_consequence = _is_lost_contact(error)
         if isinstance(error, RaykerasError) and not is_consequence:
             ranked.append((0, rank, error))
             continue
@@ -309,20 +309,13 @@ def most_severe(failures: Mapping[int, BaseException]) -> RaykerasError:
     return min(ranked, key=lambda entry: entry[:2])[2]
 
 
-def _is_loss(failure: BaseException) -> bool:
-    """Return whether an exception tells that a worker was lost, this one or another."""
+def _is_lost_contact(failure: BaseException) -> bool:
+    """Return whether an exception is one that TensorFlow raises if another worker is lost."""
     error = root_cause(failure)
-    return not isinstance(error, RaykerasError) or isinstance(error, WorkerLostError) or _is_consequence(error)
-
-
-def _is_consequence(error: BaseException) -> bool:
-    return isinstance(error, UserCodeError) and _is_lost_contact(error.cause)
-
-
-def _is_lost_contact(cause: str) -> bool:
-    """Return whether an exception, by its qualified name, is one that TensorFlow raises if another worker is lost."""
-    package, _, _ = cause.partition(".")
-    return package == "tensorflow" and cause.rpartition(".")[2].removesuffix("Error") in _LOST_CONTACT
+    if not isinstance(error, UserCodeError):
+        return False
+    package, _, _ = error.cause.partition(".")
+    return package == "tensorflow" and error.cause.rpartition(".")[2].removesuffix("Error") in _LOST_CONTACT
 
 
 def _first_line(error: BaseException) -> str:
