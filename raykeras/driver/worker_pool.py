@@ -85,7 +85,7 @@ def run_on_workers(
     try:
         return group.run(work, config, api)
     except WorkerLostError:
-        if standing_by is not None:
+        if standing_by is not None and not group.is_usable:
             left = standing_by.take() or group
         raise
     finally:
