@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 
 from raykeras.core.config import Scale
-from raykeras.driver.worker_pool import run_on_workers
+from raykeras.driver.worker_pool import prepare, run_on_workers
 from tests.support import leftovers
 from tests.support.graphs import skip_graph_optimization, skip_graph_optimization_on_worker
 from tests.support.models import TWO
@@ -165,4 +165,5 @@ def two_workers(request: pytest.FixtureRequest, several: Scale) -> None:
 
 
 def _skip_graph_optimization_on_workers() -> None:
-    run_on_workers(skip_graph_optimization_on_worker, {}, scale=TWO, cpus_per_worker=1.0)
+    if not prepare(TWO, cpus_per_worker=1.0):  # otherwise those of the last test are up
+        run_on_workers(skip_graph_optimization_on_worker, {}, scale=TWO, cpus_per_worker=1.0)
