@@ -33,6 +33,9 @@ _POLL_S = 0.5
 _POLLS_IN_NEED = 3
 """How often in succession something must wait for resources: tasks that Ray is about to start wait as well."""
 
+_USED_WITHIN_S = 60.0
+"""How long workers that the next call or restart will use stay up for it, whatever `Scale.idle_timeout_s` is."""
+
 _END_WITHIN_S = 10.0
 
 _idle: dict[int, tuple[Any, WorkerGroup]] = {}
@@ -81,20 +84,20 @@ def run_on_workers(
         reservation = Reservation(scale, cpus_per_worker, bundles) if can_place_in_bundles() else None
         group = WorkerGroup(scale, cpus_per_worker, reservation, waits=waits)
     standing_by = _Spares(group) if spares else None
-    left = group
+    left, timeout_s = group, scale.idle_timeout_s if stay else 0.0
     try:
         return group.run(work, config, api)
     except WorkerLostError:
-        if standing_by is not None and not group.is_usable:
-            left = standing_by.take() or group
+        if standing_by is not None and not group.is_usable and (taken := standing_by.take()):
+            left, timeout_s = taken, max(timeout_s, _USED_WITHIN_S)
         raise
     finally:
         if standing_by is not None:
             standing_by.close()
         if left is not group:
             group.close()
-        if stay and scale.idle_timeout_s and left.is_usable:
-            _keep(purpose, left, scale.idle_timeout_s)
+        if timeout_s and left.is_usable:
+            _keep(purpose, left, timeout_s)
         else:
             left.close(wait_s=_END_WITHIN_S)
 
@@ -109,7 +112,7 @@ def prepare(scale: Scale, cpus_per_worker: float) -> bool:
     purpose = _purpose(scale, cpus_per_worker)
     group = _take(purpose)
     if group is not None:
-        _keep(purpose, group, scale.idle_timeout_s)
+        _keep(purpose, group, max(scale.idle_timeout_s, _USED_WITHIN_S))
     return group is not None
 
 
