@@ -25,7 +25,7 @@ for shared in (X, Y, IMAGES, SERIES, SCORE, CLASS, WEIGHT):
 
 PACKAGES = pytest.mark.parametrize("package", ["keras", "tf_keras"])
 SCALES = {"1x1": rk.Scale(), "1x2": rk.Scale(replicas_per_worker=2)}
-TWO = rk.Scale(workers=2)
+TWO = rk.Scale(workers=2, spares=False)  # whose start would slow down longer tests
 IN_PROCESS = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 
 

@@ -89,7 +89,7 @@ def test_spares_take_the_place_of_lost_workers(
     monkeypatch.setattr(worker_pool._Spares, "take", take_spares)
     seen: list[rk.Event] = []
     callbacks = [*steering(), killer(["step 1 2"], str(tmp_path), 1)]
-    result = fit(str(tmp_path), "run", callbacks, scale=TWO, on_event=seen.append)
+    result = fit(str(tmp_path), "run", callbacks, scale=rk.Scale(workers=2), on_event=seen.append)
     assert_same(result, uninterrupted)
     (failed,) = assert_restarted(seen, 1)
     assert failed.rank == 1

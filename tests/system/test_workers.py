@@ -230,7 +230,7 @@ def test_transform_failure_keeps_user_traceback(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "t.parquet", row_group_size=20)
     source = rk.parquet(tmp_path / "t.parquet", x=["x"] * 4, y="y", transform=failing_transform)
     with pytest.raises(
-        rk.UserCodeError, match=r"raised FloatingPointError in file .*, row group 4: in the transform"
+        rk.UserCodeError, match=r"raised FloatingPointError in file .*, row group 4\b.*: in the transform"
     ) as caught:
         rk.fit(model_of, source, verbose=0, scale=TWO, run=rk.Run(storage=str(tmp_path)))
     assert "failing_transform" in caught.value.user_traceback
