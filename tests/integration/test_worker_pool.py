@@ -182,6 +182,7 @@ class _Actor:
         return True
 
 
+@pytest.mark.exhaustive
 def test_workers_of_another_scale_get_the_resources(tmp_path: Path) -> None:
     pids = workers(tmp_path)
     other = workers(tmp_path, rk.Scale(workers=2, replicas_per_worker=2))
