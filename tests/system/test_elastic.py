@@ -15,6 +15,7 @@ import pytest
 import raykeras as rk
 from raykeras.checkpoint.store import RunFolder
 from raykeras.data.streaming.resources import CpuBudget
+from raykeras.driver import worker_pool
 from raykeras.driver.elastic import capacity, wait_for_capacity
 from tests.support import four_nodes, two_nodes
 from tests.support.compare import assert_same_weights
@@ -103,6 +104,7 @@ def test_hanging_worker_is_restarted(tmp_path: Path) -> None:
 def test_capacity_counts_partially_used_cpu() -> None:
     """More workers than fit next to their read tasks would never be scheduled."""
     job: Any = SimpleNamespace(requested_scale=TWO, scale=TWO, budget=CpuBudget(1.0))
+    worker_pool.prepare(rk.Scale(workers=3), 1.0)  # ends idle workers of earlier tests
     with all_held_but(2.75):
         assert wait_for_capacity(job) == 2
     with all_held_but(2.0):

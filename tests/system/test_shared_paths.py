@@ -33,7 +33,9 @@ def main(folder: str) -> None:
     two: dict[str, Any] = {"scale": rk.Scale(workers=2), "verbose": 0}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     ray_command = str(Path(sys.executable).with_name("ray"))
-    start = f"mount -t tmpfs tmpfs {folder} && {ray_command} start --address={cluster.address} --num-cpus=2 --block"
+    start = f"{ray_command} start --address={cluster.address} --num-cpus=2 --block"
+    # on a busy machine, a node may take longer than the 30 s that Ray waits
+    start = f"mount -t tmpfs tmpfs {folder} && ({start} || {start})"
     node = subprocess.Popen(["unshare", "--mount", "sh", "-c", start], start_new_session=True)
     ray.init(address=cluster.address, log_to_driver=False)
     try:
