@@ -53,7 +53,9 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
         kind = "GPU" if scale.gpus_per_worker else "CPU"
         with separate_collectives():
             return tf.distribute.MirroredStrategy([f"{kind}:{i}" for i in range(scale.local_replicas)])
-    return _strategy_of_workers(0 if scale.gpus_per_worker else scale.local_replicas)
+    strategy = _strategy_of_workers(0 if scale.gpus_per_worker else scale.local_replicas)
+    vars(strategy).pop("experimental_distribute_dataset", None)  # which `distribute` set for the previous job
+    return strategy
 
 
 @functools.cache  # a process can join a TensorFlow cluster only once
@@ -75,7 +77,7 @@ def distribute(strategy: tf.distribute.Strategy | None, dataset: tf.data.Dataset
         dataset.as_numpy_iterator = _refuse_to_iterate
         return dataset
     if num_steps is None:
-        distribute_others = functools.partial(type(strategy).experimental_distribute_dataset, strategy)
+        distribute_others = strategy.experimental_distribute_dataset
 
         def distribute_dataset(given: Any, options: Any = None) -> Any:
             if given is dataset:
