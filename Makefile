@@ -42,9 +42,9 @@ screenshots: $(VENV)/installed-test $(VENV)/installed-docs
 	$(BIN)/python -m tests.support.screenshots $(NAMES)
 
 bench: $(VENV)/installed-test
-	set -e; for name in ingest fit start callbacks feed latency planning memory; do \
+	set -e; for name in ingest fit start workers callbacks feed latency planning memory; do \
 		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json; \
-	done; for name in exactness kill_points object_store saving soak faults; do \
+	done; for name in exactness kill_points object_store saving soak control_plane faults; do \
 		$(BIN)/python -m benchmarks.$$name; \
 	done
 
