@@ -25,13 +25,6 @@ MAX_RESOURCES = PrivateName(
     parameters=(),
 )
 
-CLUSTER_STATUS = PrivateName(
-    "ray.autoscaler.v2.sdk:get_cluster_status",
-    "see whether anything in the cluster waits for resources",
-    "idle workers stay up until `idle_timeout_s`, even if others wait for their resources",
-    parameters=("gcs_address",),
-)
-
 NUM_GPUS = PrivateName(
     "ray._private.accelerators:NvidiaGPUAcceleratorManager.get_current_node_num_accelerators",
     "count the GPUs of this machine without TensorFlow",
@@ -64,10 +57,13 @@ def waits_for_resources() -> bool:
     """Return whether tasks, actors or placement groups in the cluster wait for resources; False if that is unknown."""
     import ray
 
-    get_status = CLUSTER_STATUS.find()
-    if get_status is None or not ray.is_initialized():
+    if not ray.is_initialized():
         return False
-    demands = get_status(ray.get_runtime_context().gcs_address).resource_demands
+    try:
+        from ray.autoscaler.v2.sdk import get_cluster_status
+    except ImportError:  # Ray does not document it
+        return False
+    demands = get_cluster_status(ray.get_runtime_context().gcs_address).resource_demands
     return bool(demands.placement_group_demand or demands.ray_task_actor_demand)
 
 
