@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ import raykeras as rk
 from tests.support.fork_server import ForkServer
 from tests.support.models import dense
 
-pytestmark = pytest.mark.skipif(
-    os.getuid() != 0 or shutil.which("unshare") is None, reason="a mount namespace needs root"
-)
+pytestmark = [
+    pytest.mark.exhaustive,  # next to other tests, `ray start` takes longer than the 30 s that it waits for its node
+    pytest.mark.skipif(os.getuid() != 0 or shutil.which("unshare") is None, reason="a mount namespace needs root"),
+]
 
 
 def main(folder: str) -> None:
@@ -56,7 +58,8 @@ def main(folder: str) -> None:
                 print(json.dumps([name, str(error)]), flush=True)
     finally:
         ray.shutdown()
-        os.killpg(node.pid, 15)
+        with contextlib.suppress(ProcessLookupError):  # it did not start
+            os.killpg(node.pid, 15)
         node.wait()
         cluster.shutdown()
 
