@@ -26,8 +26,9 @@ def check_storage(folder: RunFolder) -> None:
     """
     if not folder.is_local:
         return
+    # a folder that cannot be written is reported by what writes the run
     parent = next(path for path in Path(folder.path).absolute().parents if path.exists())
-    with contextlib.suppress(PermissionError), tempfile.NamedTemporaryFile(dir=parent, prefix=".raykeras-") as file:
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=parent, prefix=".raykeras-") as file:
         if found := _node_without([file.name]):
             raise OptionError(
                 f"With workers on several nodes, `storage` must be a folder that all nodes share; got {folder.path!r}, "
@@ -65,13 +66,13 @@ def _node_without(paths: Sequence[str]) -> tuple[str, str] | None:
     ask = ray.remote(num_cpus=0, max_retries=0)(_missing)
     answers = {}
     for node in others:
-        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         answers[ask.options(scheduling_strategy=strategy).remote(list(paths))] = node
     ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_WITHIN_S)
     for answer in ready:
         try:
             missing = ray.get(answer)
-        except ray.exceptions.RayError:  # the node was lost, or lacks raykeras
+        except ray.exceptions.RayError:  # the node was lost, or has no raykeras
             continue
         if missing:
             return answers[answer]["NodeManagerHostname"], missing[0]
