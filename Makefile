@@ -3,16 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SEEDS ?= 2000
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-unit test-versions keras-suite test-exhaustive lint docs screenshots release-check bench clean
+.PHONY: demo test test-unit simulate test-versions keras-suite test-exhaustive lint docs screenshots release-check bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/raykeras fit pipelines/digits.py
 
 test: $(VENV)/installed-test
 	$(MAKE) --jobs 2 --output-sync=target lint test-unit
-	$(BIN)/python -m pytest tests/integration tests/system tests/compat --numprocesses 2 --dist loadgroup
+	$(MAKE) simulate
+	$(BIN)/python -m pytest tests/integration tests/system tests/compat tests/simulation --numprocesses 2 --dist loadgroup
+
+simulate: $(VENV)/installed-test
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
 
 keras-suite: $(VENV)/installed-test
 	$(PIP_INSTALL) --editable ".[test,keras-suite]"

@@ -101,7 +101,8 @@ def measured(num_ranks: int) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory() as storage:
         folder = RunFolder.under(storage, "run")
         folder.make()
-        log = RunLog(folder)
+        folder.claim("token")
+        log = RunLog(folder, "token")
         dispatcher = EventDispatcher([log, count])
         with forwarding(coordinator, dispatcher):
             begun = time.perf_counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Event:
     rank: int | None = None
     epoch: int | None = None
     step: int | None = None
-    time: float = field(default_factory=time.time)
+    time: float = field(default_factory=lambda: time.time())
 
     @property
     def kind(self) -> str:
@@ -84,6 +84,7 @@ class RunStarted(Event):
         path: The run's folder.
         initial_step: Number of steps of the first epoch that were trained before.
         model: The model's class, summary and number of parameters, and its optimizer's configuration.
+        history: As for `RunRestarted`.
     """
 
     params: dict[str, Any]
@@ -93,6 +94,7 @@ class RunStarted(Event):
     path: str
     initial_step: int = 0
     model: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,10 +248,12 @@ class RunRestarted(Event):
     Attributes:
         workers: Current number of workers.
         attempt: How many times workers were started before.
+        history: Keras' history of the epochs before, and their numbers under "epoch". It is not in `events.jsonl`.
     """
 
     workers: int
     attempt: int
+    history: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +286,23 @@ def merge(earlier: BatchEnded, later: BatchEnded) -> BatchEnded:
     """Return the later of two events, counting the steps and waits of both."""
     num_steps, wait_s = earlier.num_steps + later.num_steps, earlier.wait_s + later.wait_s
     return dataclasses.replace(later, num_steps=num_steps, wait_s=wait_s)
+
+
+def missing_epochs(history: Mapping[str, list[Any]], known: Collection[int]) -> list[EpochEnded]:
+    """Return the ends of epochs that are in a history, but whose events were lost with a worker or a driver.
+
+    Args:
+        history: Keras' history of several epochs, and their numbers under "epoch". Metrics that were not measured in
+            each epoch are left out.
+        known: The epochs that are known to have ended.
+    """
+    numbers = history.get("epoch", [])
+    metrics = {name: values for name, values in history.items() if name != "epoch" and len(values) == len(numbers)}
+    return [
+        EpochEnded(rank=0, epoch=epoch, logs={name: values[i] for name, values in metrics.items()})
+        for i, epoch in enumerate(numbers)
+        if epoch not in known
+    ]
 
 
 def from_dict(values: Any) -> Event | None:
@@ -325,6 +346,7 @@ _IS_VALID: dict[Any, Callable[[Any], bool]] = {
     "float | None": lambda value: value is None or _is_number(value),
     "Logs": lambda value: type(value) is dict,
     "dict[str, Any]": _is_params,
+    "dict[str, list[Any]]": lambda value: value == {},
 }
 """Whether a value is valid, by the annotation of its field."""
 

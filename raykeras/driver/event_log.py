@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import glob
 import itertools
 import json
@@ -13,7 +14,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from raykeras.checkpoint.store import RunFolder
@@ -22,7 +24,7 @@ from raykeras.core.errors import redacted
 from raykeras.core.events import Event
 from raykeras.core.logs import as_json, plain_number
 from raykeras.core.plain_values import plain_value
-from raykeras.core.storage_errors import is_temporary, retry
+from raykeras.core.storage_errors import is_temporary
 from raykeras.core.temporary import TemporaryFolder
 from raykeras.driver.record import RECORD_FILE
 from raykeras.driver.stored_events import EVENTS_FILE
@@ -52,17 +54,20 @@ class RunLog:
     """An event handler that writes `events.jsonl` and `history.csv` of a run, and continues existing ones.
 
     On remote storage, which cannot append, the files are written to a temporary folder and uploaded by a thread at the
-    start, after each epoch and at the end. A failure to write the log never fails the run.
+    start, after each epoch and at the end. A failure to write the log never fails the run. Nothing is written once
+    another driver has taken over the folder.
 
     Args:
         folder: Folder of the run.
+        token: The token with which this driver claimed the folder.
 
     Attributes:
         local: The local folder of the files.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, token: str) -> None:
+        self._folder, self._token = folder, token
+        self._is_ours = True
         self._temporary = None if folder.is_local else TemporaryFolder("log")
         self.local = self._temporary.name if self._temporary else folder.path
         self._failure: Exception | None = None
@@ -70,12 +75,12 @@ class RunLog:
         self._batches: events.BatchEnded | None = None  # not written yet
         self._batches_at = 0.0  # when batches were written last
         if self._temporary:
-            retry(self._download)
-        path = os.path.join(self.local, EVENTS_FILE)
-        _drop_partial_line(path)
+            self._download()
+        for name in (EVENTS_FILE, HISTORY_FILE):
+            _drop_partial_line(os.path.join(self.local, name))
         self._history = _read_history(os.path.join(self.local, HISTORY_FILE))
-        self._events = open(path, "a")  # noqa: SIM115
-        self._uploader = _Uploader(folder, self.local) if self._temporary else None
+        self._events = open(os.path.join(self.local, EVENTS_FILE), "a")  # noqa: SIM115
+        self._uploader = _Uploader(folder, self.local, token) if self._temporary else None
 
     def add(self, writer: Callable[[Event], None]) -> None:
         """Call a function with each event, which writes other files to `local`. They are uploaded as well."""
@@ -83,6 +88,10 @@ class RunLog:
 
     def __call__(self, event: Event) -> None:
         try:
+            if self._uploader is None and isinstance(event, _UPLOADED):
+                self._is_ours = self._folder.is_claimed_by(self._token)
+            if not self._is_ours:
+                return
             self._write(event)
         except OSError as error:  # for example, the disk is full
             self._failure = self._failure or error
@@ -119,9 +128,13 @@ class RunLog:
             warnings.warn(redacted(message), stacklevel=3)
 
     def _write(self, event: Event) -> None:
+        if isinstance(event, events.RunStarted | events.RunRestarted):
+            for lost in events.missing_epochs(event.history, {int(row["epoch"]) for row in self._history}):
+                self._write(lost)
+            event = dataclasses.replace(event, history={})
         if isinstance(event, events.BatchEnded):
             self._batches = event if self._batches is None else events.merge(self._batches, event)
-            if event.time - self._batches_at >= _BATCHES_S:
+            if abs(event.time - self._batches_at) >= _BATCHES_S:  # clocks may be set back
                 self._write_batches()
             return
         self._write_batches()
@@ -130,6 +143,7 @@ class RunLog:
             first = event.initial_epoch if isinstance(event, events.RunStarted) else event.epoch or 0
             self._history = [row for row in self._history if int(row["epoch"]) < first]
         if isinstance(event, events.EpochEnded):
+            self._history = [row for row in self._history if int(row["epoch"]) != event.epoch]
             self._history.append({"epoch": event.epoch, **as_json(event.logs)})
             self._write_history()
 
@@ -155,8 +169,8 @@ class RunLog:
 
     def _download(self) -> None:
         for name in (EVENTS_FILE, HISTORY_FILE, RECORD_FILE):
-            if self._folder.fs.exists(self._folder / name):
-                self._folder.fs.get_file(self._folder / name, os.path.join(self.local, name))
+            if data := self._folder.read(name):
+                Path(self.local, name).write_bytes(data)
 
 
 _UPLOADED = (events.RunStarted, events.RunRestarted, events.WorkerFailed, events.EpochEnded)
@@ -169,10 +183,11 @@ class _Uploader:
     Args:
         folder: Folder of the run.
         local: Local folder that contains the log.
+        token: As for `RunLog`.
     """
 
-    def __init__(self, folder: RunFolder, local: str) -> None:
-        self._folder, self._local = folder, local
+    def __init__(self, folder: RunFolder, local: str, token: str) -> None:
+        self._folder, self._local, self._token = folder, local, token
         self._changed = threading.Condition()
         self._is_requested = False
         self._deadline: float | None = None  # of the last upload, once `close` has requested it
@@ -227,7 +242,9 @@ class _Uploader:
                     return
 
     def _upload_changed(self) -> None:
-        """Upload the files that changed since they were uploaded last."""
+        """Upload the files that changed since they were uploaded last, unless another driver has taken over."""
+        if not self._folder.is_claimed_by(self._token):
+            return
         for name in sorted(glob.glob("**", root_dir=self._local, recursive=True)):
             path = os.path.join(self._local, name)
             if not os.path.isfile(path) or name.endswith(_PARTIAL):
@@ -237,6 +254,7 @@ class _Uploader:
             if self._uploaded.get(name) != version:
                 if "/" in name:
                     self._folder.fs.makedirs(self._folder / os.path.dirname(name), exist_ok=True)
+                self._uploaded.pop(name, None)  # a request that fails may leave anything
                 self._folder.fs.put_file(path, self._folder / name)
                 self._uploaded[name] = version
 
@@ -277,18 +295,24 @@ def _drop_partial_line(path: str) -> None:
 class EventDispatcher:
     """A thread that calls every handler with each event, once and in order.
 
+    The end of an epoch that was lost with a worker is made up for, once it is known from a checkpoint or the outcome.
     A handler that raises is not called again.
 
     Args:
         handlers: Functions of an event.
+        start: Number of epochs that ended before, and of steps in the next one.
 
     Attributes:
         queue: Accepts lists of events.
     """
 
-    def __init__(self, handlers: Sequence[Callable[[Event], None]]) -> None:
+    def __init__(self, handlers: Sequence[Callable[[Event], None]], start: tuple[int, int] = (0, 0)) -> None:
         self.queue: queue.SimpleQueue[list[Event] | None] = queue.SimpleQueue()
         self._handlers = list(handlers)
+        self._start = start
+        self._epochs = set(range(start[0]))  # that have ended
+        self._has_started = False
+        self._history: Mapping[str, list[Any]] = {}
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._dispatch, name="raykeras-dispatch", daemon=True)
         self._thread.start()
@@ -297,8 +321,14 @@ class EventDispatcher:
         """Enqueue an event of the driver."""
         self.queue.put([event])
 
-    def close(self, last: Event) -> None:
-        """Dispatch all events in the queue and a last one, and end the thread."""
+    def close(self, last: Event, history: Mapping[str, list[Any]] | None = None) -> None:
+        """Dispatch all events in the queue and a last one, and end the thread.
+
+        Args:
+            last: The last event.
+            history: Keras' history, and its epochs under "epoch"; None if it is not known.
+        """
+        self._history = history or {}
         self.queue.put([last])
         self.queue.put(None)
         self._thread.join()
@@ -310,13 +340,31 @@ class EventDispatcher:
 
     def _dispatch(self) -> None:
         while (batch := self.queue.get()) is not None:
-            for event in batch:
+            for event in itertools.chain.from_iterable(map(self._with_missing, batch)):
                 for handler in list(self._handlers):
                     try:
                         handler(event)
                     except BaseException as error:  # `ray.tune.report` raises SystemExit
                         self._handlers.remove(handler)
                         self._failure = self._failure or error
+
+    def _with_missing(self, event: Event) -> list[Event]:
+        """Return an event, after the ends of epochs that were lost before it; nothing if a run starts again."""
+        missing: list[events.EpochEnded] = []
+        if isinstance(event, events.RunStarted):
+            if self._has_started:
+                return []
+            self._has_started = True
+            epoch, step = self._start  # workers that were lost before they started it may have got further
+            event = dataclasses.replace(event, initial_epoch=epoch, initial_step=step)
+        elif isinstance(event, events.EpochEnded):
+            self._epochs.add(event.epoch or 0)
+        elif isinstance(event, events.RunRestarted):
+            missing = events.missing_epochs(event.history, self._epochs)
+            self._epochs = set(range(event.epoch or 0))
+        elif isinstance(event, events.RunEnded):
+            missing = events.missing_epochs(self._history, self._epochs)
+        return [*missing, event]
 
 
 @contextlib.contextmanager

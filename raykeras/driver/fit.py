@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import time
-import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,8 @@ from raykeras.checkpoint.store import RunFolder
 from raykeras.compat.keras_api import current_floatx
 from raykeras.compat.quiet import quiet
 from raykeras.compat.versions import check_installed
-from raykeras.core import events
 from raykeras.core.config import Run, Scale
-from raykeras.core.errors import OptionError, UserCodeError, redacted
+from raykeras.core.errors import OptionError, redacted
 from raykeras.core.events import Event
 from raykeras.core.temporary import remove_abandoned
 from raykeras.core.tracebacks import without_frames
@@ -39,27 +37,22 @@ from raykeras.data.streaming.resources import CpuBudget
 from raykeras.driver.callback import split_callbacks
 from raykeras.driver.cluster import connect
 from raykeras.driver.decisions import EpochDecisions
-from raykeras.driver.event_log import EventDispatcher, RunLog
+from raykeras.driver.event_log import RunLog
 from raykeras.driver.interrupt import Interrupt
-from raykeras.driver.launch import fit_here, fit_on_workers, pack_for_workers
+from raykeras.driver.launch import pack_for_workers
 from raykeras.driver.progress import EarlyEvents, make_display
 from raykeras.driver.prometheus import PrometheusGauges
 from raykeras.driver.record import RunRecord, call_record
 from raykeras.driver.restarts import resumed
-from raykeras.driver.restarts import train as train_run
 from raykeras.driver.result import Result
 from raykeras.driver.run_warnings import missing_monitor_warner, unserializable_warner
 from raykeras.driver.shared_paths import check_sources, check_storage
 from raykeras.driver.tensorboard import TensorBoardLog
 from raykeras.driver.trackers import split_trackers, tracking
+from raykeras.driver.training import train_job
 from raykeras.driver.worker_group import check_strategy_scope, runs_here
 from raykeras.worker.callback_placement import unwrapped
-from raykeras.worker.coordinator import LocalStepBarrier, RunCoordinator
-from raykeras.worker.entry import Packed
-from raykeras.worker.job import Outcome, TrainJob
-
-TRACEBACK_FILE = "traceback.txt"
-
+from raykeras.worker.job import TrainJob
 
 _RECORDED_OTHERWISE = (
     *("model", "x", "y", "sample_weight", "validation_data", "callbacks", "on_event"),  # `call_record` describes them
@@ -253,7 +246,7 @@ def fit(
             validation=val_data,
             callbacks=[*driver_callbacks, *trackers, *unwrapped(worker_callbacks)],
         )
-        log = RunLog(folder)
+        log = RunLog(folder, job.token)
         log.add(RunRecord(log.local, call))
         log.add(TensorBoardLog(log.local))
         handlers: list[Callable[[Event], None]] = [
@@ -268,7 +261,7 @@ def fit(
         try:
             with tracking(trackers) as tracker_callbacks:
                 handlers += [*(callback.dispatch for callback in tracker_callbacks), decisions]
-                outcome, live_model = _train(
+                outcome, live_model = train_job(
                     job, model, worker_callbacks, packed, handlers, first_events, interrupt, decisions
                 )
         finally:
@@ -296,75 +289,6 @@ def _open_both(
             f"{data.type_name}. Pass `validation_data` instead."
         )
     return data.split(validation_split)
-
-
-def _train(
-    job: TrainJob,
-    model: Any,
-    callbacks: list[Any],
-    packed: Packed | None,
-    handlers: Sequence[Callable[[Event], None]],
-    first_events: Sequence[Event],
-    interrupt: Interrupt,
-    decisions: EpochDecisions,
-) -> tuple[Outcome, Any]:
-    """Train a job to its end, and dispatch its events.
-
-    Args:
-        job: Job of the first attempt.
-        model: The user's model, or the function that builds it.
-        callbacks: Keras callbacks, which run on the workers.
-        packed: Pickled model and callbacks for worker processes; None if this process is the worker.
-        handlers: Functions to call with each event.
-        first_events: Events from before training, to dispatch first.
-        interrupt: Handles signals during training.
-        decisions: Decides after each epoch whether training goes on.
-
-    Returns:
-        The chief's outcome, and the trained model if it is in this process.
-    """
-    dispatcher = EventDispatcher([interrupt.watch, *handlers])
-    for event in first_events:
-        dispatcher.send(event)
-
-    @contextlib.contextmanager
-    def steer(workers: LocalStepBarrier | RunCoordinator) -> Iterator[None]:
-        with interrupt.forwarding_to(workers.request), decisions.forwarding_to(workers.answer):
-            yield
-
-    def attempt(job: TrainJob) -> tuple[Outcome, Any]:
-        if packed is None:
-            return fit_here(job, model, callbacks, dispatcher, steer)
-        return fit_on_workers(job, model, callbacks, packed, dispatcher, steer)
-
-    status, logs = "failed", {}
-    try:
-        with interrupt.handled():
-            outcome, live_model = train_run(job, attempt, dispatcher.send, interrupt)
-        status = "interrupted" if outcome.preempted else "completed"
-        logs = {name: values[-1] for name, values in outcome.history.items() if values}
-    except (KeyboardInterrupt, SystemExit):
-        status = "interrupted"
-        raise
-    except Exception as error:
-        _write_traceback(job.folder, error)
-        raise
-    finally:
-        dispatcher.close(events.RunEnded(status=status, logs=logs))
-    dispatcher.raise_failure()
-    return outcome, live_model
-
-
-def _write_traceback(folder: RunFolder, error: Exception) -> None:
-    """Write the full traceback of an exception to the run's folder. Never raises."""
-    text = redacted("".join(traceback.format_exception(error)))
-    if isinstance(error, UserCodeError) and error.full_traceback:
-        text = error.full_traceback
-    with contextlib.suppress(Exception):
-        with folder.fs.open(folder / TRACEBACK_FILE, "w") as file:
-            file.write(text)
-        if isinstance(error, UserCodeError):
-            error.traceback_file = folder / TRACEBACK_FILE
 
 
 def _run_folder(run: Run) -> RunFolder:

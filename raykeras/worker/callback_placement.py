@@ -109,8 +109,8 @@ class Artifacts:
         self._staging = None if run.is_local else TemporaryFolder("artifacts")
         self.path = self._staging.name if self._staging else run / FOLDER
         self._versions: dict[str, tuple[int, int]] = {}
-        if self._staging and run.fs.exists(run / FOLDER):  # of an interrupted run that is resumed
-            run.fs.get(f"{run / FOLDER}/", f"{self.path}/", recursive=True)
+        if self._staging:
+            retry(self._download)
 
     def collect(self) -> list[str]:
         """Store the files that are new or have changed; return their paths on the run's storage."""
@@ -133,6 +133,11 @@ class Artifacts:
         """Remove the local copies of files that are kept elsewhere."""
         if self._staging:
             self._staging.cleanup()
+
+    def _download(self) -> None:
+        """Copy the files of an interrupted run that is resumed."""
+        if self._run.fs.exists(self._run / FOLDER):
+            self._run.fs.get(f"{self._run / FOLDER}/", f"{self.path}/", recursive=True)
 
     def _put(self, path: str, target: str) -> None:
         self._run.fs.makedirs(os.path.dirname(target), exist_ok=True)

@@ -13,7 +13,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from raykeras.core.errors import WorkerLostError
 from raykeras.core.events import Event
@@ -24,9 +24,12 @@ StepAction = Literal["save", "stop", "leave"]
 _STRENGTH: Mapping[StepAction | None, int] = {None: 0, "save": 1, "stop": 2, "leave": 3}
 
 
-def max_concurrency(num_ranks: int) -> int:
-    """Return how many calls an actor must serve at once: those of a few threads of each worker, which wait."""
-    return 100 + 4 * num_ranks
+def here(num_ranks: int) -> dict[str, Any]:
+    """Return the options of an actor on this node that serves a few waiting threads of each worker at once."""
+    import ray
+
+    node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return {"num_cpus": 0, "label_selector": node, "max_concurrency": 100 + 4 * num_ranks}
 
 
 class RunCoordinator:
@@ -39,8 +42,7 @@ class RunCoordinator:
     def __init__(self, num_ranks: int) -> None:
         import ray
 
-        actor_class = ray.remote(num_cpus=0, max_concurrency=max_concurrency(num_ranks))(CoordinatorActor)
-        self._actor = actor_class.remote(num_ranks)
+        self._actor = ray.remote(**here(num_ranks))(CoordinatorActor).remote(num_ranks)
 
     def put(self, batch: list[Event]) -> None:
         """Add events for the driver."""

@@ -176,23 +176,39 @@ class TrainingSession:
     def _announce(self) -> None:
         job, rank = self._job, self._context.rank
         epoch, step = job.start
+        history = self._past_history()
+        self._send(  # also after a restart: an earlier attempt may have failed before it
+            events.RunStarted(
+                rank=rank,
+                params={**self.params, **job.train.params, "validation": job.validation is not None},
+                workers=job.scale.workers,
+                replicas=job.scale.total_replicas,
+                initial_epoch=epoch,
+                initial_step=step,
+                path=job.folder.path,
+                model=self._api.describe(self._model) if rank == 0 else {},
+                history=history,
+            )
+        )
         if job.attempt:
-            workers = job.scale.workers
-            self._send(events.RunRestarted(rank=rank, epoch=epoch, step=step, workers=workers, attempt=job.attempt))
-        else:
             self._send(
-                events.RunStarted(
+                events.RunRestarted(
                     rank=rank,
-                    params={**self.params, **job.train.params, "validation": job.validation is not None},
+                    epoch=epoch,
+                    step=step,
                     workers=job.scale.workers,
-                    replicas=job.scale.total_replicas,
-                    initial_epoch=epoch,
-                    initial_step=step,
-                    path=job.folder.path,
-                    model=self._api.describe(self._model) if rank == 0 else {},
+                    attempt=job.attempt,
+                    history=history,
                 )
             )
         self._send(events.PhaseStarted(rank=rank, phase="compile"))
+
+    def _past_history(self) -> dict[str, list[Any]]:
+        """Return the history in the checkpoint, and its epochs under "epoch"."""
+        state = {} if self._restored is None else self._restored.extra["callbacks"].get("History", {})
+        metrics = state.get("history", {})
+        plain = {name: [plain_number(value) for value in values] for name, values in metrics.items()}
+        return {**plain, "epoch": list(state.get("epoch", []))} if plain else {}
 
     def _added_callbacks(self) -> list[Any]:
         context, job, train = self._context, self._job, self._train

@@ -41,8 +41,9 @@ def started(epoch: int = 0) -> Event:
 
 def log_epochs(folder: RunFolder, *epochs: int) -> None:
     """Log a run of some epochs as `fit` does."""
-    log = RunLog(folder)
-    dispatcher = EventDispatcher([log])
+    folder.claim("token")
+    log = RunLog(folder, "token")
+    dispatcher = EventDispatcher([log], (epochs[0], 0))
     dispatcher.send(started(epochs[0]))
     for epoch in epochs:
         dispatcher.send(events.EpochEnded(epoch=epoch, step=1, logs={"loss": 0.25}))
@@ -72,6 +73,50 @@ def test_log_continues_earlier_log(storage: str, bucket: str, tmp_path: Path, te
     assert names == once * 2
     assert [row["epoch"] for row in rows] == ["0", "1", "2"]
     assert not os.listdir(temporary)
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_log_is_left_to_driver_that_has_taken_over(storage: str, bucket: str, tmp_path: Path) -> None:
+    folder = RunFolder(f"{bucket}/run" if storage == "s3" else str(tmp_path / "run"))
+    folder.make()
+    folder.claim("first")
+    log = RunLog(folder, "first")
+    log(started())
+    log_epochs(folder, 0, 1)
+    log(events.EpochEnded(epoch=0, step=1, logs={"loss": 9.0}))
+    log.close()
+    names, rows = written(folder.path)
+    assert names[-4:] == ["RunStarted", "EpochEnded", "EpochEnded", "RunEnded"]
+    assert [row["loss"] for row in rows] == ["0.25", "0.25"]
+
+
+def test_epochs_that_a_lost_worker_did_not_report_are_logged(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.make()
+    folder.claim("token")
+    log = RunLog(folder, "token")
+    ended: list[tuple[int | None, float]] = []
+
+    def record(event: Event) -> None:
+        if isinstance(event, events.EpochEnded):
+            ended.append((event.epoch, event.logs["loss"]))
+
+    dispatcher = EventDispatcher([log, record])
+    history = {"loss": [0.5, 0.25], "val_loss": [0.1], "epoch": [0, 1]}
+    for event in (
+        started(),
+        events.EpochEnded(epoch=0, step=1, logs={"loss": 0.5}),
+        started(2),  # after a restart
+        events.RunRestarted(epoch=2, step=0, workers=2, attempt=1, history=history),
+    ):
+        dispatcher.send(event)
+    whole = {"loss": [0.5, 0.25, 0.125], "epoch": [0, 1, 2]}
+    dispatcher.close(events.RunEnded(status="completed", logs={}), whole)
+    log.close()
+    names, rows = written(folder.path)
+    assert names == ["RunStarted", "EpochEnded", "EpochEnded", "RunRestarted", "EpochEnded", "RunEnded"]
+    assert [(row["epoch"], row["loss"]) for row in rows] == [("0", "0.5"), ("1", "0.25"), ("2", "0.125")]
+    assert ended == [(0, 0.5), (1, 0.25), (2, 0.125)]
 
 
 @pytest.mark.parametrize("fault", ["unavailable", "dropped", "applied"])

@@ -1,0 +1,273 @@
+"""Ray's API over the simulated cluster, and the replacement of what the code of raykeras stands on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import pickle
+import sys
+import tempfile
+import types
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from tests.simulation import cluster as simulated
+from tests.simulation import primitives
+from tests.simulation.cluster import cluster
+from tests.simulation.primitives import scheduler
+
+_MODULES = (
+    "checkpoint.writer",
+    "core.events",
+    "core.storage_errors",
+    "data.streaming.resources",
+    "driver.elastic",
+    "driver.event_log",
+    "driver.fit",
+    "driver.interrupt",
+    "driver.placement",
+    "driver.restarts",
+    "driver.training",
+    "driver.worker_group",
+    "driver.worker_pool",
+    "worker.callbacks",
+    "worker.checkpointer",
+    "worker.coordinator",
+    "worker.job_loop",
+    "worker.watchdog",
+)
+"""The modules of raykeras that use threads, clocks or signals."""
+
+_PRIMITIVES = {
+    "threading": primitives.ThreadingModule,
+    "time": primitives.TimeModule,
+    "queue": primitives.QueueModule,
+    "asyncio": primitives.AsyncioModule,
+    "signal": primitives.SignalModule,
+}
+
+
+def _module(name: str, **names: Any) -> types.ModuleType:
+    module = types.ModuleType(name)
+    vars(module).update(names)
+    return module
+
+
+def _remote(*args: Any, **options: Any) -> Any:
+    """`ray.remote` of an actor's class."""
+
+    def with_options(cls: type) -> Any:
+        return types.SimpleNamespace(remote=lambda *values: cluster().start_actor(cls, options, values))
+
+    return with_options(args[0]) if args else with_options
+
+
+def _wait(refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+    return (refs, []) if cluster().is_ready_within(refs[0], timeout) else ([], refs)
+
+
+class _RuntimeContext:
+    gcs_address = "simulated"
+
+    def get_job_id(self) -> str:
+        return _job().name
+
+    def get_node_id(self) -> str:
+        return str(scheduler().process.node.id)
+
+    should_capture_child_tasks_in_placement_group = False
+
+
+class _DataContext:
+    @staticmethod
+    def get_current() -> str:
+        return ""
+
+
+def _job() -> Any:
+    process = scheduler().process
+    return process.job or process
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [{"NodeID": node.id, "Alive": node.is_alive, "Resources": {"CPU": node.cpus}} for node in cluster().nodes]
+
+
+def _cluster_resources() -> dict[str, float]:
+    return {"CPU": sum(node.cpus for node in cluster().nodes if node.is_alive)}
+
+
+def _free_resources_per_node() -> dict[str, dict[str, float]]:
+    return {node.id: {"CPU": node.free} for node in cluster().nodes if node.is_alive}
+
+
+def _draining_nodes() -> set[str]:
+    return {node.id for node in cluster().nodes if node.is_draining}
+
+
+def _waits_for_resources() -> bool:
+    return any(not group.nodes and not group.is_removed for group in cluster().groups)
+
+
+@dataclass(frozen=True)
+class _ReservedBundles:
+    group: Any
+    indices: tuple[int, ...]
+
+
+class _ProcessState:
+    """Stands for what a job leaves behind in TensorFlow and Keras."""
+
+    def add(self, api: Any) -> None:
+        pass
+
+    def restore(self) -> None:
+        pass
+
+
+class _FilesWithVersions:
+    """The module `os`, with files whose modification times differ if their contents do: real clocks are too coarse."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    @staticmethod
+    def stat(path: str) -> Any:
+        with open(path, "rb") as file:
+            return types.SimpleNamespace(st_size=os.path.getsize(path), st_mtime_ns=zlib.crc32(file.read()))
+
+
+def _ray_modules() -> dict[str, types.ModuleType]:
+    exceptions = _module(
+        "ray.exceptions",
+        RayError=simulated.RayError,
+        RayTaskError=simulated.RayTaskError,
+        RaySystemError=simulated.RaySystemError,
+    )
+    namespace = types.SimpleNamespace
+    train = _module(
+        "ray.train",
+        ControllerError=simulated.ControllerError,
+        WorkerGroupError=simulated.WorkerGroupError,
+        FailureConfig=namespace,
+        RunConfig=namespace,
+        ScalingConfig=namespace,
+        get_context=lambda: namespace(get_world_rank=lambda: scheduler().process.globals["rank"]),
+    )
+    collective = _module("ray.train.collective", broadcast_from_rank_zero=None)
+    train.collective = collective
+    util = _module(
+        "ray.util",
+        get_current_placement_group=lambda: None,
+        get_node_ip_address=lambda: "127.0.0.1",
+        placement_group=lambda bundles, **options: simulated.PlacementGroup(cluster(), bundles),
+        remove_placement_group=lambda group: cluster().remove_group(group),
+    )
+    data = _module("ray.data", DataContext=_DataContext)
+    sdk = _module("ray.autoscaler.sdk", request_resources=lambda **options: None)
+    ray = _module(
+        "ray",
+        cloudpickle=namespace(CloudPickler=pickle.Pickler, dumps=pickle.dumps, loads=pickle.loads),
+        cluster_resources=_cluster_resources,
+        data=data,
+        exceptions=exceptions,
+        get=lambda refs: cluster().get(refs),
+        get_runtime_context=_RuntimeContext,
+        is_initialized=lambda: True,
+        kill=lambda handle: cluster().end(handle.actor.process),
+        nodes=_nodes,
+        put=lambda value: cluster().put(value),
+        remote=_remote,
+        train=train,
+        util=util,
+        wait=_wait,
+    )
+    compat = _module(
+        "raykeras.compat.ray_train",
+        PREEMPTION_ERRORS=(),
+        ReservedBundles=_ReservedBundles,
+        can_place_in_bundles=lambda: True,
+        exceptions_of_workers=lambda error: error.worker_failures,
+        no_restarts=lambda controller_failure_limit: None,
+        run_on_workers=lambda *args: cluster().run_on_workers(*args),
+        stop=lambda name: cluster().stop_run(name),
+    )
+    modules = [ray, exceptions, train, collective, util, data, sdk, _module("ray.autoscaler"), compat]
+    modules.append(_module("raykeras.worker.process_state", ProcessState=_ProcessState))
+    return {module.__name__: module for module in modules}
+
+
+@contextlib.contextmanager
+def _imported(modules: Mapping[str, Any]) -> Iterator[None]:
+    """Let `import` find these modules while the block runs, and keep all others that it imports."""
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+        sys.modules.update(before)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Let the code of raykeras run on simulated threads, clocks, signals, Ray and Keras while the block runs."""
+    from tests.simulation import training
+
+    def nothing(*args: Any) -> None:
+        pass
+
+    loaded = {name: importlib.import_module(f"raykeras.{name}") for name in _MODULES}
+    entry, session = (
+        importlib.import_module("raykeras.worker.entry"),
+        importlib.import_module("raykeras.worker.session"),
+    )
+    modules = _ray_modules()
+    replaced: list[tuple[Any, str, Any]] = [
+        (module, name, value)
+        for module in loaded.values()
+        for name, value in _PRIMITIVES.items()
+        if hasattr(module, name)
+    ]
+    for name, value in {
+        "free_resources_per_node": _free_resources_per_node,
+        "draining_nodes": _draining_nodes,
+        "waits_for_resources": _waits_for_resources,
+    }.items():
+        replaced += [(module, name, value) for module in loaded.values() if hasattr(module, name)]
+    replaced += [
+        (module, name, nothing)
+        for module in (entry, loaded["worker.job_loop"])
+        for name in ("quiet", "import_tensorflow")
+    ]
+    replaced += [
+        (loaded["worker.checkpointer"], "take_snapshot", training.take_snapshot),
+        (session, "restore", training.restore),
+        (session, "restore_metrics", training.restore_metrics),
+        (entry, "end_process", lambda: cluster().end(scheduler().process)),
+        (loaded["worker.watchdog"], "_stacks", str),
+        (loaded["driver.event_log"], "os", _FilesWithVersions()),
+        (importlib.import_module("raykeras.compat"), "ray_train", modules["raykeras.compat.ray_train"]),
+        (importlib.import_module("raykeras.worker"), "train", training),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_imported({**modules, "raykeras.worker.train": training, "tensorflow": None}))
+        stack.enter_context(mock.patch.dict(os.environ))
+        for module, name, value in replaced:
+            stack.enter_context(mock.patch.object(module, name, value, create=True))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        logger = logging.getLogger("raykeras")
+        stack.enter_context(mock.patch.object(logger, "disabled", True))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="raykeras-simulation-"))
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", folder))
+        yield
