@@ -86,6 +86,7 @@ def run(tests: Sequence[str], folder: Path, options: Sequence[str]) -> dict[str,
 def compare(package: str, tests: Sequence[str], scale: Scale, options: Sequence[str]) -> list[str]:
     """Print how many tests pass and why others fail; return the problems."""
     title, reasons = f"{package}, {scale.name}", json.loads(REASONS.read_text())
+    sometimes = reasons.get(f"{title}, sometimes", {})
     known = {**reasons.get(package, {}), **reasons.get(title, {})}  # by prefix of the test's name
     options = [*options, *scale.options]
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +107,7 @@ def compare(package: str, tests: Sequence[str], scale: Scale, options: Sequence[
         print(f"- refused before training, {len(names)} more: {reason}", flush=True)
     wrong = []
     for name, text in failing.items():
-        reason = next((known[start] for start in known if name.startswith(start)), None)
+        reason = next((why for start, why in {**known, **sometimes}.items() if name.startswith(start)), None)
         print(f"- {name}: {reason or f'NO REASON: {text}'}", flush=True)
         wrong += [] if reason else [f"{title}: {name} fails without a reason"]
     is_sample = any(option.startswith("--sample") for option in scale.options)
