@@ -49,7 +49,7 @@ screenshots: $(VENV)/installed-test $(VENV)/installed-docs
 bench: $(VENV)/installed-test
 	set -e; for name in ingest fit start workers callbacks feed latency planning memory; do \
 		$(BIN)/python -m benchmarks.$$name --json build/benchmarks/$$name.json; \
-	done; for name in exactness kill_points object_store saving soak control_plane faults; do \
+	done; for name in exactness kill_points object_store saving soak control_plane hosts faults; do \
 		$(BIN)/python -m benchmarks.$$name; \
 	done
 

@@ -200,11 +200,13 @@ def _weight_added_loss(original: Callable[[Any], Any], model: Any, scalar_losses
 
 
 def _patch_optimizer(stack: contextlib.ExitStack, model: Any) -> None:
-    """Sum the replicas' gradients before they are clipped, as clipping each replica's gives another result."""
+    """Clip and check the gradients of all replicas together; Keras clips each replica's, and checks those of one."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    if hasattr(optimizer, "inner_optimizer"):  # a LossScaleOptimizer
+        stack.enter_context(patched(optimizer, "check_finite", _check_all(optimizer.check_finite)))
+        optimizer = optimizer.inner_optimizer
     if optimizer.gradient_accumulation_steps:
         raise ModelError(
             "With several replicas, Keras accumulates gradients on each replica separately; got "
@@ -214,6 +216,16 @@ def _patch_optimizer(stack: contextlib.ExitStack, model: Any) -> None:
     if not (optimizer.clipnorm or optimizer.global_clipnorm or optimizer.clipvalue):
         return
     stack.enter_context(keras3.clipping_replaced(optimizer, _clip_sums))
+
+
+def _check_all(original: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Any]], Any]:
+    """Return a function that returns whether the gradients of all replicas are finite."""
+
+    def check_finite(gradients: Sequence[Any]) -> Any:
+        num_infinite = sum_over_replicas(1.0 - tf.cast(original(gradients), tf.float32))
+        return tf.equal(num_infinite, 0.0)
+
+    return check_finite
 
 
 def _clip_sums(original: Callable[[Sequence[Any]], Sequence[Any]]) -> Callable[[Sequence[Any]], list[Any]]:

@@ -20,6 +20,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+EPOCHS = 60
+"""Enough for `ray job stop` to find the job in the middle."""
 
 
 def _free_port() -> int:
@@ -103,17 +105,28 @@ def test_submitted_job_trains(head: dict[str, str], tmp_path: Path) -> None:
     assert refused.returncode != 0
 
 
-def test_stopped_job_saves_checkpoint(head: dict[str, str], tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "run"
-    command = ["raykeras", "fit", "pipelines/digits.py", "--epochs", "100000", "--checkpoint-every", "none"]
-    submit = ["submit", "--no-wait", "--submission-id", "stopped", "--working-dir", ".", "--", *command]
-    done = ray_job(*submit, "--storage", str(run.parent), "--name", run.name, environment=head)
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_stopped_job_resumes_when_it_is_submitted_again(head: dict[str, str], tmp_path: Path, workers: int) -> None:
+    run = tmp_path / "run"
+    command = ["raykeras", "fit", "pipelines/digits.py", "--epochs", str(EPOCHS), "--checkpoint-every", "none"]
+    command += ["--workers", str(workers), "--storage", str(run.parent), "--name"]
+    name = f"stopped-{workers}"
+    submit = ["submit", "--working-dir", "."]
+    done = ray_job(*submit, "--no-wait", "--submission-id", name, "--", *command, run.name, environment=head)
     assert done.returncode == 0, done.stdout + done.stderr
     deadline = time.monotonic() + 120
     while not (run / "events.jsonl").exists() or "EpochEnded" not in (run / "events.jsonl").read_text():
-        assert time.monotonic() < deadline, ray_job("logs", "stopped", environment=head).stdout
+        assert time.monotonic() < deadline, ray_job("logs", name, environment=head).stdout
         time.sleep(0.5)
-    assert ray_job("stop", "stopped", environment=head).returncode == 0
+    assert ray_job("stop", name, environment=head).returncode == 0
     last = json.loads((run / "events.jsonl").read_text().splitlines()[-1])
     assert (last["event"], last["status"]) == ("RunEnded", "interrupted")
-    assert list(run.glob("checkpoints/epoch-*/model.keras"))
+    (checkpoint,) = run.glob("checkpoints/epoch-*/model.keras")
+    assert int(checkpoint.parent.name.split("-")[1]) < EPOCHS
+    again = ray_job(*submit, "--", *command, run.name, environment=head)
+    assert again.returncode == 0, again.stdout + again.stderr
+    undisturbed = ray_job(*submit, "--", *command, "undisturbed", environment=head)
+    assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
+    history = (run / "history.csv").read_text()
+    assert len(history.splitlines()) == 1 + EPOCHS
+    assert history == (tmp_path / "undisturbed" / "history.csv").read_text()
