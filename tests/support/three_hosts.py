@@ -157,7 +157,14 @@ def suffer(name: str, storage: str) -> Recovery:
             for index in range(4):
                 hosts.kill(index)
             hosts.network()
-    return _recovery(Path(storage, "run"), at, num_calls, json.loads(output.read_text().splitlines()[-1]))
+    return _recovery(Path(storage, "run"), at, num_calls, _last_json(output.read_text()))
+
+
+def _last_json(text: str) -> dict[str, list[float]]:
+    """Return the history, after which Ray may print something."""
+    *_, last = [line for line in text.splitlines() if line.startswith("{")]
+    history: dict[str, list[float]] = json.loads(last)
+    return history
 
 
 def _start_cluster(hosts: Hosts) -> None:
