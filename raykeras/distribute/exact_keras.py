@@ -204,9 +204,9 @@ def _patch_optimizer(stack: contextlib.ExitStack, model: Any) -> None:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return
-    if hasattr(optimizer, "inner_optimizer"):  # a LossScaleOptimizer
+    if hasattr(optimizer, "check_finite"):  # a LossScaleOptimizer
         stack.enter_context(patched(optimizer, "check_finite", _check_all(optimizer.check_finite)))
-        optimizer = optimizer.inner_optimizer
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if optimizer.gradient_accumulation_steps:
         raise ModelError(
             "With several replicas, Keras accumulates gradients on each replica separately; got "

@@ -204,11 +204,13 @@ class TrainingSession:
         self._send(events.PhaseStarted(rank=rank, phase="compile"))
 
     def _past_history(self) -> dict[str, list[Any]]:
-        """Return the history in the checkpoint, and its epochs under "epoch"."""
+        """Return the history in the checkpoint, and its epochs under "epoch"; nothing if it holds anything else."""
         state = {} if self._restored is None else self._restored.extra["callbacks"].get("History", {})
-        metrics = state.get("history", {})
-        plain = {name: [plain_number(value) for value in values] for name, values in metrics.items()}
-        return {**plain, "epoch": list(state.get("epoch", []))} if plain else {}
+        metrics, epochs = state.get("history"), state.get("epoch")
+        if not isinstance(metrics, dict) or not isinstance(epochs, list):
+            return {}
+        lists = {name: values for name, values in metrics.items() if isinstance(values, list)}
+        return {**{name: [plain_number(v) for v in values] for name, values in lists.items()}, "epoch": epochs}
 
     def _added_callbacks(self) -> list[Any]:
         context, job, train = self._context, self._job, self._train

@@ -13,7 +13,7 @@ import tempfile
 import types
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -130,6 +130,33 @@ class _ProcessState:
 
     def restore(self) -> None:
         pass
+
+
+class _OfProcess(MutableMapping[Any, Any]):
+    """A global dict of a module, of which each simulated process has its own."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @property
+    def _own(self) -> dict[Any, Any]:
+        own: dict[Any, Any] = scheduler().process.globals.setdefault(self._name, {})
+        return own
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._own[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._own[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del self._own[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
 
 
 class _FilesWithVersions:
@@ -255,6 +282,8 @@ def installed() -> Iterator[None]:
         (entry, "end_process", lambda: cluster().end(scheduler().process)),
         (loaded["worker.watchdog"], "_stacks", str),
         (loaded["driver.event_log"], "os", _FilesWithVersions()),
+        (loaded["driver.worker_pool"], "_idle", _OfProcess("idle workers")),
+        (loaded["driver.worker_pool"], "_SPARES_AFTER_S", 1.0),  # or runs would end before
         (importlib.import_module("raykeras.compat"), "ray_train", modules["raykeras.compat.ray_train"]),
         (importlib.import_module("raykeras.worker"), "train", training),
     ]

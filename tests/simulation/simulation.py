@@ -18,7 +18,6 @@ from raykeras.core.config import Run, Scale
 from raykeras.core.errors import CheckpointError, WorkerLostError
 from raykeras.core.events import Event
 from raykeras.data.streaming.resources import CpuBudget
-from raykeras.driver import worker_pool
 from raykeras.driver.decisions import EpochDecisions
 from raykeras.driver.event_log import RunLog
 from raykeras.driver.interrupt import Interrupt
@@ -148,7 +147,6 @@ class Simulation:
         self.violations: list[str] = []
         self.store.on_write = lambda path: check_mark(self, path)
         self.is_over = False
-        worker_pool._idle.clear()
 
     def run(self) -> None:
         """Run until the user has a result.

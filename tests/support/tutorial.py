@@ -50,9 +50,9 @@ def transcript(page: str, folder: Path, *, scripts: Path | None = None) -> str:
             return block[0]
         shown = []
         for command in re.findall(r"^\$ (.*)$", text, re.MULTILINE):
-            done = subprocess.run(
-                ["bash", "-c", f"{command} 2>&1"], check=True, stdout=subprocess.PIPE, text=True, **place
-            )
+            done = subprocess.run(["bash", "-c", f"{command} 2>&1"], stdout=subprocess.PIPE, text=True, **place)
+            if done.returncode:
+                raise RuntimeError(f"{command}\n{done.stdout}")
             output = done.stdout.replace(str(folder), "/home/user/houses")
             shown += [f"$ {command}", *(line.rstrip() for line in output.splitlines())]
         return "\n".join(["```console", *shown, "```"])
