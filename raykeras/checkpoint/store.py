@@ -128,6 +128,16 @@ class RunFolder:
 
         return self._retried(read_file)
 
+    def download(self, name: str, path: str) -> None:
+        """Copy a file to a local path; does nothing if the file does not exist."""
+
+        def copy() -> None:
+            fs = self.fs
+            if fs.exists(self / name):
+                fs.get_file(self / name, path)
+
+        self._retried(copy)
+
     def make(self) -> None:
         """Create the folder."""
         self._retried(lambda: self.fs.makedirs(self.path, exist_ok=True))

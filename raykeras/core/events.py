@@ -35,7 +35,7 @@ class Event:
     rank: int | None = None
     epoch: int | None = None
     step: int | None = None
-    time: float = field(default_factory=lambda: time.time())
+    time: float = field(default_factory=lambda: time.time())  # looked up here, so that tests can replace the clock
 
     @property
     def kind(self) -> str:
@@ -276,10 +276,12 @@ class RunEnded(Event):
     Attributes:
         status: "completed", "failed" or "interrupted". An interrupted run can be resumed.
         logs: Logs of the last epoch.
+        history: As for `RunRestarted`, of all epochs; empty if the run failed.
     """
 
     status: str
     logs: Logs
+    history: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def merge(earlier: BatchEnded, later: BatchEnded) -> BatchEnded:

@@ -14,8 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from raykeras.checkpoint.store import RunFolder
@@ -54,8 +53,8 @@ class RunLog:
     """An event handler that writes `events.jsonl` and `history.csv` of a run, and continues existing ones.
 
     On remote storage, which cannot append, the files are written to a temporary folder and uploaded by a thread at the
-    start, after each epoch and at the end. A failure to write the log never fails the run. Nothing is written once
-    another driver has taken over the folder.
+    start, after each epoch and at the end. A failure to write the log never fails the run. Once another driver has
+    taken over the folder, this one stops writing at the end of its epoch.
 
     Args:
         folder: Folder of the run.
@@ -107,7 +106,8 @@ class RunLog:
     def close(self) -> None:
         """Upload the rest. If the log is incomplete, warn once and name the local copy. Never raises."""
         try:
-            self._write_batches()
+            if self._is_ours:
+                self._write_batches()
             self._events.close()
         except OSError as error:
             self._failure = self._failure or error
@@ -128,9 +128,9 @@ class RunLog:
             warnings.warn(redacted(message), stacklevel=3)
 
     def _write(self, event: Event) -> None:
-        if isinstance(event, events.RunStarted | events.RunRestarted):
-            for lost in events.missing_epochs(event.history, {int(row["epoch"]) for row in self._history}):
-                self._write(lost)
+        if isinstance(event, events.RunStarted | events.RunRestarted | events.RunEnded):
+            for missing in events.missing_epochs(event.history, {int(row["epoch"]) for row in self._history}):
+                self._write(missing)
             event = dataclasses.replace(event, history={})
         if isinstance(event, events.BatchEnded):
             self._batches = event if self._batches is None else events.merge(self._batches, event)
@@ -143,7 +143,6 @@ class RunLog:
             first = event.initial_epoch if isinstance(event, events.RunStarted) else event.epoch or 0
             self._history = [row for row in self._history if int(row["epoch"]) < first]
         if isinstance(event, events.EpochEnded):
-            self._history = [row for row in self._history if int(row["epoch"]) != event.epoch]
             self._history.append({"epoch": event.epoch, **as_json(event.logs)})
             self._write_history()
 
@@ -169,12 +168,11 @@ class RunLog:
 
     def _download(self) -> None:
         for name in (EVENTS_FILE, HISTORY_FILE, RECORD_FILE):
-            if data := self._folder.read(name):
-                Path(self.local, name).write_bytes(data)
+            self._folder.download(name, os.path.join(self.local, name))
 
 
-_UPLOADED = (events.RunStarted, events.RunRestarted, events.WorkerFailed, events.EpochEnded)
-"""Events after which the log is uploaded."""
+_UPLOADED = (events.RunStarted, events.RunRestarted, events.WorkerFailed, events.EpochEnded, events.RunEnded)
+"""Events after which the log is uploaded, and before which a local one is checked to be this driver's."""
 
 
 class _Uploader:
@@ -312,7 +310,6 @@ class EventDispatcher:
         self._start = start
         self._epochs = set(range(start[0]))  # that have ended
         self._has_started = False
-        self._history: Mapping[str, list[Any]] = {}
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._dispatch, name="raykeras-dispatch", daemon=True)
         self._thread.start()
@@ -321,14 +318,8 @@ class EventDispatcher:
         """Enqueue an event of the driver."""
         self.queue.put([event])
 
-    def close(self, last: Event, history: Mapping[str, list[Any]] | None = None) -> None:
-        """Dispatch all events in the queue and a last one, and end the thread.
-
-        Args:
-            last: The last event.
-            history: Keras' history, and its epochs under "epoch"; None if it is not known.
-        """
-        self._history = history or {}
+    def close(self, last: Event) -> None:
+        """Dispatch all events in the queue and a last one, and end the thread."""
         self.queue.put([last])
         self.queue.put(None)
         self._thread.join()
@@ -363,7 +354,7 @@ class EventDispatcher:
             missing = events.missing_epochs(event.history, self._epochs)
             self._epochs = set(range(event.epoch or 0))
         elif isinstance(event, events.RunEnded):
-            missing = events.missing_epochs(self._history, self._epochs)
+            missing = events.missing_epochs(event.history, self._epochs)
         return [*missing, event]
 
 

@@ -76,7 +76,7 @@ def train_job(
         _write_traceback(job.folder, error)
         raise
     finally:
-        dispatcher.close(events.RunEnded(status=status, logs=logs), history)
+        dispatcher.close(events.RunEnded(status=status, logs=logs, history=history))
     dispatcher.raise_failure()
     return outcome, live_model
 

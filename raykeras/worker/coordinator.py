@@ -24,7 +24,7 @@ StepAction = Literal["save", "stop", "leave"]
 _STRENGTH: Mapping[StepAction | None, int] = {None: 0, "save": 1, "stop": 2, "leave": 3}
 
 
-def options_here(num_ranks: int) -> dict[str, Any]:
+def local_actor_options(num_ranks: int) -> dict[str, Any]:
     """Return the options of an actor on this node that serves a few waiting threads of each worker at once."""
     import ray
 
@@ -42,7 +42,7 @@ class RunCoordinator:
     def __init__(self, num_ranks: int) -> None:
         import ray
 
-        self._actor = ray.remote(**options_here(num_ranks))(CoordinatorActor).remote(num_ranks)
+        self._actor = ray.remote(**local_actor_options(num_ranks))(CoordinatorActor).remote(num_ranks)
 
     def put(self, batch: list[Event]) -> None:
         """Add events for the driver."""

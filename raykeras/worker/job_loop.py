@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from raykeras.compat.keras_api import KerasAPI
 from raykeras.compat.quiet import import_tensorflow, quiet
 from raykeras.core.errors import RaykerasError
-from raykeras.worker.coordinator import options_here
+from raykeras.worker.coordinator import local_actor_options
 
 if TYPE_CHECKING:
     from raykeras.worker.process_state import ProcessState  # imports TensorFlow
@@ -47,7 +47,7 @@ class JobExchange:
     def __init__(self, num_ranks: int) -> None:
         import ray
 
-        self._actor = ray.remote(**options_here(num_ranks))(_JobExchangeActor).remote(num_ranks)
+        self._actor = ray.remote(**local_actor_options(num_ranks))(_JobExchangeActor).remote(num_ranks)
 
     def join(self, rank: int, address: str, devices: str | None) -> list[str]:
         """Wait until all workers have called this; return their addresses by rank.

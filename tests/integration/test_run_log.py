@@ -84,6 +84,8 @@ def test_log_is_left_to_driver_that_has_taken_over(storage: str, bucket: str, tm
     log(started())
     log_epochs(folder, 0, 1)
     log(events.EpochEnded(epoch=0, step=1, logs={"loss": 9.0}))
+    log(events.BatchEnded(epoch=1, step=1, logs={"loss": 9.0}, num_steps=1))
+    log(events.RunEnded(status="failed", logs={}))
     log.close()
     names, rows = written(folder.path)
     assert names[-4:] == ["RunStarted", "EpochEnded", "EpochEnded", "RunEnded"]
@@ -111,7 +113,7 @@ def test_epochs_that_a_lost_worker_did_not_report_are_logged(tmp_path: Path) -> 
     ):
         dispatcher.send(event)
     whole = {"loss": [0.5, 0.25, 0.125], "epoch": [0, 1, 2]}
-    dispatcher.close(events.RunEnded(status="completed", logs={}), whole)
+    dispatcher.close(events.RunEnded(status="completed", logs={}, history=whole))
     log.close()
     names, rows = written(folder.path)
     assert names == ["RunStarted", "EpochEnded", "EpochEnded", "RunRestarted", "EpochEnded", "RunEnded"]

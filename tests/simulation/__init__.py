@@ -4,6 +4,6 @@
 
 The code of raykeras runs unchanged. What it stands on is simulated: threads and clocks (`scheduler`, `primitives`), Ray
 (`cluster`, `ray_api`), storage (`storage`) and Keras' `fit` with a model that only counts rows (`training`). A
-`Scenario` draws the options of a run and its faults from a seed, and `checks` compares what is left with a run that was
-not disturbed. The approach is that of FoundationDB: https://apple.github.io/foundationdb/testing.html
+`Scenario` holds the options and the faults that belong to a seed, and `checks` compares the outcome with that of an
+undisturbed run. The approach is that of FoundationDB: https://apple.github.io/foundationdb/testing.html
 """

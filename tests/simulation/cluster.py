@@ -238,7 +238,6 @@ class Cluster:
         node.cut_until_s = self.scheduler.now + seconds
         noticed_after_s = self.detection_s()
         if noticed_after_s < seconds:
-            node.is_draining = True  # nothing is started there
             self.scheduler.call_later(noticed_after_s, lambda: self._give_up(node))
             self.scheduler.call_later(seconds, lambda: self.kill_node(node))
 
@@ -249,8 +248,8 @@ class Cluster:
                     run.failures.setdefault(rank, RayActorError("The actor died because its node has died."))
                     self.scheduler.wake_all(run.waiters)
 
-    def end_from(self, node: Node, process: Process) -> None:
-        """End a process from another node, once it can be reached."""
+    def end_once_reachable(self, process: Process) -> None:
+        """End a process once its node can be reached."""
         self.scheduler.call_later(max(0.0, process.node.cut_until_s - self.scheduler.now), lambda: self.end(process))
 
     def usable_nodes(self) -> list[Node]:
@@ -362,7 +361,7 @@ class Cluster:
             while len(run.returned) < len(nodes) and not run.failures and not run.is_stopped:
                 scheduler.wait(run.waiters)
             for process in run.processes:
-                self.end_from(caller.node, process)
+                self.end_once_reachable(process)
         finally:
             if group is not None:
                 self.remove_group(group)

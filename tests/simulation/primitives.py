@@ -21,15 +21,14 @@ def scheduler() -> Scheduler:
     return _current[-1]
 
 
-def use(current: Scheduler | None) -> None:
+def use(current: Scheduler) -> None:
     """Set the scheduler that the primitives wait in."""
-    _current[:] = [] if current is None else [current]
+    _current[:] = [current]
 
 
 class Lock:
     def __init__(self) -> None:
         self._owner: Task | None = None
-        self._depth = 0
         self._waiters: list[Waiter] = []
 
     def acquire(self) -> bool:
@@ -153,7 +152,7 @@ class Timer(Thread):
 
 
 class ThreadingModule:
-    Lock = RLock = Lock
+    Lock = Lock
     Condition, Event, Thread, Timer = Condition, Event, Thread, Timer
 
     @staticmethod

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import importlib
 import io
 import logging
 import os
 import pickle
+import queue
+import signal
 import sys
 import tempfile
+import threading
+import time
 import types
 import warnings
 import zlib
@@ -18,40 +22,24 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import raykeras.compat
+import raykeras.worker
+from raykeras.compat import ray_state
+from raykeras.driver import event_log, worker_pool
+from raykeras.worker import checkpointer, entry, job_loop, session, watchdog
 from tests.simulation import cluster as simulated
-from tests.simulation import primitives
+from tests.simulation import primitives, training
 from tests.simulation.cluster import cluster
 from tests.simulation.primitives import scheduler
 
-_MODULES = (
-    "checkpoint.writer",
-    "core.events",
-    "core.storage_errors",
-    "data.streaming.resources",
-    "driver.elastic",
-    "driver.event_log",
-    "driver.fit",
-    "driver.interrupt",
-    "driver.placement",
-    "driver.restarts",
-    "driver.training",
-    "driver.worker_group",
-    "driver.worker_pool",
-    "worker.callbacks",
-    "worker.checkpointer",
-    "worker.coordinator",
-    "worker.job_loop",
-    "worker.watchdog",
-)
-"""The modules of raykeras that use threads, clocks or signals."""
-
 _PRIMITIVES = {
-    "threading": primitives.ThreadingModule,
-    "time": primitives.TimeModule,
-    "queue": primitives.QueueModule,
-    "asyncio": primitives.AsyncioModule,
-    "signal": primitives.SignalModule,
+    "threading": (threading, primitives.ThreadingModule),
+    "time": (time, primitives.TimeModule),
+    "queue": (queue, primitives.QueueModule),
+    "asyncio": (asyncio, primitives.AsyncioModule),
+    "signal": (signal, primitives.SignalModule),
 }
+"""The modules that the code of raykeras uses, and what simulated processes see instead."""
 
 
 def _module(name: str, **names: Any) -> types.ModuleType:
@@ -247,45 +235,34 @@ def _imported(modules: Mapping[str, Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
     """Let the code of raykeras run on simulated threads, clocks, signals, Ray and Keras while the block runs."""
-    from tests.simulation import training
 
     def nothing(*args: Any) -> None:
         pass
 
-    loaded = {name: importlib.import_module(f"raykeras.{name}") for name in _MODULES}
-    entry, session = (
-        importlib.import_module("raykeras.worker.entry"),
-        importlib.import_module("raykeras.worker.session"),
-    )
     modules = _ray_modules()
+    state = {
+        "free_resources_per_node": (ray_state.free_resources_per_node, _free_resources_per_node),
+        "draining_nodes": (ray_state.draining_nodes, _draining_nodes),
+        "waits_for_resources": (ray_state.waits_for_resources, _waits_for_resources),
+    }
     replaced: list[tuple[Any, str, Any]] = [
-        (module, name, value)
-        for module in loaded.values()
-        for name, value in _PRIMITIVES.items()
-        if hasattr(module, name)
+        (module, name, replacement)
+        for module in [module for name, module in sys.modules.items() if name.startswith("raykeras.")]
+        for name, (real, replacement) in {**_PRIMITIVES, **state}.items()
+        if getattr(module, name, None) is real
     ]
-    for name, value in {
-        "free_resources_per_node": _free_resources_per_node,
-        "draining_nodes": _draining_nodes,
-        "waits_for_resources": _waits_for_resources,
-    }.items():
-        replaced += [(module, name, value) for module in loaded.values() if hasattr(module, name)]
+    replaced += [(module, name, nothing) for module in (entry, job_loop) for name in ("quiet", "import_tensorflow")]
     replaced += [
-        (module, name, nothing)
-        for module in (entry, loaded["worker.job_loop"])
-        for name in ("quiet", "import_tensorflow")
-    ]
-    replaced += [
-        (loaded["worker.checkpointer"], "take_snapshot", training.take_snapshot),
+        (checkpointer, "take_snapshot", training.take_snapshot),
         (session, "restore", training.restore),
         (session, "restore_metrics", training.restore_metrics),
         (entry, "end_process", lambda: cluster().end(scheduler().process)),
-        (loaded["worker.watchdog"], "_stacks", str),
-        (loaded["driver.event_log"], "os", _FilesWithVersions()),
-        (loaded["driver.worker_pool"], "_idle", _OfProcess("idle workers")),
-        (loaded["driver.worker_pool"], "_SPARES_AFTER_S", 1.0),  # or runs would end before
-        (importlib.import_module("raykeras.compat"), "ray_train", modules["raykeras.compat.ray_train"]),
-        (importlib.import_module("raykeras.worker"), "train", training),
+        (watchdog, "_stacks", str),
+        (event_log, "os", _FilesWithVersions()),
+        (worker_pool, "_idle", _OfProcess("idle workers")),
+        (worker_pool, "_SPARES_AFTER_S", 1.0),  # or runs would end before
+        (raykeras.compat, "ray_train", modules["raykeras.compat.ray_train"]),
+        (raykeras.worker, "train", training),
     ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_imported({**modules, "raykeras.worker.train": training, "tensorflow": None}))

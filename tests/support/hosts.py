@@ -67,7 +67,7 @@ class Hosts:
         for index, name in enumerate(self._names):
             _ip("netns", "add", name)
             taps.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
-            device = f"rk{os.getpid()}t{index}"[:15]
+            device = f"rk{os.getpid()}t{index}"
             fcntl.ioctl(taps[-1], _TUNSETIFF, struct.pack("16sH", device.encode(), _IFF_TAP | _IFF_NO_PI))
             _ip("link", "set", device, "netns", name, "name", "eth0")
             _ip("-n", name, "address", "add", f"{self._address(index)}/24", "dev", "eth0")
