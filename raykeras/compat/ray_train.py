@@ -16,6 +16,7 @@ Every actor and process that is not started makes the workers start sooner:
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RaySystemError
 from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -81,6 +82,7 @@ SETTINGS: Mapping[str, str] = {
 }
 """Environment variables that Ray Train's controller reads when it is created."""
 
+_POLL_S = 1.0
 
 PREEMPTION_ERRORS: tuple[type[Exception], ...] = (
     (ray.train.PreemptionError,) if hasattr(ray.train, "PreemptionError") else ()
@@ -198,8 +200,17 @@ def _run_controller(controller_class: type, **arguments: Any) -> Any:
         )
         .remote(**arguments)
     )
-    ray.get(controller.run.remote())
+    _wait(controller.run.remote())
     return ray.get(controller.get_result.remote())
+
+
+def _wait(reference: ray.ObjectRef[Any]) -> None:
+    """Wait as `ray.get` does, but outside of Ray: if Ray is shut down during `ray.get`, the process can crash."""
+    future, job = reference.future(), ray.get_runtime_context().get_job_id()
+    while not concurrent.futures.wait([future], _POLL_S).done:
+        if not ray.is_initialized() or ray.get_runtime_context().get_job_id() != job:
+            raise RaySystemError("Ray was shut down.")
+    future.result()
 
 
 def _needed(callbacks: Sequence[Any]) -> list[Any]:

@@ -6,7 +6,9 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,15 @@ def exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_no_thread_waits_in_ray_while_workers_are_idle(tmp_path: Path) -> None:
+    workers(tmp_path)
+    frames = sys._current_frames()
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "raykeras-workers"]
+    stack = traceback.extract_stack(frames[thread.ident or 0])
+    assert any("raykeras" in frame.filename for frame in stack)
+    assert not any(frame.name in ("get", "wait") and "/ray/" in frame.filename for frame in stack)
 
 
 def test_calls_use_the_same_workers(tmp_path: Path) -> None:

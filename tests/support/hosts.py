@@ -61,8 +61,9 @@ class Hosts:
         self.head = f"{self._address(0)}:{_PORT}"
 
     def __enter__(self) -> Hosts:
-        os.makedirs("/tmp/ray", exist_ok=True)
-        self._ray_folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+        # a folder of its own for Ray, in which other processes would find the cluster's address
+        self._ray_folder = tempfile.mkdtemp(prefix="ray")
+        self._environment["RAY_TMPDIR"] = self._ray_folder
         taps = []
         for index, name in enumerate(self._names):
             _ip("netns", "add", name)
@@ -149,9 +150,7 @@ class Hosts:
         self._control.send((set(cut), loss, delay_s))
 
     def _on(self, index: int, command: Sequence[str]) -> list[str]:
-        # a folder of its own for Ray, in which other processes would find the cluster's address
-        own_folder = ["sh", "-c", 'mount --bind "$0" /tmp/ray && exec "$@"', self._ray_folder]
-        return ["ip", "netns", "exec", self._names[index], *own_folder, *command]
+        return ["ip", "netns", "exec", self._names[index], *command]
 
     @staticmethod
     def _address(index: int) -> str:
