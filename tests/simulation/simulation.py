@@ -165,10 +165,11 @@ class Simulation:
             self.scheduler.close()
 
     def _call_until_completed(self) -> None:
-        """Call `fit` until the last call has trained to the end, and all others are over."""
+        """Call `fit` until a call has trained to the end that no other one took the run from, and all are over."""
         while True:
             if all(call.is_over for call in self.calls):
-                if self.calls and self.calls[-1].is_completed:
+                owner = self.store.objects.get("runs/run/owner", b"").decode()
+                if any(call.is_completed and call.token == owner for call in self.calls):
                     break
                 assert len(self.calls) < _MAX_CALLS, "no call completes"
                 self._start_call()
