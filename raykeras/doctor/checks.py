@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raykeras.compat.versions import TESTED, is_older, is_tested
+from raykeras.core import installed
 from raykeras.core.errors import redacted
 
 PASS, WARN, FAIL = "pass", "warn", "fail"
@@ -49,8 +50,7 @@ class Machine:
 
     Attributes:
         hostname: Its name.
-        python: Version of Python.
-        versions: Version of each package; None if it is not installed.
+        versions: Version of Python and of each package; None if it is not installed.
         tensorflow: Number of GPUs that TensorFlow sees ("gpus") and Keras' backend ("backend"), or the error of the
             import ("error"); None if TensorFlow was not imported.
         num_gpus: NVIDIA devices.
@@ -64,7 +64,6 @@ class Machine:
     """
 
     hostname: str
-    python: str
     versions: Mapping[str, str | None]
     tensorflow: Mapping[str, Any] | None
     num_gpus: int
@@ -75,6 +74,11 @@ class Machine:
     node: str = ""
     ray_gpus: float | None = None
     store_nbytes: float | None = None
+
+    @property
+    def python(self) -> str:
+        """Version of Python."""
+        return str(self.versions["Python"])
 
 
 def machine_checks(machine: Machine) -> list[Check]:
@@ -107,7 +111,8 @@ def packages_check(machine: Machine) -> Check:
 
 def _shown(machine: Machine) -> dict[str, str | None]:
     """Return the packages to list: those that are required, and those that are installed."""
-    return {name: version for name, version in machine.versions.items() if version or name in _REQUIRED}
+    packages = {name: version for name, version in machine.versions.items() if name != "Python"}
+    return {name: version for name, version in packages.items() if version or name in _REQUIRED}
 
 
 def tensorflow_check(machine: Machine) -> Check:
@@ -187,24 +192,11 @@ def versions_check(machine: Machine, driver: Machine) -> Check:
 
     Only Python's last number, NumPy and PyArrow may differ.
     """
-    here = {"Python": driver.python, **driver.versions}
-    there = {"Python": machine.python, **machine.versions}
-    different = [name for name in here if here[name] != there[name]]
+    different = installed.differences(driver.versions, machine.versions)
     if not different:
         return Check("versions", PASS, "the same as here", node=machine.node)
-    found = ", ".join(f"{name} {there[name] or 'missing'} (here {here[name] or 'missing'})" for name in different)
-    is_minor = {
-        name: name in ("numpy", "pyarrow") or (name == "Python" and _minor(here[name]) == _minor(there[name]))
-        for name in different
-    }
-    status = WARN if all(is_minor.values()) else FAIL
-    wanted = " ".join(f"{name}=={here[name]}" for name in different if name != "Python" and here[name])
-    remedy = f"Install on the node: pip install {wanted}" if wanted else "Use one Python and one image on all nodes."
-    return Check("versions", status, found, remedy, machine.node)
-
-
-def _minor(version: str | None) -> list[str]:
-    return (version or "").split(".")[:2]
+    status = WARN if all(difference.is_minor for difference in different) else FAIL
+    return Check("versions", status, ", ".join(map(str, different)), installed.remedy(different), machine.node)
 
 
 def address_check(address: str, is_reachable: bool, used_ports: Sequence[int]) -> Check:

@@ -10,6 +10,7 @@ from typing import Any
 
 from raykeras.compat.quiet import quiet
 from raykeras.compat.ray_state import max_cluster_resources
+from raykeras.core import installed
 from raykeras.doctor import checks, node
 from raykeras.doctor.checks import Check, Machine
 from raykeras.doctor.storage import TrialFolder
@@ -126,7 +127,8 @@ def _start_probes() -> list[Node]:
     alive = sorted((info for info in ray.nodes() if info["Alive"]), key=lambda info: info["NodeManagerHostname"])
     shared = Counter(info["NodeManagerHostname"] for info in alive)
     nodes = []
-    register_pickle_by_value(node)  # the nodes may have another raykeras, or none
+    for module in (node, installed):  # the nodes may have another raykeras, or none
+        register_pickle_by_value(module)
     try:
         for info in alive:
             name = info["NodeManagerHostname"]
@@ -135,7 +137,8 @@ def _start_probes() -> list[Node]:
             name = name if shared[name] == 1 else f"{name}-{info['NodeID'][:6]}"
             nodes.append(Node(name, info["NodeManagerAddress"], info["Resources"], probe))
     finally:
-        unregister_pickle_by_value(node)
+        for module in (node, installed):
+            unregister_pickle_by_value(module)
     return nodes
 
 

@@ -1,17 +1,16 @@
 """What one machine has: versions, devices, memory, and access to storage and to other machines.
 
 `NodeProbe` is sent to the nodes of a cluster by value and returns built-in types, so that it also works where raykeras
-is missing or of another version. Therefore this module imports only the standard library.
+is missing or of another version. Therefore this module imports only the standard library, and
+`raykeras.core.installed`, which is sent with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -21,9 +20,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-NOT_THERE = "the file that the driver wrote is not there"
+from raykeras.core.installed import installed_versions
 
-PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "pyarrow", "numpy")
+NOT_THERE = "the file that the driver wrote is not there"
 
 _IMPORT_TENSORFLOW = """
 import json, tensorflow, keras
@@ -59,8 +58,7 @@ class NodeProbe:
         temporary = os.environ.get("RAY_TMPDIR", tempfile.gettempdir())
         return {
             "hostname": socket.gethostname(),
-            "python": platform.python_version(),
-            "versions": package_versions(),
+            "versions": installed_versions(),
             "tensorflow": None if tensorflow_timeout_s is None else import_tensorflow(tensorflow_timeout_s),
             "num_gpus": len(glob.glob("/dev/nvidia[0-9]*")),
             "memory_nbytes": memory(),
@@ -109,20 +107,6 @@ def one_line(error: Exception) -> str:
     """Return the class and the first line of the message of an exception."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
-def package_versions() -> dict[str, str | None]:
-    """Return the versions of raykeras and of the packages that it uses; None for those that are not installed."""
-    versions: dict[str, str | None] = {"raykeras": None}
-    with contextlib.suppress(ImportError):
-        import raykeras
-
-        versions["raykeras"] = raykeras.__version__
-    for package in PACKAGES:
-        versions[package] = None
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def import_tensorflow(timeout_s: float) -> dict[str, Any]:

@@ -21,7 +21,10 @@ from raykeras.core.config import Scale
 from raykeras.core.errors import ResourceError
 from raykeras.data.streaming.resources import CpuBudget, plan_budget, spare_cpus_per_task
 from raykeras.driver import worker_pool
+from raykeras.driver.nodes import check_versions
 from raykeras.driver.placement import reserved_bundles
+
+_MAX_MESSAGE = 500  # several lines of Ray's, as those with the versions of the cluster and of this process
 
 _SETTINGS = {"RAY_free_objects_period_milliseconds": "100"}  # how long consumed rows stay in the object store
 
@@ -37,14 +40,15 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
         The logical CPUs of each worker and of each data task.
 
     Raises:
-        ResourceError: If Ray does not start, or can never provide the workers, CPUs or GPUs; or if the placement group
-            of this process has room for some of the workers only.
+        ResourceError: If Ray does not start, or can never provide the workers, CPUs or GPUs; if the placement group of
+            this process has room for some of the workers only; or if a node has other versions than this process.
     """
     import ray
 
     started = False
     if not ray.is_initialized():
         started = _start(scale)
+    check_versions()
     if in_process:
         budget = CpuBudget(cpus_per_task=1.0 if started else spare_cpus_per_task())
     import ray.data  # sets log levels on import
@@ -87,7 +91,7 @@ def _start(scale: Scale) -> bool:
         logs = os.path.join(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray", "session_latest", "logs")
         raise ResourceError(
             f"Ray must start, or be reachable; it failed twice: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'} Its logs are in {logs!r}. "
+            f"{' '.join(str(error).split())[:_MAX_MESSAGE] or 'no message'} Its logs are in {logs!r}. "
             "Free CPUs and memory, or start Ray beforehand with `ray start --head`."
         ) from error
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from raykeras.checkpoint.store import RunFolder
 from raykeras.core.errors import OptionError
 from raykeras.data.sources.base import OpenSource
-
-_ANSWER_WITHIN_S = 60.0
+from raykeras.driver.nodes import ask, other_nodes
 
 
 def check_storage(folder: RunFolder) -> None:
@@ -56,26 +55,9 @@ def check_sources(sources: Iterable[OpenSource]) -> None:
 
 def _node_without(paths: Sequence[str]) -> tuple[str, str] | None:
     """Return the name of a node that lacks a path, and the path; None if all nodes that answer have all paths."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = ray.get_runtime_context().get_node_id()
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    if not paths or not others:
-        return None
-    ask = ray.remote(num_cpus=0, max_retries=0)(_missing)
-    answers = {}
-    for node in others:
-        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answers[ask.options(scheduling_strategy=strategy).remote(list(paths))] = node
-    ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_WITHIN_S)
-    for answer in ready:
-        try:
-            missing = ray.get(answer)
-        except ray.exceptions.RayError:  # the node was lost, or has no raykeras
-            continue
+    for node, missing in ask(other_nodes() if paths else [], _missing, list(paths)):
         if missing:
-            return answers[answer]["NodeManagerHostname"], missing[0]
+            return node["NodeManagerHostname"], missing[0]
     return None
 
 

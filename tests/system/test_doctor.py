@@ -1,19 +1,24 @@
-"""`raykeras doctor` on a cluster of two nodes, of which the second has another Keras."""
+"""`raykeras doctor`, and a call, on a cluster of two nodes, of which the second has another Keras."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import raykeras as rk
 from raykeras.cli.main import main
 from tests.support.fork_server import ForkServer
+from tests.support.models import TWO
 from tests.support.two_nodes import Nodes
 
 
 def examine_two_nodes(packages: str, storage: str) -> None:
     """Examine a cluster with storage that both nodes reach, and with storage that only the driver has."""
+    import ray
+
     environment = {"PYTHONPATH": f"{packages}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with Nodes(environment) as nodes:
         for url in (storage, "memory://runs"):
@@ -21,6 +26,12 @@ def examine_two_nodes(packages: str, storage: str) -> None:
                 main(["doctor", "--cluster", nodes.address, "--storage", url, "--quick", "--json"])
             except SystemExit as status:
                 print(json.dumps({"exit_status": status.code}))
+        os.environ["RAY_ADDRESS"] = nodes.address
+        try:
+            rk.fit(str, [[1.0]], [1.0], scale=TWO, run=rk.Run(storage=storage), verbose=0)
+        except rk.ResourceError as error:
+            print(f"refused: {error}")
+        ray.shutdown()
 
 
 def by_node(checks: list[dict[str, str]], name: str) -> dict[str, dict[str, str]]:
@@ -33,6 +44,7 @@ def test_nodes_of_a_cluster_are_compared(forked: ForkServer, tmp_path: Path) -> 
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: keras\nVersion: 3.14.0\n")
     ended = forked.run(examine_two_nodes, str(tmp_path / "packages"), str(tmp_path / "runs"))
+    (refused,) = [line for line in ended.output.splitlines() if line.startswith("refused: ")]
     shared, private = reports(ended.output)
     assert (shared["exit_status"], private["exit_status"]) == (1, 1)
     names = sorted(by_node(shared["checks"], "versions"))
@@ -51,6 +63,10 @@ def test_nodes_of_a_cluster_are_compared(forked: ForkServer, tmp_path: Path) -> 
         assert check["status"] == "fail"
         assert check["found"] == "memory://runs: the file that the driver wrote is not there"
         assert "Use a folder that all machines share" in check["remedy"]
+
+    version = importlib.metadata.version("keras")
+    assert refused.startswith("refused: All nodes of a cluster must have the driver's versions; node ")
+    assert f" has keras 3.14.0 (here {version}). Install on the node: pip install keras=={version}. " in refused
 
 
 def reports(output: str) -> list[dict[str, Any]]:

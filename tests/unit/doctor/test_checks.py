@@ -20,8 +20,14 @@ HERE = Machine(**NodeProbe().report(None))
 
 GOOD = dataclasses.replace(
     HERE,
-    python="3.11.7",
-    versions={"raykeras": "0.1.0", "ray": "2.60.0", "tensorflow": "2.21.0", "keras": "3.15.1", "pyarrow": "26.0.1"},
+    versions={
+        "Python": "3.11.7",
+        "raykeras": "0.1.0",
+        "ray": "2.60.0",
+        "tensorflow": "2.21.0",
+        "keras": "3.15.1",
+        "pyarrow": "26.0.1",
+    },
     tensorflow={"gpus": 0, "backend": "tensorflow"},
     num_gpus=0,
     memory_nbytes=(16 * GIB, 10 * GIB),
@@ -74,7 +80,7 @@ def test_oldest_python_is_the_required_one() -> None:
     assert re.search(r'^requires-python = ">=(\d+)\.(\d+)"', pyproject, re.MULTILINE)[0].endswith(  # type: ignore[index]
         f'>={".".join(map(str, checks.OLDEST_PYTHON))}"'
     )
-    assert checks.python_check(machine(python="3.9.21")).status == FAIL
+    assert checks.python_check(with_versions(Python="3.9.21")).status == FAIL
 
 
 @pytest.mark.parametrize(
@@ -139,15 +145,15 @@ def test_full_disk_is_a_warning() -> None:
     ("other", "status", "said"),
     [
         ({}, PASS, "the same as here"),
-        ({"python": "3.11.9"}, WARN, "Python 3.11.9 (here 3.11.7)"),
-        ({"python": "3.12.1"}, FAIL, "Python 3.12.1 (here 3.11.7)"),
-        ({"versions": {**GOOD.versions, "pyarrow": "25.0.1"}}, WARN, "pyarrow 25.0.1 (here 26.0.1)"),
-        ({"versions": {**GOOD.versions, "raykeras": None}}, FAIL, "raykeras missing (here 0.1.0)"),
-        ({"versions": {**GOOD.versions, "tensorflow": "2.20.0"}}, FAIL, "tensorflow 2.20.0 (here 2.21.0)"),
+        ({"Python": "3.11.9"}, WARN, "Python 3.11.9 (here 3.11.7)"),
+        ({"Python": "3.12.1"}, FAIL, "Python 3.12.1 (here 3.11.7)"),
+        ({"pyarrow": "25.0.1"}, WARN, "pyarrow 25.0.1 (here 26.0.1)"),
+        ({"raykeras": None}, FAIL, "raykeras missing (here 0.1.0)"),
+        ({"tensorflow": "2.20.0"}, FAIL, "tensorflow 2.20.0 (here 2.21.0)"),
     ],
 )
-def test_difference_of_versions_names_both(other: dict[str, Any], status: str, said: str) -> None:
-    check = checks.versions_check(machine(node="b", **other), GOOD)
+def test_difference_of_versions_names_both(other: dict[str, str | None], status: str, said: str) -> None:
+    check = checks.versions_check(machine(node="b", versions={**GOOD.versions, **other}), GOOD)
     assert (check.status, check.found, check.node) == (status, said, "b")
     assert bool(check.remedy) == (status != PASS)
 
