@@ -45,9 +45,13 @@ class Difference:
 
     @property
     def is_minor(self) -> bool:
-        """Whether the processes can work together: only NumPy, PyArrow and Python's last number may differ."""
-        is_same_python = self.name == "Python" and _minor(self.here) == _minor(self.there)
-        return self.name in ("numpy", "pyarrow") or is_same_python
+        """Whether the processes can work together: NumPy, PyArrow and Python's last number may differ.
+
+        So may a missing tf_keras, which few models need.
+        """
+        if self.name == "Python":
+            return _minor(self.here) == _minor(self.there)
+        return self.name in ("numpy", "pyarrow") or (self.name == "tf_keras" and None in (self.here, self.there))
 
     def __str__(self) -> str:
         return f"{self.name} {self.there or 'missing'} (here {self.here or 'missing'})"

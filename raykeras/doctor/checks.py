@@ -190,7 +190,7 @@ def disk_check(machine: Machine) -> Check:
 def versions_check(machine: Machine, driver: Machine) -> Check:
     """Return whether a node has the same versions as the driver.
 
-    Only Python's last number, NumPy and PyArrow may differ.
+    `Difference.is_minor` says what may differ.
     """
     different = installed.differences(driver.versions, machine.versions)
     if not different:

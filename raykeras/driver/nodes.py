@@ -19,7 +19,7 @@ def check_versions() -> None:
     """Compare the versions of each other node with those of this process, once for each node.
 
     Raises:
-        ResourceError: They differ in more than NumPy, PyArrow or Python's last number, which is a warning.
+        ResourceError: A difference is not minor; a minor one is a warning.
     """
     import ray
     from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
