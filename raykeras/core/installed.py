@@ -12,7 +12,9 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "pyarrow", "numpy")
+PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "pyarrow", "numpy", "fsspec")
+
+_MINOR = ("pyarrow", "numpy", "fsspec")
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -45,13 +47,13 @@ class Difference:
 
     @property
     def is_minor(self) -> bool:
-        """Whether the processes can work together: NumPy, PyArrow and Python's last number may differ.
+        """Whether the processes can work together: PyArrow, NumPy, fsspec and Python's last number may differ.
 
         So may a missing tf_keras, which few models need.
         """
         if self.name == "Python":
             return _minor(self.here) == _minor(self.there)
-        return self.name in ("numpy", "pyarrow") or (self.name == "tf_keras" and None in (self.here, self.there))
+        return self.name in _MINOR or (self.name == "tf_keras" and None in (self.here, self.there))
 
     def __str__(self) -> str:
         return f"{self.name} {self.there or 'missing'} (here {self.here or 'missing'})"

@@ -25,6 +25,8 @@ def check_versions() -> None:
     from ray.cloudpickle import register_pickle_by_value, unregister_pickle_by_value
 
     nodes = [node for node in other_nodes() if node["NodeID"] not in _compared]
+    if not nodes:
+        return
     register_pickle_by_value(installed)
     try:
         answers = ask(nodes, installed.installed_versions)

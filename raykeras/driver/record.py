@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,18 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
-import raykeras
 from raykeras.compat.ray_state import num_gpus_here
 from raykeras.core import events
 from raykeras.core.events import Event
+from raykeras.core.installed import installed_versions
 from raykeras.core.plain_values import masked, masked_command, plain_value
 from raykeras.data.adapters.adapter import Batches
 from raykeras.data.inputs import OpenData
 from raykeras.data.sources.base import OpenSource, Source
 
 RECORD_FILE = "run.json"
-
-_PACKAGES = ("ray", "tensorflow", "keras", "tf_keras", "numpy", "pyarrow", "fsspec")
 
 _MAX_FILES = 5  # whose paths are recorded
 
@@ -162,11 +159,7 @@ def _contents_record(opened: OpenSource) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, raykeras and the installed packages that it uses."""
-    found = {"python": platform.python_version(), "raykeras": raykeras.__version__}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return {name.lower(): version for name, version in installed_versions().items() if version is not None}
 
 
 def nodes() -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import ray
+
 import raykeras as rk
 from raykeras.cli.main import main
 from tests.support.fork_server import ForkServer
@@ -17,8 +19,6 @@ from tests.support.two_nodes import Nodes
 
 def examine_two_nodes(packages: str, storage: str) -> None:
     """Examine a cluster with storage that both nodes reach, and with storage that only the driver has."""
-    import ray
-
     environment = {"PYTHONPATH": f"{packages}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with Nodes(environment) as nodes:
         for url in (storage, "memory://runs"):
@@ -27,11 +27,13 @@ def examine_two_nodes(packages: str, storage: str) -> None:
             except SystemExit as status:
                 print(json.dumps({"exit_status": status.code}))
         os.environ["RAY_ADDRESS"] = nodes.address
-        try:
-            rk.fit(str, [[1.0]], [1.0], scale=TWO, run=rk.Run(storage=storage), verbose=0)
-        except rk.ResourceError as error:
-            print(f"refused: {error}")
-        ray.shutdown()
+        for version in (ray.__version__, "2.0.0"):
+            ray.__version__ = version
+            try:
+                rk.fit(str, [[1.0]], [1.0], scale=TWO, run=rk.Run(storage=storage), verbose=0)
+            except rk.ResourceError as error:
+                print(f"refused: {error}")
+            ray.shutdown()
 
 
 def by_node(checks: list[dict[str, str]], name: str) -> dict[str, dict[str, str]]:
@@ -44,7 +46,7 @@ def test_nodes_of_a_cluster_are_compared(forked: ForkServer, tmp_path: Path) -> 
     metadata.parent.mkdir(parents=True)
     metadata.write_text("Metadata-Version: 2.1\nName: keras\nVersion: 3.14.0\n")
     ended = forked.run(examine_two_nodes, str(tmp_path / "packages"), str(tmp_path / "runs"))
-    (refused,) = [line for line in ended.output.splitlines() if line.startswith("refused: ")]
+    refused, other_ray = [line for line in ended.output.splitlines() if line.startswith("refused: ")]
     shared, private = reports(ended.output)
     assert (shared["exit_status"], private["exit_status"]) == (1, 1)
     names = sorted(by_node(shared["checks"], "versions"))
@@ -67,6 +69,7 @@ def test_nodes_of_a_cluster_are_compared(forked: ForkServer, tmp_path: Path) -> 
     version = importlib.metadata.version("keras")
     assert refused.startswith("refused: All nodes of a cluster must have the driver's versions; node ")
     assert f" has keras 3.14.0 (here {version}). Install on the node: pip install keras=={version}. " in refused
+    assert f" started with: Ray: {ray.__version__} " in other_ray and " started with: Ray: 2.0.0 " in other_ray
 
 
 def reports(output: str) -> list[dict[str, Any]]:
