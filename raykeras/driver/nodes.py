@@ -35,14 +35,15 @@ def check_versions() -> None:
     here = installed.installed_versions()
     for node, versions in answers:
         if different := installed.differences(here, versions):
-            found = f"{node['NodeManagerHostname']} has {', '.join(map(str, different))}"
-            remedy = installed.remedy(different)
+            found = f"node {node['NodeManagerHostname']} has {', '.join(map(str, different))}"
+            remedy = installed.remedy(different).rstrip(".")
             if not all(difference.is_minor for difference in different):
                 raise ResourceError(
-                    f"All nodes of a cluster must have the driver's versions; node {found}. {remedy}. "
+                    f"All nodes of a cluster must have the driver's versions; {found}. {remedy}. "
                     f"`raykeras doctor --cluster {ray.get_runtime_context().gcs_address}` compares all nodes."
                 )
-            warn_once(f"Node {found}.", stacklevel=5)
+            # the caller of a public function, which has a decorator
+            warn_once(f"All nodes of a cluster should have the driver's versions; {found}. {remedy}.", stacklevel=6)
         _compared.add(node["NodeID"])
 
 
