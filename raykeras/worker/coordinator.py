@@ -63,10 +63,14 @@ class RunCoordinator:
         ray.get(self._actor.put.remote(None))
 
     def note(self, rank: int, **facts: str) -> None:
-        """Record facts about a worker, such as its node or what is wrong with it."""
+        """Record facts about a worker, such as what is wrong with it."""
         import ray
 
         ray.get(self._actor.note.remote(rank, facts))
+
+    def join(self, rank: int, **facts: str) -> None:
+        """Record the node of a worker, without waiting until the actor's process has started."""
+        self._actor.note.remote(rank, facts)
 
     def notes(self) -> dict[int, dict[str, str]]:
         """Return the recorded facts of all workers, by rank."""

@@ -121,7 +121,7 @@ def train_on_worker(config: dict[str, Any]) -> Outcome | None:
         callbacks = cloudpickle.loads(packed.callbacks)
     remove_abandoned()
     coordinator = config["coordinator"]
-    coordinator.note(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
+    coordinator.join(rank, node=socket.gethostname(), node_id=ray.get_runtime_context().get_node_id())
     if job.train.uses_ray_data or (job.validation is not None and job.validation.uses_ray_data):
         job = dataclasses.replace(job, budget=discover_budget(job.budget, rank))
     artifacts = Artifacts(job.folder) if rank == 0 else None
