@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
+import os
 from typing import Any
 
 import tensorflow as tf
@@ -36,10 +38,7 @@ def make_strategy(scale: Scale) -> tf.distribute.Strategy | None:
     if scale.gpus_per_worker:
         gpus = tf.config.list_physical_devices("GPU")
         if len(gpus) < scale.gpus_per_worker:
-            raise ResourceError(
-                f"A worker with `gpus_per_worker={scale.gpus_per_worker}` must see that many GPUs; TensorFlow sees "
-                f"{len(gpus)}. Install `raykeras[gpu]` on the nodes, or use fewer GPUs."
-            )
+            raise ResourceError(_too_few_gpus(scale.gpus_per_worker, len(gpus)))
         for gpu in gpus:
             with contextlib.suppress(RuntimeError):  # already in use by this process
                 tf.config.experimental.set_memory_growth(gpu, True)
@@ -97,6 +96,27 @@ def scope(strategy: tf.distribute.Strategy | None) -> contextlib.AbstractContext
 def _refuse_to_iterate() -> Any:
     """Replace `as_numpy_iterator`, with which MLflow's autolog would read all data to hash it."""
     raise TypeError("raykeras reads its data only once, for training; call autolog with `log_datasets=False`")
+
+
+def _too_few_gpus(requested: int, visible: int) -> str:
+    """Return a message that names the most likely reason why TensorFlow sees too few GPUs on this node."""
+    devices = len(glob.glob("/dev/nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not devices:
+        remedy = "The node has no NVIDIA device: install NVIDIA's driver, and start containers with `--gpus all`."
+    elif devices < requested:
+        remedy = f"The node has {devices}: pass a smaller `gpus_per_worker`, and more `workers`."
+    elif hidden is not None and len([name for name in hidden.split(",") if name]) < requested:
+        remedy = f"The node has {devices}, but CUDA_VISIBLE_DEVICES is {hidden!r}: unset it where Ray is started."
+    else:
+        remedy = (
+            f"The node has {devices}, so CUDA's libraries are missing or too old for the driver: install them with "
+            '`pip install "raykeras[gpu]"`, and see what `python -c "import tensorflow"` prints there.'
+        )
+    return (
+        f"A worker with `gpus_per_worker={requested}` must see that many GPUs; TensorFlow sees {visible}. {remedy} "
+        "`raykeras doctor` compares all nodes."
+    )
 
 
 def _make_logical_cpus(count: int) -> None:

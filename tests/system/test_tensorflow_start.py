@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import subprocess
 import sys
 import textwrap
@@ -54,3 +56,19 @@ def check_idle_threads(started_by: str) -> None:
 def test_idle_threads_sleep_unless_user_configured_tensorflow(started_by: str, forked: ForkServer) -> None:
     ended = forked.run(check_idle_threads, started_by)
     assert ended.exit_code == 0, ended.output
+
+
+def too_few_gpus(hidden: str) -> None:
+    from raykeras.core.config import Scale
+    from raykeras.distribute.strategy import make_strategy
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+    make_strategy(Scale(gpus_per_worker=2))
+
+
+def test_missing_gpus_are_explained(forked: ForkServer) -> None:
+    ended = forked.run(too_few_gpus, "")
+    assert "`gpus_per_worker=2` must see that many GPUs; TensorFlow sees " in ended.output
+    num_devices = len(glob.glob("/dev/nvidia[0-9]*"))
+    remedy = {0: "install NVIDIA's driver", 1: "pass a smaller `gpus_per_worker`"}
+    assert remedy.get(num_devices, "CUDA_VISIBLE_DEVICES is ''") in ended.output
