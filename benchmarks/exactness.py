@@ -39,7 +39,7 @@ HISTORY_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of workers, replicas, Keras package, number of rows and weights."""
+    """One combination of workers, replicas, on GPUs or CPUs, Keras package, number of rows and weights."""
 
     workers: int = 1
     replicas: int = 1
@@ -48,6 +48,7 @@ class Case:
     weighted: bool = False
     precision: str = "float32"
     jit_compile: bool = False
+    gpus: bool = False
 
     @property
     def is_rounded(self) -> bool:
@@ -72,6 +73,8 @@ class Case:
 
     @property
     def scale(self) -> rk.Scale:
+        if self.gpus:
+            return rk.Scale(workers=self.workers, gpus_per_worker=self.replicas)
         return rk.Scale(workers=self.workers, replicas_per_worker=self.replicas)
 
     def __str__(self) -> str:
