@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 from raykeras.compat.versions import PrivateName
 
 FREE_PER_NODE = PrivateName(
@@ -18,11 +21,11 @@ DRAINING = PrivateName(
     parameters=(),
 )
 
-MAX_RESOURCES = PrivateName(
-    "ray._private.state:state.get_max_resources_from_cluster_config",
-    "find the size that an autoscaling cluster can grow to",
-    "the resources of a run are checked against the present nodes",
-    parameters=(),
+CLUSTER_VALUE = PrivateName(
+    "ray.experimental.internal_kv:_internal_kv_get",
+    "see whether an autoscaler may add nodes",
+    "a run that needs more than the present nodes have is refused",
+    parameters=("key",),
 )
 
 NUM_GPUS = PrivateName(
@@ -31,6 +34,10 @@ NUM_GPUS = PrivateName(
     "a single worker with GPUs runs in a process of its own",
     parameters=(),
 )
+
+_AUTOSCALER_STARTS_WITHIN_S = 10.0
+
+_POLL_S = 0.5
 
 
 def free_resources_per_node() -> dict[str, dict[str, float]]:
@@ -73,14 +80,25 @@ def num_gpus_here() -> int:
     return int(num_gpus()) if num_gpus else 0
 
 
-def max_cluster_resources() -> dict[str, float]:
-    """Return the resources that an autoscaling cluster can grow to; the present ones if that is unknown."""
-    import ray
+def may_grow() -> bool:
+    """Return whether the cluster has an autoscaler that may add nodes; False if that is unknown.
 
-    largest = None
-    if get := MAX_RESOURCES.find():
-        try:
-            largest = get()
-        except Exception:  # the cluster's configuration has another form
-            largest = None
-    return dict(largest or ray.cluster_resources())
+    Without a configuration, Ray's autoscaler only observes the nodes, and names the type of each `node_` and its ID.
+    """
+    get, deadline = CLUSTER_VALUE.find(), time.monotonic() + _AUTOSCALER_STARTS_WITHIN_S
+    if get is None:
+        return False
+    try:
+        if get(b"__autoscaler_v2_enabled") == b"1":
+            import ray
+            from ray.autoscaler.v2.sdk import get_cluster_status
+
+            status = get_cluster_status(ray.get_runtime_context().gcs_address)
+            types = [node.ray_node_type_name for node in (*status.active_nodes, *status.idle_nodes)]
+        else:
+            while not (report := get(b"__autoscaling_status")) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+            types = list(json.loads(report)["autoscaler_report"]["node_type_mapping"].values()) if report else []
+    except Exception:  # the report has another form
+        return False
+    return any(not name.startswith("node_") for name in types)

@@ -267,16 +267,19 @@ def silence_check(node: str, timeout_s: float) -> Check:
     return Check("node", FAIL, f"no answer within {timeout_s:g} s", remedy, node)
 
 
-def resources_check(num_nodes: int, num_cpus: float, num_gpus: float) -> Check:
+def resources_check(num_nodes: int, num_cpus: float, num_gpus: float, may_grow: bool) -> Check:
     """Return whether a cluster can run anything.
 
     Args:
         num_nodes: Nodes that are alive.
-        num_cpus: Logical CPUs of the cluster, at its maximum size.
-        num_gpus: GPUs, likewise.
+        num_cpus: Logical CPUs of these nodes.
+        num_gpus: Their GPUs.
+        may_grow: Whether an autoscaler may add nodes.
     """
     nodes = "1 node" if num_nodes == 1 else f"{num_nodes} nodes"
-    found = f"{nodes}; {num_cpus:g} CPUs and {num_gpus:g} GPUs at its maximum size"
+    found = f"{nodes}; {num_cpus:g} CPUs and {num_gpus:g} GPUs"
+    if may_grow:
+        return Check("cluster", PASS, f"{found}; an autoscaler may add nodes")
     if num_cpus < 1:
         return Check("cluster", FAIL, found, "Add nodes: reading data takes at least one CPU, and a worker another.")
     if num_cpus < 2:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raykeras.compat.quiet import quiet
-from raykeras.compat.ray_state import max_cluster_resources
+from raykeras.compat.ray_state import may_grow
 from raykeras.core import installed
 from raykeras.doctor import checks, node
 from raykeras.doctor.checks import Check, Machine
@@ -78,8 +78,10 @@ def _connect(address: str) -> str | None:
 
 
 def _checks_of_nodes(driver: Machine, storage: str | None, folder: TrialFolder | None, timeout_s: float) -> list[Check]:
-    nodes, limit = _start_probes(), max_cluster_resources()
-    found = [checks.resources_check(len(nodes), limit.get("CPU", 0.0), limit.get("GPU", 0.0))]
+    import ray
+
+    nodes, resources = _start_probes(), ray.cluster_resources()
+    found = [checks.resources_check(len(nodes), resources.get("CPU", 0.0), resources.get("GPU", 0.0), may_grow())]
     found += _machine_checks(nodes, driver, timeout_s)
     if storage is not None and folder is not None:
         found += _storage_checks(nodes, storage, folder, timeout_s)

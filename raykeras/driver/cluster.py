@@ -16,7 +16,7 @@ from typing import Any
 
 from raykeras.compat.patch import default_environment
 from raykeras.compat.quiet import quiet
-from raykeras.compat.ray_state import max_cluster_resources
+from raykeras.compat.ray_state import may_grow
 from raykeras.core.config import Scale
 from raykeras.core.errors import ResourceError
 from raykeras.data.streaming.resources import CpuBudget, plan_budget, spare_cpus_per_task
@@ -40,8 +40,9 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
         The logical CPUs of each worker and of each data task.
 
     Raises:
-        ResourceError: If Ray does not start, or can never provide the workers, CPUs or GPUs; if the placement group of
-            this process has room for some of the workers only; or if a node has other versions than this process.
+        ResourceError: If Ray does not start; if its nodes cannot provide the workers, CPUs or GPUs, and no autoscaler
+            may add others; if the placement group of this process has room for some of the workers only; or if a node
+            has other versions than this process.
     """
     import ray
 
@@ -56,14 +57,7 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
     quiet()
     if in_process:
         return budget
-    limit = max_cluster_resources()
-    num_cpus = float(limit.get("CPU", 0))
-    cpus_per_worker = scale.cpus_per_worker
-    if cpus_per_worker is None:
-        # leave a CPU for data tasks, which are never scheduled if workers hold all of them
-        share = (num_cpus - 1) / scale.workers
-        cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
-    _check_resources(scale, cpus_per_worker, limit, started)
+    cpus_per_worker = _cpus_per_worker(scale, started)
     is_up = worker_pool.prepare(scale, cpus_per_worker)
     is_reserved = is_up or reserved_bundles(scale, cpus_per_worker) is not None  # and therefore not free anyway
     return plan_budget(cpus_per_worker, 0 if is_reserved else scale.workers)
@@ -111,17 +105,44 @@ def _init_ray(scale: Scale) -> bool:
     return True
 
 
-def _check_resources(scale: Scale, cpus_per_worker: float, limit: Mapping[str, float], started: bool) -> None:
+def _cpus_per_worker(scale: Scale, started: bool) -> float:
+    """Return the logical CPUs of each worker.
+
+    Args:
+        scale: Number of workers and the resources of each.
+        started: Whether this process started Ray.
+
+    Raises:
+        ResourceError: If the present nodes cannot provide the workers, and no autoscaler may add others.
+    """
+    import ray
+
+    present = ray.cluster_resources()
+    cpus_per_worker = scale.cpus_per_worker
+    if cpus_per_worker is None:
+        # leave a CPU for data tasks, which are never scheduled if workers hold all of them
+        share = (present.get("CPU", 0.0) - 1) / scale.workers
+        cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
+        if cpus_per_worker < 1 and not started and may_grow():
+            return 1.0
+    where = "this machine" if started else "the cluster"
+    if (message := _shortage(scale, cpus_per_worker, present, where)) and (started or not may_grow()):
+        raise ResourceError(message)
+    return cpus_per_worker
+
+
+def _shortage(scale: Scale, cpus_per_worker: float, present: Mapping[str, float], where: str) -> str | None:
+    """Return a message about the resource of which there is too little; None if there is enough of each."""
     min_workers, _ = scale.worker_range
-    where = "this machine" if started else "the cluster, at its maximum size,"
     for name, per_worker in scale.bundle(cpus_per_worker).items():
         is_cpu, resource = name == "CPU", f"{name}s" if name in ("CPU", "GPU") else name
-        available = limit.get(name, 0.0) - is_cpu
+        available = present.get(name, 0.0) - is_cpu
         if min_workers * per_worker > available:
             reserved = ", not counting one that is reserved for reading data" if is_cpu else ""
             max_workers = int(available // per_worker) if per_worker else 0
-            raise ResourceError(
+            return (
                 f"{min_workers} workers with {per_worker:g} {resource} each need "
                 f"{min_workers * per_worker:g}; {where} has {max(available, 0):g}{reserved}. Try "
                 f"`workers={max(1, max_workers)}`, or a larger cluster."
             )
+    return None
