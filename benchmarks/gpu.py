@@ -122,8 +122,8 @@ def transformer(vocabulary: int, length: int, layers: int, width: int, heads: in
     import keras
 
     tokens = keras.Input((length,), dtype="int32")
-    positions = keras.layers.Embedding(length, width)(keras.ops.arange(length))
-    x = keras.layers.Embedding(vocabulary, width)(tokens) + positions
+    positions = keras.ops.cumsum(keras.ops.ones_like(tokens), axis=1) - 1
+    x = keras.layers.Embedding(vocabulary, width)(tokens) + keras.layers.Embedding(length, width)(positions)
     for _ in range(layers):
         normalized = keras.layers.LayerNormalization()(x)
         x += keras.layers.MultiHeadAttention(heads, width // heads)(normalized, normalized, use_causal_mask=True)
