@@ -7,6 +7,7 @@ with several workers, rank 0 measures them again once all workers are placed.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -25,6 +26,9 @@ from raykeras.driver.nodes import check_versions
 from raykeras.driver.placement import reserved_bundles
 
 _MAX_MESSAGE = 500  # several lines of Ray's, as those with the versions of the cluster and of this process
+
+_CPUS_ON_ADDED_NODES = 0.9
+"""Logical CPUs of a worker on nodes of unknown size: less than one, so that a node of one CPU can also read data."""
 
 _SETTINGS = {"RAY_free_objects_period_milliseconds": "100"}  # how long consumed rows stay in the object store
 
@@ -57,6 +61,8 @@ def connect(scale: Scale, *, in_process: bool) -> CpuBudget:
     quiet()
     if in_process:
         return budget
+    if not started:
+        _start_ray_data(ray.get_runtime_context().gcs_address)
     cpus_per_worker = _cpus_per_worker(scale, started)
     is_up = worker_pool.prepare(scale, cpus_per_worker)
     is_reserved = is_up or reserved_bundles(scale, cpus_per_worker) is not None  # and therefore not free anyway
@@ -105,6 +111,27 @@ def _init_ray(scale: Scale) -> bool:
     return True
 
 
+@functools.cache
+def _start_ray_data(cluster: str) -> None:
+    """Start Ray Data's actors on this node.
+
+    They stay in the cluster, on the node of the process that uses Ray Data first. On a worker's node they would keep
+    the autoscaler from removing it after the run.
+
+    Args:
+        cluster: Address of the cluster; called once for each.
+    """
+    import ray.data
+
+    dataset = ray.data.from_items([0]).map_batches(_unchanged, num_cpus=0)
+    dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
+    dataset.materialize()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
 def _cpus_per_worker(scale: Scale, started: bool) -> float:
     """Return the logical CPUs of each worker.
 
@@ -117,16 +144,16 @@ def _cpus_per_worker(scale: Scale, started: bool) -> float:
     """
     import ray
 
-    present = ray.cluster_resources()
-    cpus_per_worker = scale.cpus_per_worker
+    present, cpus_per_worker, is_short_of_cpus = ray.cluster_resources(), scale.cpus_per_worker, False
     if cpus_per_worker is None:
         # leave a CPU for data tasks, which are never scheduled if workers hold all of them
         share = (present.get("CPU", 0.0) - 1) / scale.workers
-        cpus_per_worker = min(1.0, share if share >= 1 else max(round(share - 0.005, 2), 0.01))
-        if cpus_per_worker < 1 and not started and may_grow():
-            return 1.0
-    where = "this machine" if started else "the cluster"
-    if (message := _shortage(scale, cpus_per_worker, present, where)) and (started or not may_grow()):
+        is_short_of_cpus = share < 1
+        cpus_per_worker = max(round(share - 0.005, 2), 0.01) if is_short_of_cpus else 1.0
+    message = _shortage(scale, cpus_per_worker, present, "this machine" if started else "the cluster")
+    if (message or is_short_of_cpus) and not started and may_grow():
+        return scale.cpus_per_worker or _CPUS_ON_ADDED_NODES
+    if message:
         raise ResourceError(message)
     return cpus_per_worker
 

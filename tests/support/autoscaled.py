@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,20 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import raykeras as rk
-from tests.support.resuming import fit
+from tests.support.three_hosts import fit, write_data
 
-_PORT = 6399
 _IDLE_S = 3
 _DEADLINE_S = 60
 
 
-def _address() -> str:
-    import ray
-
-    return f"{ray.util.get_node_ip_address()}:{_PORT}"
-
-
-def _configuration() -> dict[str, Any]:
+def _configuration(address: str) -> dict[str, Any]:
     """Return what `ray up` would read from a YAML file: a head without CPUs, and up to two nodes of a CPU each."""
     types = {
         "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
@@ -60,28 +54,38 @@ def _configuration() -> dict[str, Any]:
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
-            "gcs_address": _address(),
+            "gcs_address": address,
         },
         "available_node_types": types,
         "head_node_type": "ray.head.default",
     }
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
     """Start the cluster, yield its address, and end its processes."""
+    import ray
+
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder
+        port = _free_port()
+        address = f"{ray.util.get_node_ip_address()}:{port}"
         config = Path(folder, "autoscaler.json")
-        config.write_text(json.dumps(_configuration()))
+        config.write_text(json.dumps(_configuration(address)))
         environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={_PORT}"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
         command += ["--num-cpus=0", "--include-dashboard=false"]
         command += ["--disable-usage-stats", f"--autoscaling-config={config}"]
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         head = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
         try:
-            yield _address()
+            yield address
         finally:
             os.killpg(head.pid, signal.SIGKILL)  # SIGTERM would wait half a minute for the workers
             head.wait()
@@ -120,11 +124,12 @@ def _connect(address: str) -> None:
 def main(storage: str) -> None:
     import ray
 
+    write_data(storage)
     with cluster() as address:
         _connect(address)
         try:
             scale = rk.Scale(workers=2, idle_timeout_s=0)
-            result = fit(storage, "run", [CountsNodes()], scale=scale, dropout=0)
+            result = fit(storage, "run", callbacks=[CountsNodes()], scale=scale)
             deadline = time.monotonic() + _DEADLINE_S
             while _nodes() > 1 and time.monotonic() < deadline:
                 time.sleep(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.resuming import fit
+from tests.support.three_hosts import undisturbed
 
 
 @pytest.mark.usefixtures("tensorflow")
@@ -27,6 +27,6 @@ def test_nodes_are_added_for_a_run_and_removed_after_it(tmp_path: Path) -> None:
     assert nodes["workers"] == 1  # the head
     assert nodes["build"] == nodes["RunEnded"] == 3
     assert after["nodes"] == 1
-    expected = fit(str(tmp_path), "uninterrupted", dropout=0)
+    expected = undisturbed(str(tmp_path))
     for name, values in expected.history.items():
         np.testing.assert_allclose(last["history"][name], values, rtol=1e-5, err_msg=name)
